@@ -1,0 +1,186 @@
+"""`cluster=local`: one process a rank on this machine, through submitit, followed live."""
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import submitit
+from submitit.core.utils import pickle_load
+from tqdm import tqdm
+
+from launch.job import Entry, run_rank, shell_lines
+from launch.run_dir import newest_checkpoint, record_job
+from tptrain.config import Config
+from tptrain.config.validate import minutes
+
+GRACE_S = 20  # between the first rank's exit and the end of the others
+A_YEAR_MIN = 60 * 24 * 365
+STOP_S = 120  # for a checkpoint after Ctrl-C
+
+
+def submit(config: Config, entry: Entry) -> submitit.Job[int]:
+    """Start one process a rank. Ctrl-C in the terminal does not reach them: `follow` passes it on."""
+    cluster = config.cluster
+    run_dir = Path(config.run.dir or ".")
+    executor = submitit.LocalExecutor(run_dir / "logs", python=_python(config))
+    executor.update_parameters(
+        tasks_per_node=cluster.tasks_per_node, timeout_min=minutes(cluster.time) if cluster.time else A_YEAR_MIN, stderr_to_stdout=True
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {
+        "MASTER_PORT": str(port),
+        # submitit's local executor hides the GPUs it was not told of: give the ranks what this process sees.
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    }
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # children inherit it
+    try:
+        job = executor.submit(run_rank, entry, str(run_dir), variables)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    record_job(run_dir, kind="local", id=job.job_id)
+    return job
+
+
+def _python(config: Config) -> str:
+    """The command that starts a rank's Python: the shell lines run first, in the same process."""
+    lines = shell_lines(config)
+    if not lines:
+        return shlex.quote(sys.executable)
+    script = "\n".join(["set -e", *lines, f'exec {shlex.quote(sys.executable)} "$@"'])
+    return f"bash -c {shlex.quote(script)} bash"
+
+
+class Follower:
+    """Shows a local job's progress until its end, and ends what is left of it."""
+
+    def __init__(self, config: Config, job: submitit.Job[int]) -> None:
+        self.run_dir = Path(config.run.dir or ".")
+        self.ranks = config.cluster.tasks_per_node or 1
+        self.prefix = str(self.run_dir / "logs" / job.job_id)
+        self.controller = psutil.Process(int(job.job_id))
+        self.log = Tail(Path(f"{self.prefix}_0_log.out"))
+        self.bar: tqdm | None = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=config.train.steps, unit="step", desc=config.run.name, dynamic_ncols=True)
+
+    def follow(self) -> int:
+        """Returns the job's exit code: 0 done, 2 where a rank met a user's mistake, 1 anything else, Ctrl-C included."""
+        interrupted = incomplete = 0.0
+        while self._alive():
+            try:
+                self._show()
+                now = time.monotonic()
+                incomplete = (incomplete or now) if len(self._running()) < self.ranks else 0.0
+                if (incomplete and now - incomplete > GRACE_S) or (interrupted and now - interrupted > STOP_S):
+                    self._signal(signal.SIGKILL)
+                time.sleep(0.1)
+            except KeyboardInterrupt:
+                if interrupted:
+                    self._say("stopping at once")
+                    self._signal(signal.SIGKILL)
+                else:
+                    self._say("Ctrl-C: stopping after this step, with a checkpoint (again: at once, without)")
+                    self._signal(signal.SIGTERM)
+                interrupted = interrupted or time.monotonic()
+        self._show()
+        if self.bar is not None:
+            self.bar.close()
+        code = self._exit_code()
+        if code == 1:
+            self._explain()
+        return 1 if interrupted else code
+
+    def _alive(self) -> bool:
+        return self.controller.is_running() and self.controller.status() != psutil.STATUS_ZOMBIE
+
+    def _running(self) -> list[psutil.Process]:
+        """The ranks that live: the controller's descendants that run submitit's entry."""
+        found = []
+        with contextlib.suppress(psutil.Error):  # one that ends while we look
+            for child in self.controller.children(recursive=True):
+                if child.status() != psutil.STATUS_ZOMBIE and "submitit.core._submit" in child.cmdline():
+                    found.append(child)
+        return found
+
+    def _signal(self, number: int) -> None:
+        for rank in self._running():
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(number)
+
+    def _show(self) -> None:
+        for line in self.log.lines():
+            if line.startswith("submitit INFO"):
+                continue
+            if self.bar is None:
+                print(line, flush=True)
+            elif not self._advance(line):
+                self.bar.write(line, file=sys.stderr)
+
+    def _advance(self, line: str) -> bool:
+        """Move the bar to a console row's step; whether that is all there is to show of the line."""
+        row = re.match(r"step +(\d+)/\d+  (.*)  eta", line)
+        if row is None or self.bar is None:
+            return False
+        self.bar.set_postfix_str(row[2].replace("  ", ", "), refresh=False)
+        self.bar.update(int(row[1]) - self.bar.n)
+        return "val_loss" not in line
+
+    def _say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+    def _exit_code(self) -> int:
+        codes = [self._outcome(rank) for rank in range(self.ranks)]
+        return 2 if 2 in codes else int(any(code != 0 for code in codes))
+
+    def _outcome(self, rank: int) -> int | str | None:
+        """A rank's exit code; its traceback, where it raised; None where it was killed."""
+        result = Path(f"{self.prefix}_{rank}_result.pkl")
+        return pickle_load(result)[1] if result.exists() else None
+
+    def _explain(self) -> None:
+        """Which rank failed and how, whether the disk is full, and what there is to go on from."""
+        for rank in range(self.ranks):
+            outcome = self._outcome(rank)
+            if outcome is None:
+                _complain(f"rank {rank} was killed or crashed")
+            elif isinstance(outcome, str):
+                _complain(f"rank {rank}: {outcome.strip().splitlines()[-1]}")
+        if shutil.disk_usage(self.run_dir).free < 2**20:
+            _complain(f"no space left on the file system of {self.run_dir}")
+        newest = newest_checkpoint(self.run_dir)
+        left = f"the newest whole checkpoint is {newest}; launch again to go on from it" if newest else "no checkpoint yet"
+        _complain(f"the run failed; {left}. Logs: {self.prefix}_*_log.out")
+
+
+def _complain(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+class Tail:
+    """Whole lines of a growing file, as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset = path, 0
+
+    def lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            whole = file.read()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        return whole.decode(errors="replace").splitlines()

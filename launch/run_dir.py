@@ -1,0 +1,122 @@
+"""A run's directory before the run: snapshot of the config, whether a second launch may go on in it, job records."""
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from tptrain.config import Config, UserError, read_config, write_config
+from tptrain.config.load import write_atomically
+
+# What may change when a run is resumed; all else makes it another run.
+MAY_CHANGE = ("run", "parallel", "cluster", "logging", "checkpoint", "wandb")
+MAY_CHANGE_IN_TRAIN = ("steps", "micro_batch_size", "device", "eval_every", "eval_sequences")
+
+
+def claim(config: Config) -> None:
+    """Make the run directory and write the snapshot, or check that this launch goes on with the run that is there.
+
+    Raises UserError where the directory belongs to another config, is in use, or holds something else.
+    """
+    run_dir = Path(config.run.dir or ".")
+    snapshot = run_dir / "config.yaml"
+    if not snapshot.exists():
+        if run_dir.exists() and (not run_dir.is_dir() or _foreign(run_dir)):
+            raise UserError(f"run.dir={run_dir}: exists and is not a tptrain run. Choose another run.dir or run.name.")
+        try:
+            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir={run_dir}: cannot be made ({error.strerror}). Choose another run.dir.") from error
+        write_config(config, snapshot)
+        return
+    check_free(run_dir)
+    before = read_config(snapshot)
+    check_resume(before, config, run_dir)
+    if before != config:  # the old one is kept: nothing saved is overwritten
+        (run_dir / "logs").mkdir(exist_ok=True)
+        snapshot.replace(run_dir / "logs" / f"config-until-{time.strftime('%Y%m%d-%H%M%S')}.yaml")
+        write_config(config, snapshot)
+
+
+@contextlib.contextmanager
+def claimed(config: Config) -> Iterator[None]:
+    """`claim` for a submission: where that fails, a directory that it made is taken away again."""
+    run_dir = Path(config.run.dir or ".")
+    fresh = not run_dir.exists()
+    claim(config)
+    try:
+        yield
+    except UserError:
+        if fresh:
+            shutil.rmtree(run_dir)
+        raise
+
+
+def check_resume(before: Config, now: Config, run_dir: Path) -> None:
+    """Raises UserError where `now` is not the run that `before` started."""
+    old, new = _flat(asdict(before)), _flat(asdict(now))
+    for key in sorted(old.keys() | new.keys()):
+        group, _, rest = key.partition(".")
+        if group in MAY_CHANGE or (group == "train" and rest in MAY_CHANGE_IN_TRAIN) or key == "data.cache_dir":
+            continue
+        if old.get(key) != new.get(key):
+            raise UserError(
+                f"run.dir={run_dir}: belongs to a run with {key}={old.get(key)}, and this launch has "
+                f"{key}={new.get(key)}. Launch with the old value to resume it, or choose another run.dir or run.name."
+            )
+    if now.train.steps < before.train.steps:
+        raise UserError(
+            f"train.steps={now.train.steps}: fewer than the {before.train.steps} of the run in {run_dir}. "
+            "A resumed run may only be made longer."
+        )
+
+
+def check_free(run_dir: Path) -> None:
+    """Raises UserError while another process trains in the directory."""
+    lock = filelock.FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(
+            f"run.dir={run_dir}: a run is going on in it. Wait for it, stop it, or choose another run.dir."
+        ) from error
+    lock.release()
+
+
+def finished(config: Config) -> int | None:
+    """The last step of a run that is over, or None. Looks at committed checkpoints only."""
+    newest = newest_checkpoint(Path(config.run.dir or "."))
+    step = int(newest.removeprefix("step-")) if newest else 0
+    return step if step >= config.train.steps else None
+
+
+def newest_checkpoint(run_dir: Path) -> str | None:
+    names = [marker.parent.name for marker in run_dir.glob("checkpoints/step-*/commit.json")]
+    return max(names, key=lambda name: int(name.removeprefix("step-")), default=None)
+
+
+def record_job(run_dir: Path, **job: Any) -> None:
+    write_atomically(run_dir / "job.json", json.dumps(job))
+
+
+def read_job(run_dir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run_dir / "job.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _foreign(run_dir: Path) -> bool:
+    return any(entry.name not in ("logs", ".lock") for entry in run_dir.iterdir())
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict) or not node:
+        return {prefix.removesuffix("."): node}
+    return {key: value for name, below in node.items() for key, value in _flat(below, f"{prefix}{name}.").items()}

@@ -1,0 +1,93 @@
+"""`cluster=slurm`: one Slurm job, through submitit; its ranks run directly under srun."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from launch.job import Entry, run_rank, shell_lines
+from launch.run_dir import read_job, record_job
+from tptrain.config import Config, UserError
+
+
+def check(config: Config) -> None:
+    """Whether Slurm is here and knows the partition. Raises UserError."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "cluster=slurm: `sbatch` was not found. Run this on a login node of the cluster, or use cluster=local."
+        )
+    partitions = _ask("sinfo", "--noheader", "--format=%R").split()
+    wanted = config.cluster.partition
+    if wanted is not None and not set(wanted.split(",")) <= set(partitions):
+        known = ", ".join(sorted(set(partitions)))
+        raise UserError(f"cluster.partition={wanted}: unknown to Slurm. Known: {known}.")
+
+
+def check_not_queued(run_dir: Path) -> None:
+    """Raises UserError where the run's last job still waits or runs."""
+    job = read_job(run_dir)
+    if job.get("kind") != "slurm" or shutil.which("squeue") is None:
+        return
+    shown = subprocess.run(
+        ["squeue", "--noheader", f"--jobs={job['id']}", "--format=%T"], capture_output=True, text=True, check=False
+    )  # squeue fails for a job so old that Slurm has forgotten it
+    if state := shown.stdout.strip():
+        raise UserError(
+            f"run.dir={run_dir}: its job {job['id']} is {state.lower()}. Wait for it, or `scancel {job['id']}` first."
+        )
+
+
+def submit(config: Config, entry: Entry) -> submitit.Job[int]:
+    """Submit with sbatch. Raises UserError with Slurm's own words where it refuses."""
+    run_dir = Path(config.run.dir or ".")
+    executor = submitit.SlurmExecutor(run_dir / "logs")
+    executor.update_parameters(**_parameters(config))
+    try:
+        job = executor.submit(run_rank, entry, str(run_dir), {})
+    except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+        words = getattr(error, "stderr", None) or str(error)
+        reason = next((line for line in words.splitlines() if "error" in line.lower()), words.strip())
+        raise UserError(f"cluster: Slurm refuses the job: {reason.strip()}") from error
+    record_job(run_dir, kind="slurm", id=job.job_id)
+    return job
+
+
+def _parameters(config: Config) -> dict[str, Any]:
+    cluster = config.cluster
+    further: dict[str, Any] = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}
+    if cluster.time is not None:
+        further["time"] = cluster.time
+    if cluster.mem is not None:
+        further["mem"] = cluster.mem
+    # A rank that dies must not leave the others hanging in a collective.
+    srun_args = ["--kill-on-bad-exit=1"]
+    if cluster.cpus_per_task:  # since Slurm 22.05 srun does not take it over from sbatch
+        srun_args.append(f"--cpus-per-task={cluster.cpus_per_task}")
+    return {
+        "job_name": config.run.name,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.tasks_per_node,
+        "gpus_per_node": cluster.gpus_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "time": None,  # submitit's default is 5 minutes; ours is the partition's
+        "wckey": None,
+        "setup": shell_lines(config),
+        "srun_args": srun_args,
+        "stderr_to_stdout": True,
+        "additional_parameters": further,
+    }
+
+
+def _ask(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"cluster=slurm: Slurm does not answer: {error.stderr.strip()}") from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"cluster=slurm: `{command[0]}` gave no answer in {error.timeout:.0f} s.") from error

@@ -1,0 +1,1 @@
+"""Tensor-parallel training of transformer language models on Slurm clusters."""

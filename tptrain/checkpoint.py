@@ -1,0 +1,300 @@
+"""Sharded checkpoints: one file a rank, written by `torch.distributed.checkpoint`, counted only once committed.
+
+A checkpoint is a folder `step-00000100/` with `__<rank>_0.distcp` (tensors), `.metadata` (torch's index),
+`config.yaml`, and `commit.json`: step, topology and the size and checksum of every file. `commit.json` is written last,
+after all bytes are durable, so its presence means that the checkpoint is whole; its checksums mean that it still is.
+Local slices are viewed as DTensors for the call, which lets torch load them at any other legal topology.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from tptrain.config import Config, write_config
+from tptrain.config.load import write_atomically
+from tptrain.layers import ShardSpec, parameters
+from tptrain.mesh import Mesh
+
+COMMIT = "commit.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written. Earlier ones are untouched."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What `commit.json` says."""
+
+    step: int
+    samples: int  # training sequences consumed: the position in the data
+    world: int
+    tp: int
+    files: dict[str, list[Any]]  # name -> [bytes, xxh3_128 hex]
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def committed(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first. Says nothing of whether their bytes are still good."""
+    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted((path for path in found if (path / COMMIT).exists()), key=lambda path: int(path.name[5:]))
+
+
+# --------------------------------------------------------------------------------------------------------------- saving
+
+
+def save(
+    folder: Path, step: int, samples: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, mesh: Mesh
+) -> Path:
+    """Write and commit the state after `step` steps, then delete all but the newest `checkpoint.keep`.
+
+    Every rank calls it. Raises CheckpointError, on every rank, where any rank could not write; what it wrote is removed.
+    """
+    target = step_folder(folder, step)
+    if (target / COMMIT).exists():  # all ranks see the same file: the last barrier of `save` was after it was written
+        mesh.barrier()
+        return target
+
+    def on_main(work: Callable[[], None]) -> None:
+        _agreed(work if mesh.is_main else lambda: None, target, mesh)
+
+    try:
+        on_main(lambda: _make_empty(target))
+        _agreed(lambda: _write(target, _state(model, optimizer, mesh) | _rng_state(mesh), mesh), target, mesh)
+        entries: dict[str, list[Any]] = {}
+
+        def measure() -> None:
+            mine = target.glob(f"__{mesh.rank}_*.distcp")
+            entries.update({file.name: _measure(file) for file in mine})
+
+        _agreed(measure, target, mesh)
+        files = {name: entry for part in mesh.gather(entries) for name, entry in part.items()}
+        on_main(lambda: _commit(target, Commit(step, samples, mesh.world, mesh.tp, files), config))
+    except CheckpointError:
+        if mesh.is_main:
+            shutil.rmtree(target, ignore_errors=True)
+        mesh.barrier()
+        raise
+    if mesh.is_main:
+        _prune(folder, config.checkpoint.keep)
+    mesh.barrier()
+    return target
+
+
+def _agreed(work: Callable[[], None], target: Path, mesh: Mesh) -> None:
+    """Run `work` on every rank; where it fails on one, raise the same CheckpointError on all."""
+    problem = None
+    try:
+        work()
+    except (OSError, CheckpointException) as error:
+        problem = _plain(error)
+    problems = [found for found in mesh.gather(problem) if found]
+    if problems:
+        raise CheckpointError(f"checkpoint {target.name} was not saved: {problems[0]}")
+
+
+def _plain(error: BaseException) -> str:
+    """One sentence out of an OSError or torch's bundle of every rank's exceptions."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+    for failure, _ in failures:
+        # torch's zip writer reports a full disk as a RuntimeError of its own
+        if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "file write failed" in str(failure):
+            return "no space left on the device. Free some, or lower checkpoint.keep, and launch again"
+    return "; ".join(f"{type(failure).__name__}: {failure}" for failure, _ in failures)
+
+
+def _make_empty(target: Path) -> None:
+    if target.exists():  # an attempt that died before it committed
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+
+
+def _write(target: Path, state: dict[str, Any], mesh: Mesh) -> None:
+    writer = dcp.FileSystemWriter(target, single_file_per_rank=True, sync_files=True)
+    with _quiet():
+        dcp.save(state, storage_writer=writer, process_group=mesh.control, no_dist=mesh.control is None)
+
+
+def _commit(target: Path, commit: Commit, config: Config) -> None:
+    write_config(config, target / "config.yaml")
+    for name in (".metadata", "config.yaml"):
+        _sync(target / name)
+        commit.files[name] = _measure(target / name)
+    _sync(target)
+    body = asdict(commit)
+    write_atomically(target / COMMIT, json.dumps({"commit": body, "xxh3_128": _digest(body)}, indent=1))
+    _sync(target)
+    _sync(target.parent)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Delete the oldest. The marker goes first, so that a folder half deleted counts for nothing."""
+    checkpoints = committed(folder)
+    for old in checkpoints[:-keep]:
+        (old / COMMIT).unlink()
+    for path in folder.glob("step-*"):
+        if not (path / COMMIT).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _measure(file: Path) -> list[Any]:
+    digest, length = xxhash.xxh3_128(), 0
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            digest.update(block)
+            length += len(block)
+    return [length, digest.hexdigest()]
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_newest(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mesh: Mesh,
+    say: Callable[[str], None],
+) -> Commit | None:
+    """Load the newest checkpoint that is committed and undamaged, at whatever topology it was saved.
+
+    Every rank calls it; `say` gets a line on each checkpoint that is passed over. None where there is no good one.
+    """
+    (candidates,) = mesh.gather(committed(folder))[:1]  # rank 0's listing, for all
+    unfinished = [path for path in sorted(folder.glob("step-*")) if not (path / COMMIT).exists()]
+    if unfinished:
+        say(f"warning: ignoring {', '.join(path.name for path in unfinished)}: never committed (a save was cut off)")
+    for path in reversed(candidates):
+        commit = read_commit(path)
+        if isinstance(commit, str):
+            problem = commit
+        else:  # each rank reads a part of the files
+            names = sorted(commit.files)[mesh.rank :: mesh.world]
+            problems = (damage(path / name, *commit.files[name]) for name in names)
+            found = mesh.gather(next((problem for problem in problems if problem), None))
+            problem = next((problem for problem in found if problem), None)
+        if problem is None:
+            assert isinstance(commit, Commit)
+            _read(path, model, optimizer, mesh, commit)
+            return commit
+        say(f"warning: checkpoint {path.name} is damaged and is not used: {problem}")
+    if candidates:
+        raise CheckpointError(f"none of the {len(candidates)} checkpoints in {folder} is whole; see the lines above")
+    return None
+
+
+def read_commit(path: Path) -> Commit | str:
+    """The commit marker of a checkpoint, or what is wrong with it."""
+    try:
+        content = json.loads((path / COMMIT).read_text())
+        body = content["commit"]
+        if content["xxh3_128"] != _digest(body):
+            return f"{COMMIT}: its checksum differs from the one written in it"
+        return Commit(**body)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{COMMIT}: unreadable ({type(error).__name__}: {error})"
+
+
+def damage(file: Path, length: int, digest: str) -> str | None:
+    """What is wrong with a file of a checkpoint, or None."""
+    if not file.exists():
+        return f"{file.name}: missing"
+    if (actual := file.stat().st_size) != length:
+        return f"{file.name}: {actual} bytes instead of {length}"
+    if (found := _measure(file)[1]) != digest:
+        return f"{file.name}: checksum {found} instead of {digest}"
+    return None
+
+
+def _read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, commit: Commit) -> None:
+    state: dict[str, Any] = _state(model, optimizer, mesh)
+    same_ranks = commit.world == mesh.world
+    rng = _rng_state(mesh) if same_ranks else {}
+    with _quiet():
+        reader = dcp.FileSystemReader(path)
+        dcp.load(state | rng, storage_reader=reader, process_group=mesh.control, no_dist=mesh.control is None)
+    for p in (p for _, p in parameters(model)):
+        optimizer.state[p]["step"].fill_(commit.step)
+    if same_ranks:  # at another world size there is no such thing as "the" state of a rank: keep the seeded one
+        torch.set_rng_state(rng[f"rng/{mesh.rank}/cpu"])
+        if mesh.device.type == "cuda":
+            torch.cuda.set_rng_state(rng[f"rng/{mesh.rank}/cuda"], mesh.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------- state
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> dict[str, Any]:
+    """Views of the parameters and moments: what dcp writes from and loads into, in place."""
+    state: dict[str, Any] = {}
+    for name, p in parameters(model):
+        state[f"model/{name}"] = _view(p.detach(), p.spec, mesh)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[f"optim/{name}/{moment}"] = _view(optimizer.state[p][moment], p.spec, mesh)
+    return state
+
+
+def _rng_state(mesh: Mesh) -> dict[str, Tensor]:
+    state = {f"rng/{mesh.rank}/cpu": torch.get_rng_state()}
+    if mesh.device.type == "cuda":
+        state[f"rng/{mesh.rank}/cuda"] = torch.cuda.get_rng_state(mesh.device)
+    return state
+
+
+def _view(local: Tensor, spec: ShardSpec, mesh: Mesh) -> Tensor:
+    """A slice as a DTensor over a (dp, slice, replica) grid. dcp writes each slice once, whichever ranks hold it."""
+    if mesh.control is None:
+        return local
+    grid = torch.arange(mesh.world).view(mesh.dp, spec.slices, spec.replicas)
+    # Without process groups: the view only tells dcp which part of the global tensor this is.
+    device_mesh = DeviceMesh(local.device.type, grid, mesh_dim_names=("dp", "slice", "replica"), _init_backend=False)
+    stride = torch.empty(spec.shape, device="meta").stride()
+    return DTensor.from_local(
+        local,
+        device_mesh,
+        [Replicate(), Shard(spec.dim), Replicate()],
+        run_check=False,
+        shape=torch.Size(spec.shape),
+        stride=stride,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.distributed.checkpoint warns of its own internals on every call."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\.distributed")
+        yield
+
+

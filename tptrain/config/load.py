@@ -1,0 +1,183 @@
+"""From Hydra overrides, or from a run's snapshot, to one `Config` object."""
+
+import dataclasses
+import difflib
+import functools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tptrain.config.errors import UserError
+from tptrain.config.schema import Config, kv_heads
+
+FREE_MAPPINGS = ("cluster.env", "cluster.sbatch")  # any key may stand below these
+
+
+def config_dir() -> Path:
+    """The folder of YAML groups: packed into the wheel, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    packed = package / "conf"
+    return packed if packed.is_dir() else package.parent / "conf"
+
+
+def load_config(overrides: Sequence[str]) -> Config:
+    """Compose a `Config` out of the defaults list and `overrides`, with names and paths filled in.
+
+    Raises UserError for an unknown key or group, a value of the wrong type or an override that does not parse.
+    """
+    parsed = [_parse(text) for text in overrides]
+    lines = [_checked(override) for override in parsed]
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            composed = compose("config", overrides=lines)
+        config = cast(Config, OmegaConf.to_object(composed))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error)) from error
+    _fill_in(config)
+    return config
+
+
+def read_config(path: Path) -> Config:
+    """The snapshot of a run. Raises UserError where the file is missing or is not a tptrain config."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        return cast(Config, OmegaConf.to_object(merged))
+    except (OSError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{path} is not a readable snapshot of a run: {error}") from error
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML, atomically."""
+    write_atomically(path, to_yaml(config))
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` in one step that survives a crash: a reader sees the old text or the new one, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------- overrides
+
+
+@functools.cache
+def known_keys() -> tuple[str, ...]:
+    """Every settable key, dotted, leaves and nodes."""
+
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        for item in dataclasses.fields(node):
+            key = f"{prefix}{item.name}"
+            yield key
+            value = getattr(node, item.name)
+            if dataclasses.is_dataclass(value):
+                yield from walk(value, f"{key}.")
+
+    return tuple(walk(Config(), ""))
+
+
+def _groups() -> dict[str, list[str]]:
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(config_dir().iterdir())
+        if folder.is_dir()
+    }
+
+
+def _parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise UserError(
+            f"{text!r} is not an override. Write key=value (lists as 'key=[a,b]', odd characters in quotes)."
+        ) from error
+
+
+def _checked(override: Override) -> str:
+    """The override's text for Hydra, once its key is known to exist. Raises UserError otherwise."""
+    key, text = override.key_or_group, cast(str, override.input_line)
+    if override.is_sweep_override():
+        raise UserError(f"{text}: a sweep over several values is not supported; launch one run for each value.")
+    groups = _groups()
+    if key in groups:
+        value = override.value()
+        if isinstance(value, str) and value not in groups[key]:
+            near = _nearest(value, groups[key])
+            raise UserError(f"{key}={value}: there is no such {key}.{near} Known: {', '.join(groups[key])}.")
+        return text
+    if any(key.startswith(f"{mapping}.") for mapping in FREE_MAPPINGS):
+        return f"++{text.lstrip('+')}"
+    if key not in known_keys() and not key.startswith("hydra."):
+        raise UserError(f"{key}: unknown key.{_nearest(key, known_keys())} `python -m tptrain config` lists all keys.")
+    return text
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    leaf = word.rsplit(".", 1)[-1]
+    found = [key for key in known if key.rsplit(".", 1)[-1] == leaf]  # the wrong group: train.lr for optim.lr
+    found = found or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    found = found or [key for key in known if difflib.get_close_matches(leaf, [key.rsplit(".", 1)[-1]])]
+    return f" Did you mean {found[0]}?" if found else ""
+
+
+def _explain(error: BaseException) -> str:
+    """One line out of Hydra's chain of exceptions: the key, and what is wrong with its value."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    key = getattr(error, "full_key", None)
+    text = (getattr(error, "msg", None) or str(error)).split("\n")[0]
+    return f"{key}: {text}" if key else text
+
+
+# ---------------------------------------------------------------------------------------------------------- filling in
+
+
+def _fill_in(config: Config) -> None:
+    """Settle what depends on other settings or on the working directory, so that the snapshot stands by itself."""
+    if config.model.num_key_value_heads is None:
+        config.model.num_key_value_heads = kv_heads(config.model)
+    if config.run.dir is None:
+        config.run.name = config.run.name or f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        config.run.dir = f"runs/{config.run.name}"
+    config.run.dir = _absolute(config.run.dir)
+    config.run.name = config.run.name or Path(config.run.dir).name
+    config.data.cache_dir = _absolute(config.data.cache_dir)
+    config.data.files = [_absolute(file) for file in config.data.files]
+    if config.data.tokenizer != "bytes":
+        config.data.tokenizer = _absolute(config.data.tokenizer)
+    if config.data.name and Path(config.data.name).is_dir():
+        config.data.name = _absolute(config.data.name)
+    if config.data.source == "stdlib":  # another Python on another node would read another text
+        config.data.name = f"python-{sys.version_info.major}.{sys.version_info.minor}"
+    cluster = config.cluster
+    if cluster.tasks_per_node is None:
+        cluster.tasks_per_node = cluster.gpus_per_node or (config.parallel.tp if cluster.nodes == 1 else None)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

@@ -1,0 +1,178 @@
+"""Every setting there is, with its type, default and bounds.
+
+Model fields carry the names of Hugging Face's `config.json`. Sizes count elements, batch sizes count sequences.
+A field made by `number` names the bounds that `validate` enforces; nothing else in the project repeats them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def number(default: Any, *, least: float | None = None, above: float | None = None, most: float | None = None) -> Any:
+    """A numeric field with inclusive bounds `least` and `most`, or the exclusive lower bound `above`."""
+    bounds = {"least": least, "above": above, "most": most}
+    return field(default=default, metadata={k: v for k, v in bounds.items() if v is not None})
+
+
+def size(default: Any) -> Any:
+    """A count of at least one."""
+    return number(default, least=1)
+
+
+def choice(default: Any, *options: str) -> Any:
+    """A string out of a fixed list."""
+    return field(default=default, metadata={"options": options})
+
+
+@dataclass
+class RunConfig:
+    name: str | None = None  # default: model name and time of the launch
+    dir: str | None = None  # default: runs/<name>; on a file system that every node sees
+
+
+@dataclass
+class RopeScaling:
+    """Llama 3.1's stretching of the rotary frequencies (Hugging Face `rope_scaling`, `rope_type: llama3`)."""
+
+    rope_type: str = choice("default", "default", "llama3")  # default: no stretching
+    factor: float = number(8.0, above=0)
+    low_freq_factor: float = number(1.0, above=0)
+    high_freq_factor: float = number(4.0, above=0)
+    original_max_position_embeddings: int = size(8192)
+
+
+@dataclass
+class ModelConfig:
+    name: str = "tiny"
+    vocab_size: int = size(257)  # before padding; see `padded_vocab_size`
+    hidden_size: int = size(256)
+    num_hidden_layers: int = size(4)
+    num_attention_heads: int = size(8)
+    num_key_value_heads: int | None = size(None)  # None: as many as attention heads (MHA); 1 is MQA
+    head_dim: int | None = size(None)  # None: hidden_size / num_attention_heads
+    intermediate_size: int = size(704)
+    max_position_embeddings: int = size(2048)
+    position_embedding: str = choice("rope", "rope", "learned")
+    rope_theta: float = number(10000.0, above=0)
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    norm: str = choice("rmsnorm", "rmsnorm", "layernorm")
+    rms_norm_eps: float = number(1e-5, above=0)  # of every norm, whichever its kind
+    hidden_act: str = choice("silu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+    gated_ffn: bool = True  # silu: SwiGLU; a gelu: GeGLU; False: two linears with the activation between
+    attention_bias: bool = False  # on the q, k, v and output projections
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head's query and key, as in Qwen3
+    tie_word_embeddings: bool = False
+    initializer_range: float = number(0.02, above=0)  # standard deviation; see layers.py for the residual projections
+
+
+@dataclass
+class ParallelConfig:
+    tp: int = size(1)
+    backend: str = choice("auto", "auto", "nccl", "gloo")  # auto: nccl on cuda, gloo on cpu
+
+
+@dataclass
+class DataConfig:
+    source: str = choice("stdlib", "stdlib", "files", "hub")
+    files: list[str] = field(default_factory=list)  # source=files: paths or globs of .txt .jsonl .json .parquet
+    name: str | None = None  # source=hub: the data set's name, or a local directory that `datasets` can load
+    subset: str | None = None  # source=hub
+    split: str = "train"  # source=hub
+    text_column: str = "text"
+    tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer.json
+    eod_token: str | None = None  # end of document, for tokenizer.json; None: the usual names are tried
+    validation_fraction: float = number(0.02, above=0, most=0.5)
+    cache_dir: str = "runs/.data"  # packed tokens, shared by all runs that read the same data
+
+
+@dataclass
+class OptimConfig:
+    lr: float = number(1e-3, above=0)
+    schedule: str = choice("cosine", "cosine", "linear", "constant")
+    warmup_steps: int = number(20, least=0)
+    min_lr_ratio: float = number(0.1, least=0, most=1)  # of lr, reached at the last step of cosine and linear
+    beta1: float = number(0.9, least=0, most=0.9999999)
+    beta2: float = number(0.95, least=0, most=0.9999999)
+    eps: float = number(1e-8, above=0)
+    weight_decay: float = number(0.1, least=0)  # of matrices; vectors (norms, biases) are not decayed
+    grad_clip: float = number(1.0, least=0)  # largest global gradient norm; 0: no clipping
+
+
+@dataclass
+class TrainConfig:
+    steps: int = size(300)
+    seq_len: int = size(256)
+    global_batch_size: int = size(16)
+    micro_batch_size: int = size(16)  # sequences a rank runs at once
+    precision: str = choice("fp32", "fp32", "bf16")
+    seed: int = number(0, least=0)
+    device: str = choice("auto", "auto", "cpu", "cuda")
+    eval_every: int = number(100, least=0)  # steps between validations; 0: never
+    eval_sequences: int = size(64)  # held-out sequences a validation reads
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = number(100, least=0)  # steps between checkpoints; 0: only the last step's
+    keep: int = size(2)  # newest committed checkpoints left on disk
+
+
+@dataclass
+class LoggingConfig:
+    every: int = size(10)  # steps between rows of metrics.jsonl
+
+
+@dataclass
+class WandbConfig:
+    mode: str = choice("auto", "auto", "online", "offline", "disabled")  # auto: online with a login, else offline
+    project: str = "tptrain"
+    entity: str | None = None
+
+
+@dataclass
+class ClusterConfig:
+    kind: str = choice("local", "local", "slurm")
+    nodes: int = size(1)
+    tasks_per_node: int | None = size(None)  # ranks; None: gpus_per_node, else parallel.tp on one node
+    gpus_per_node: int | None = size(None)
+    cpus_per_task: int | None = size(None)
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | None = None  # minutes, [D-]HH:MM[:SS] or MM:SS, as sbatch reads it; None: the partition's default
+    mem: str | None = None  # a node's memory, e.g. 200G
+    setup: list[str] = field(default_factory=list)  # shell lines before the trainer starts (module load ...)
+    env: dict[str, str] = field(default_factory=dict)  # environment variables of every rank; no secrets
+    sbatch: dict[str, Any] = field(default_factory=dict)  # any further sbatch option, e.g. {exclude: n7, requeue: true}
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+VOCAB_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding: rounded up to a fixed multiple, so that the shape never depends on the TP degree."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def kv_heads(model: ModelConfig) -> int:
+    return model.num_key_value_heads or model.num_attention_heads
+
+
+def head_dim(model: ModelConfig) -> int:
+    return model.head_dim or model.hidden_size // model.num_attention_heads

@@ -1,0 +1,247 @@
+"""Every check that can be made before a job is submitted. Imports no torch and opens as little as it can."""
+
+import dataclasses
+import glob
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tptrain.config.errors import UserError
+from tptrain.config.schema import Config, DataConfig, ModelConfig, RopeScaling, head_dim, kv_heads, padded_vocab_size
+
+FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SLURM_ONLY = ("partition", "account", "qos", "constraint", "mem", "cpus_per_task", "sbatch")
+SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSW|CREDENTIAL)", re.IGNORECASE)
+
+
+def validate(config: Config) -> None:
+    """Raise UserError for the first setting that cannot work, in the order a reader would fix them."""
+    _check_bounds(config, "")
+    _check_model(config.model, config.parallel.tp)
+    _check_train(config)
+    _check_secrets(config)
+    _check_data(config)
+
+
+def check_cluster(config: Config) -> None:
+    """What `launch` asks of the machine or of Slurm, as far as the config alone tells. Raises UserError."""
+    cluster = config.cluster
+    if cluster.kind == "local":
+        if cluster.nodes != 1:
+            raise UserError(f"cluster.nodes={cluster.nodes}: cluster=local is one machine. Use cluster=slurm.")
+        for key in SLURM_ONLY:
+            if getattr(cluster, key):
+                raise UserError(f"cluster.{key}: only Slurm knows it. Use cluster=slurm or leave it out.")
+    if cluster.time is not None:
+        minutes(cluster.time)
+    if cluster.tasks_per_node is None:
+        raise UserError(
+            f"cluster.tasks_per_node: not set, and cluster.nodes={cluster.nodes}. "
+            "Set it to the number of ranks (GPUs) a node runs."
+        )
+    check_topology(config, cluster.nodes * cluster.tasks_per_node)
+
+
+def minutes(limit: str) -> int:
+    """A time limit as sbatch reads it (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S), in minutes, rounded up."""
+    days, dash, clock = limit.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
+        raise UserError(f"cluster.time={limit}: not a time limit. Write minutes, H:MM:SS or D-HH:MM:SS.")
+    numbers = [int(part) for part in parts]
+    if dash:  # days-hours[:minutes[:seconds]]
+        hours, mins, seconds = (numbers + [0, 0])[:3]
+        hours += 24 * int(days)
+    else:  # minutes, minutes:seconds or hours:minutes:seconds
+        hours, mins, seconds = (numbers if len(numbers) == 3 else [0, *numbers, 0])[:3]
+    return hours * 60 + mins + (seconds > 0)
+
+
+def check_topology(config: Config, world: int) -> None:
+    """Whether `world` ranks can run this config. Raises UserError."""
+    tp, train = config.parallel.tp, config.train
+    if world % tp:
+        raise UserError(
+            f"parallel.tp={tp}: does not divide the {world} ranks of this run "
+            "(cluster.nodes x cluster.tasks_per_node). Use a multiple of parallel.tp ranks."
+        )
+    dp = world // tp
+    if train.global_batch_size % (train.micro_batch_size * dp):
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size}: not divisible by train.micro_batch_size x data-parallel "
+            f"degree = {train.micro_batch_size} x {dp}. Change train.global_batch_size or train.micro_batch_size."
+        )
+
+
+def _check_bounds(node: Any, prefix: str) -> None:
+    for item in dataclasses.fields(node):
+        key, value, rule = f"{prefix}{item.name}", getattr(node, item.name), item.metadata
+        if dataclasses.is_dataclass(value):
+            _check_bounds(value, f"{key}.")
+        elif value is None:
+            continue
+        elif "options" in rule and value not in rule["options"]:
+            raise UserError(f"{key}={value}: must be one of {', '.join(rule['options'])}.")
+        elif "least" in rule and not value >= rule["least"]:
+            raise UserError(f"{key}={value}: must be at least {rule['least']}.")
+        elif "above" in rule and not value > rule["above"]:
+            raise UserError(f"{key}={value}: must be greater than {rule['above']}.")
+        elif "most" in rule and not value <= rule["most"]:
+            raise UserError(f"{key}={value}: must be at most {rule['most']}.")
+
+
+def _check_model(model: ModelConfig, tp: int) -> None:
+    heads, groups = model.num_attention_heads, kv_heads(model)
+    if model.head_dim is None and model.hidden_size % heads:
+        raise UserError(
+            f"model.num_attention_heads={heads}: does not divide model.hidden_size={model.hidden_size}. "
+            "Change one of them or set model.head_dim."
+        )
+    if heads % groups:
+        raise UserError(
+            f"model.num_key_value_heads={groups}: does not divide model.num_attention_heads={heads}. Use a divisor."
+        )
+    if model.position_embedding == "rope" and head_dim(model) % 2:
+        raise UserError(f"model.head_dim={head_dim(model)}: rotary positions need an even head_dim.")
+    scaling = model.rope_scaling
+    if scaling.rope_type == "default" and scaling != RopeScaling():
+        raise UserError("model.rope_scaling: has no effect with rope_type=default. Set model.rope_scaling.rope_type=llama3.")
+    if scaling.rope_type != "default" and model.position_embedding != "rope":
+        raise UserError("model.rope_scaling: has no effect on learned positions. Set model.rope_scaling.rope_type=default.")
+    if tp > heads:
+        raise UserError(f"parallel.tp={tp}: more than model.num_attention_heads={heads}. Use at most {heads}.")
+    if heads % tp:
+        raise UserError(
+            f"parallel.tp={tp}: does not divide model.num_attention_heads={heads}. Use {_divisors(heads)}."
+        )
+    if groups % tp and tp % groups:
+        raise UserError(
+            f"parallel.tp={tp}: neither divides model.num_key_value_heads={groups} nor is divided by it. "
+            "Choose a tp for which one divides the other."
+        )
+    if model.intermediate_size % tp:
+        raise UserError(
+            f"parallel.tp={tp}: does not divide model.intermediate_size={model.intermediate_size}. Use a divisor."
+        )
+    if padded_vocab_size(model.vocab_size) % tp:
+        raise UserError(
+            f"parallel.tp={tp}: does not divide the padded vocabulary of {padded_vocab_size(model.vocab_size)} rows "
+            f"(model.vocab_size={model.vocab_size}). Use a power of two."
+        )
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def _check_train(config: Config) -> None:
+    model, train = config.model, config.train
+    if train.seq_len > model.max_position_embeddings:
+        raise UserError(
+            f"train.seq_len={train.seq_len}: longer than model.max_position_embeddings="
+            f"{model.max_position_embeddings}. Shorten it or raise the model's limit."
+        )
+    if config.parallel.backend == "nccl" and train.device == "cpu":
+        raise UserError("parallel.backend=nccl: needs train.device=cuda. Use parallel.backend=gloo on the cpu.")
+
+
+def _check_secrets(config: Config) -> None:
+    """The config is written to disk and into the job script, so no secret may pass through it."""
+    advice = "Export it in your shell instead: jobs inherit the environment, and nothing writes it down."
+    for name in config.cluster.env:
+        if SECRET_NAME.search(name):
+            raise UserError(f"cluster.env.{name}: looks like a secret and would land in the run directory. {advice}")
+    for line in config.cluster.setup:
+        assigned = re.match(r"\s*(?:export\s+)?(\w+)=", line)
+        if assigned and SECRET_NAME.search(assigned[1]):
+            raise UserError(f"cluster.setup: sets {assigned[1]}, which looks like a secret. {advice}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    tokens = tokenizer_size(data)
+    if tokens > config.model.vocab_size:
+        raise UserError(
+            f"data.tokenizer={data.tokenizer}: has {tokens} tokens, more than model.vocab_size="
+            f"{config.model.vocab_size}. Set model.vocab_size={tokens} or choose the model's own tokenizer."
+        )
+    if data.source == "hub" and not data.name:
+        raise UserError("data.name: not set. data=hub needs the name of a Hugging Face data set.")
+    if data.source == "files":
+        _check_files(data)
+    elif data.files:
+        raise UserError(f"data.files: only data=files reads them, and data.source={data.source}. Add data=files.")
+
+
+def tokenizer_size(data: DataConfig) -> int:
+    """Number of token ids, the end-of-document token included."""
+    if data.tokenizer == "bytes":
+        return 257
+    path = Path(data.tokenizer)
+    if not path.is_file():
+        raise UserError(f"data.tokenizer={path}: no such file. Give `bytes` or the path of a tokenizer.json.")
+    try:
+        content = json.loads(path.read_text())
+        ids = [entry["id"] for entry in content.get("added_tokens", [])]
+        vocab = content["model"]["vocab"]
+        ids += vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        return max(ids) + 1
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"data.tokenizer={path}: not a Hugging Face tokenizer.json ({error}).") from error
+
+
+def data_files(data: DataConfig) -> list[Path]:
+    """The files that `data.files` names, globs expanded, sorted within each. Raises UserError for one that is not."""
+    found: list[Path] = []
+    for pattern in data.files:
+        matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+        if not matches:
+            raise UserError(f"data.files={pattern}: no such file.")
+        found += [match for match in matches if match.is_file()]
+    return list(dict.fromkeys(found))
+
+
+def _check_files(data: DataConfig) -> None:
+    if not data.files:
+        raise UserError("data.files: empty. Give files, e.g. 'data.files=[corpus/*.jsonl]'.")
+    files = data_files(data)
+    for file in files:
+        if file.suffix not in FORMATS:
+            raise UserError(f"data.files={file}: unknown format. Use one of {', '.join(FORMATS)}.")
+    if len({FORMATS[file.suffix] for file in files}) > 1:
+        raise UserError("data.files: mixes formats. Give files of one format (.json and .jsonl count as one).")
+    if sum(file.stat().st_size for file in files) == 0:
+        raise UserError(f"data.files={','.join(map(str, files))}: empty, there is nothing to train on.")
+    first = next(file for file in files if file.stat().st_size)
+    columns = _columns(first)
+    if columns is not None and data.text_column not in columns:
+        raise UserError(
+            f"data.text_column={data.text_column}: {first} has no such column. It has {', '.join(sorted(columns))}."
+        )
+
+
+def _columns(file: Path) -> set[str] | None:
+    """Column names out of the head of a file; None for plain text, or where the head does not tell."""
+    if FORMATS[file.suffix] == "text":
+        return None
+    if FORMATS[file.suffix] == "parquet":
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+
+        try:
+            return set(parquet.read_schema(file).names)
+        except (arrow.ArrowException, OSError) as error:
+            raise UserError(f"data.files={file}: not a parquet file ({error}).") from error
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        head = opened.read(1 << 20).lstrip().removeprefix("[").lstrip()
+    try:
+        record, _ = json.JSONDecoder().raw_decode(head)
+    except ValueError as error:
+        if len(head) >= 1 << 19:  # one record longer than the head we read
+            return None
+        raise UserError(f"data.files={file}: not JSON ({error}).") from error
+    return set(record) if isinstance(record, dict) else set()

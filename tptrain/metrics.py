@@ -1,0 +1,222 @@
+"""What a run reports: `metrics.jsonl`, console lines, wandb, and the figures in them. Rank 0 only."""
+
+import json
+import math
+import os
+import queue
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tptrain.config import Config, ModelConfig
+from tptrain.config.load import write_atomically
+from tptrain.config.schema import head_dim, kv_heads, padded_vocab_size
+
+Row = dict[str, Any]
+
+# Dense peak in TFLOP/s, (bf16, fp32 without TF32), of the vendors' data sheets. A device matches by name, first hit wins.
+PEAK_TFLOPS = {
+    "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
+    "H100": (989, 67),
+    "H200": (989, 67),
+    "GH200": (989, 67),
+    "B200": (2250, 80),
+    "A100": (312, 19.5),
+    "L40S": (362, 92),
+    "A10G": (70, 31),
+    "A10": (125, 31),
+}
+
+
+def flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Forward and backward: 6 for each weight that multiplies, and 12 L H d T for attention scores and values.
+
+    PaLM's count (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): the causal half that a kernel skips is counted.
+    """
+    d = head_dim(model)
+    attention = model.hidden_size * d * (2 * model.num_attention_heads + 2 * kv_heads(model))
+    ffn = model.hidden_size * model.intermediate_size * (3 if model.gated_ffn else 2)
+    head = model.hidden_size * padded_vocab_size(model.vocab_size)
+    weights = model.num_hidden_layers * (attention + ffn) + head
+    scores = 12 * model.num_hidden_layers * model.num_attention_heads * d * seq_len
+    return 6.0 * weights + scores
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's dense peak in FLOP/s, or None where it is not known (a cpu among them)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = next((peaks for key, peaks in PEAK_TFLOPS.items() if key in name), None)
+    return found[0 if precision == "bf16" else 1] * 1e12 if found else None
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GiB: the allocator's on a gpu, resident on a cpu."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Recorder:
+    """Takes each row to the file, the console and wandb."""
+
+    def __init__(self, config: Config, start: int) -> None:
+        self.steps = config.train.steps
+        path = Path(config.run.dir or ".") / "metrics.jsonl"
+        kept = [row for row in read_rows(path) if row["step"] <= start]  # a dead attempt's rows past the checkpoint
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = path.open("a", buffering=1)
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.steps, initial=start, unit="step", desc=config.run.name, dynamic_ncols=True)
+        self.wandb = Wandb(config, self.say)
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, flush=True)
+
+    def tick(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def record(self, row: Row) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        if self.bar is None:
+            print(describe(row, self.steps), flush=True)
+        else:
+            self.bar.set_postfix_str(short(row))
+            if "val_loss" in row:
+                self.bar.write(describe(row, self.steps), file=sys.stderr)
+        self.wandb.log(row)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.bar is not None:
+            self.bar.close()
+        self.wandb.finish()
+
+
+def short(row: Row) -> str:
+    return f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s"
+
+
+def describe(row: Row, steps: int) -> str:
+    """One line of the console: starts with `step`, by which the launcher knows it."""
+    left = timedelta(seconds=math.ceil((steps - row["step"]) * row["step_time_s"]))
+    validation = f"  val_loss {row['val_loss']:.4f}" if "val_loss" in row else ""
+    return (
+        f"step {row['step']:>{len(str(steps))}}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+        f"grad_norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tok/s  eta {left}{validation}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- wandb
+
+
+class Wandb:
+    """Weights & Biases, fed from a thread of its own: a slow or absent server costs the training loop nothing.
+
+    One wandb run for a run directory, however often it is resumed. A failure is said once and ends the logging, not the
+    training: all rows are in metrics.jsonl in any case.
+    """
+
+    TIMEOUT_S = 5  # for the server to answer, at the start and at the end
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        self.config, self.say = config, say
+        self.rows: queue.Queue[Row | None] = queue.Queue()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        if config.wandb.mode != "disabled":
+            self.thread.start()
+
+    def log(self, row: Row) -> None:
+        if self.thread.is_alive():
+            self.rows.put(row)
+
+    def finish(self) -> None:
+        """Hand over what is queued, waiting a few seconds at most."""
+        if self.thread.is_alive():
+            self.rows.put(None)
+            self.thread.join(4 * self.TIMEOUT_S)  # login, start and finish can each take their time-out
+            if self.thread.is_alive():
+                self.say("warning: wandb did not finish in time; all rows are in metrics.jsonl")
+
+    def _work(self) -> None:
+        try:
+            run = self._start()
+            while (row := self.rows.get()) is not None:
+                run.log(row, step=row["step"])
+            folder, offline = run.dir, run.offline
+            run.finish()
+            if offline:
+                self.say(f"wandb: offline; to upload: wandb sync {Path(folder).parent}")
+        except Exception as error:  # whatever wandb raises, training goes on
+            self.say(f"warning: wandb stopped ({type(error).__name__}: {str(error).splitlines()[0]})")
+
+    def _start(self) -> Any:
+        # Its error reports go to a server of their own, and waiting for that one holds up the end of the process.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        run_dir = Path(self.config.run.dir or ".")
+        identity = run_dir / "wandb" / "run-id"
+        if not identity.exists():
+            identity.parent.mkdir(exist_ok=True)
+            write_atomically(identity, f"{int(time.time() * 1e6):x}")
+        mode = self.config.wandb.mode
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False, verify=False, timeout=self.TIMEOUT_S) else "offline"
+        for attempt in dict.fromkeys([mode, "offline"]):
+            settings = wandb.Settings(
+                init_timeout=self.TIMEOUT_S,
+                finish_timeout=self.TIMEOUT_S,
+                console="off",
+                silent=True,
+                disable_git=True,
+                save_code=False,
+            )
+            try:
+                run = wandb.init(
+                    mode=attempt,
+                    project=self.config.wandb.project,
+                    entity=self.config.wandb.entity,
+                    name=self.config.run.name,
+                    id=identity.read_text().strip(),
+                    resume="allow" if attempt == "online" else None,
+                    dir=run_dir,
+                    config=asdict(self.config),
+                    settings=settings,
+                )
+            except Exception as error:
+                if attempt == "offline":
+                    raise
+                self.say(f"warning: wandb is out of reach ({str(error).splitlines()[0]}); logging offline")
+                continue
+            if attempt == "online":
+                self.say(f"wandb: {run.url}")
+            return run
+        raise AssertionError("unreachable")

@@ -1,0 +1,195 @@
+"""The training loop: build everything, resume, and step until done or told to stop."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tptrain import checkpoint
+from tptrain.collectives import all_reduce_
+from tptrain.config import Config
+from tptrain.data import TokenData, packed_folder, prepare
+from tptrain.layers import init_weights, parameters
+from tptrain.loss import vocab_parallel_cross_entropy
+from tptrain.mesh import Mesh
+from tptrain.metrics import Recorder, Row, flops_per_token, memory_gb, peak_flops
+from tptrain.model import Decoder
+from tptrain.optim import Gradients, build_optimizer, learning_rate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Diverged(Exception):
+    """The loss or the gradient is no longer a number."""
+
+
+@dataclass
+class Trainer:
+    """The parts of a run on one rank."""
+
+    config: Config
+    mesh: Mesh
+    data: TokenData
+    model: Decoder
+    gradients: Gradients
+    optimizer: torch.optim.AdamW
+
+    def to_device(self, tokens: object) -> tuple[Tensor, Tensor]:
+        """(b, T + 1) ids -> inputs and targets, each (b, T), on the device."""
+        ids = torch.as_tensor(tokens).to(self.mesh.device, non_blocking=True)
+        return ids[:, :-1], ids[:, 1:]
+
+    def loss_sum(self, tokens: object) -> Tensor:
+        """Cross entropy in nats, summed over the tokens of a micro-batch: a scalar."""
+        inputs, targets = self.to_device(tokens)
+        logits = self.model(inputs, DTYPES[self.config.train.precision])  # (b, T, V/tp)
+        losses = vocab_parallel_cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), self.config.model.vocab_size, self.mesh
+        )
+        return losses.sum()
+
+    def step(self, step: int) -> tuple[Tensor, Tensor]:
+        """Optimizer step number `step` (the first is 1): the mean loss of this rank's samples' share, and the norm."""
+        train, optim, mesh = self.config.train, self.config.optim, self.mesh
+        share = train.global_batch_size // mesh.dp
+        first = (step - 1) * train.global_batch_size + mesh.dp_rank * share  # a global sample index
+        tokens_in_step = train.global_batch_size * train.seq_len
+        total = torch.zeros((), device=mesh.device)
+        self.gradients.zero()
+        for start in range(first, first + share, train.micro_batch_size):
+            loss = self.loss_sum(self.data.samples(start, train.micro_batch_size)) / tokens_in_step
+            loss.backward()
+            total += loss.detach()
+        self.gradients.reduce()
+        norm = self.gradients.norm()
+        self.gradients.clip(norm, optim.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(optim, step, train.steps)
+        self.optimizer.step()
+        return total, norm
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean cross entropy in nats a token over the first held-out sequences, the same on every rank."""
+        train, held_out = self.config.train, self.data.validation
+        count = min(train.eval_sequences, len(held_out))
+        total = torch.zeros((), device=self.mesh.device)
+        mine = range(self.mesh.dp_rank, count, self.mesh.dp)
+        for start in range(0, len(mine), train.micro_batch_size):
+            indices = mine[start : start + train.micro_batch_size]
+            total += self.loss_sum([held_out.sequence(index).tolist() for index in indices])
+        all_reduce_(total, self.mesh.dp_group)
+        return total.item() / (count * train.seq_len)
+
+
+def build(config: Config, mesh: Mesh) -> Trainer:
+    """Data, model with step-0 weights, gradients and optimizer."""
+    mesh.main_first(lambda: prepare(config.data, show_progress=mesh.is_main))
+    data = TokenData(packed_folder(config.data), config.train.seq_len, config.train.seed)
+    torch.manual_seed(config.train.seed)
+    model = Decoder(config.model, mesh)
+    init_weights(model, config.train.seed, mesh.tp_rank)
+    return Trainer(config, mesh, data, model, Gradients(model, mesh), build_optimizer(model, config.optim))
+
+
+def train(config: Config, mesh: Mesh, stop: Callable[[], str | None]) -> None:
+    """Train to `train.steps`, from the newest good checkpoint on. Every rank calls it.
+
+    `stop` says why this rank was asked to stop, if it was; all ranks then save the same step and return. Raises
+    UserError for data that cannot be trained on, CheckpointError and Diverged.
+    """
+    trainer = build(config, mesh)
+    say = _printer(mesh)
+    say(_introduction(trainer))
+    folder = Path(config.run.dir or ".") / "checkpoints"
+    found = checkpoint.load_newest(folder, trainer.model, trainer.optimizer, mesh, say)
+    start = found.step if found else 0
+    if found:
+        say(f"resuming from {checkpoint.step_folder(folder, start).name} (saved by {found.world} ranks, tp={found.tp})")
+    recorder = Recorder(config, start) if mesh.is_main else None
+    try:
+        last = _loop(trainer, start, folder, stop, recorder)
+    finally:
+        if recorder is not None:
+            recorder.close()
+    say(f"stopped at step {last}" if last < config.train.steps else f"finished: step {last}")
+
+
+def _loop(trainer: Trainer, start: int, folder: Path, stop: Callable[[], str | None], recorder: Recorder | None) -> int:
+    """Run steps start + 1 and on; the number of the last one done."""
+    config, mesh = trainer.config, trainer.mesh
+    steps, since, began = config.train.steps, start, time.perf_counter()
+    saved = start
+    for step in range(start + 1, steps + 1):
+        loss, norm = trainer.step(step)
+        stopping = mesh.any(stop() is not None)
+        last = step == steps or stopping
+        save_due = last or _due(step, config.checkpoint.every)
+        eval_due = step == steps or _due(step, config.train.eval_every)
+        row_due = last or eval_due or _due(step, config.logging.every)
+        if row_due or save_due:
+            all_reduce_(loss, mesh.dp_group)
+            if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+                raise Diverged(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}. Nothing of it was saved.")
+        if row_due:
+            seconds = (time.perf_counter() - began) / (step - since)
+            row = _row(trainer, step, loss.item(), norm.item(), seconds)
+            if eval_due:
+                row["val_loss"] = trainer.validation_loss()
+            if recorder is not None:
+                recorder.record(row)
+            since, began = step, time.perf_counter()
+        if save_due:
+            before = time.perf_counter()
+            samples = step * config.train.global_batch_size
+            checkpoint.save(folder, step, samples, trainer.model, trainer.optimizer, config, mesh)
+            began += time.perf_counter() - before  # tokens_per_second is that of the training steps
+            saved = step
+        if recorder is not None:
+            recorder.tick(step)
+        if stopping:
+            return step
+    return max(saved, start)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _row(trainer: Trainer, step: int, loss: float, norm: float, seconds: float) -> Row:
+    config, mesh = trainer.config, trainer.mesh
+    tokens_in_step = config.train.global_batch_size * config.train.seq_len
+    row: Row = {
+        "step": step,
+        "loss": loss,
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "grad_norm": norm,
+        "tokens": step * tokens_in_step,
+        "tokens_per_second": tokens_in_step / seconds,
+        "step_time_s": seconds,
+        "memory_gb": round(memory_gb(mesh.device), 3),
+    }
+    peak = peak_flops(mesh.device, config.train.precision)
+    if peak is not None:
+        flops = flops_per_token(config.model, config.train.seq_len) * tokens_in_step
+        row["mfu"] = flops / seconds / (peak * mesh.world)
+    return row
+
+
+def _printer(mesh: Mesh) -> Callable[[str], None]:
+    return (lambda text: print(text, flush=True)) if mesh.is_main else (lambda text: None)
+
+
+def _introduction(trainer: Trainer) -> str:
+    config, mesh = trainer.config, trainer.mesh
+    total = sum(math.prod(p.spec.shape) for _, p in parameters(trainer.model))
+    mine = sum(p.numel() for _, p in parameters(trainer.model))
+    return (
+        f"{config.model.name}: {total / 1e6:,.1f} M parameters, {mine / 1e6:,.1f} M on each rank; "
+        f"tp={mesh.tp} x dp={mesh.dp} on {mesh.device.type}, {config.train.precision}; "
+        f"{len(trainer.data.train):,} sequences of {config.train.seq_len} tokens"
+    )
