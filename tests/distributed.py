@@ -1,0 +1,76 @@
+"""Run a function on n real gloo ranks, each a process of its own, and get every rank's result."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tptrain.mesh import Mesh, make_mesh
+
+TIMEOUT_S = 240
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on `world` ranks; their return values in rank order. A rank's exception fails the call."""
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        context.Process(target=_rank, args=(rank, world, port, results, function, arguments), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    answers: dict[int, Any] = {}
+    try:
+        while len(answers) < world:
+            if results.empty():
+                dead = [p for i, p in enumerate(processes) if i not in answers and not p.is_alive() and p.exitcode]
+                assert not dead, f"a rank died with exit code {dead[0].exitcode}"
+                processes[0].join(0.05)
+                continue
+            rank, value, failure = results.get()
+            assert failure is None, f"rank {rank}:\n{failure}"
+            answers[rank] = value
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    return [answers[rank] for rank in range(world)]
+
+
+def _rank(rank: int, world: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        store = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+        results.put((rank, function(*arguments), None))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def mesh(tp: int, kv_heads: int = 10**9, device: str = "cpu") -> Mesh:
+    return make_mesh(tp, kv_heads, torch.device(device))
+
+
+def gather_global(local: torch.Tensor, spec: Any, group: Any) -> torch.Tensor:
+    """The global tensor out of every rank's slice; replicas must be bit for bit alike."""
+    parts = [torch.empty_like(local) for _ in range(spec.tp)]
+    if spec.tp == 1:
+        parts = [local]
+    else:
+        dist.all_gather(parts, local.contiguous(), group=group)
+    for index, part in enumerate(parts):
+        first = parts[index // spec.replicas * spec.replicas]
+        assert torch.equal(part, first), "replicas differ"
+    return torch.cat(parts[:: spec.replicas], dim=spec.dim) if spec.slices > 1 else parts[0]
