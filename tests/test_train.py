@@ -1,0 +1,154 @@
+"""Whole runs of the trainer on real ranks: the loss does not depend on the topology, and a resumed run is the same run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+
+from tests.corpus import overrides
+from tests.distributed import gather_global, run_ranks
+from tptrain.config import load_config
+from tptrain.config.schema import kv_heads
+from tptrain.layers import parameters
+from tptrain.mesh import make_mesh
+from tptrain.metrics import read_rows
+from tptrain.train import build, train
+
+FROZEN = Path(__file__).parent / "frozen"
+TOLERANCE = 2e-5  # nats, over 50 float32 steps
+MODELS = {
+    "kv_replicated": ["train.steps=50"],  # 2 KV heads: replicated at tp=4
+    "gpt2_like": [
+        "train.steps=50",
+        "model.position_embedding=learned",
+        "model.norm=layernorm",
+        "model.hidden_act=gelu_new",
+        "model.gated_ffn=false",
+        "model.attention_bias=true",
+        "model.mlp_bias=true",
+        "model.tie_word_embeddings=true",
+        "model.num_key_value_heads=4",
+        "train.micro_batch_size=1",
+    ],
+}
+TOPOLOGIES = {"tp1": (1, 1), "tp2": (2, 2), "tp4": (4, 4), "tp2_dp2": (4, 2), "dp4": (4, 1)}  # world, tp
+
+
+def after(steps: int) -> Callable[[], str | None]:
+    """A `stop` that is raised at the end of the given number of steps."""
+    calls = iter(range(1, 10**9))
+    return lambda: "a test" if next(calls) >= steps else None
+
+
+def run_here(lines: list[str], tp: int, stop_after: int = 10**9) -> None:
+    """Train on the ranks this is called on."""
+    config = load_config([*lines, f"parallel.tp={tp}"])
+    run_dir = Path(config.run.dir or "")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    train(config, make_mesh(tp, kv_heads(config.model), torch.device("cpu")), after(stop_after))
+
+
+def losses(folder: Path) -> list[float]:
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def step_0_digest(lines: list[str], tp: int) -> dict[str, str]:
+    """A checksum of each global tensor as initialised."""
+    config = load_config([*lines, f"parallel.tp={tp}"])
+    mesh = make_mesh(tp, kv_heads(config.model), torch.device("cpu"))
+    trainer = build(config, mesh)
+    whole = {name: gather_global(p.detach(), p.spec, mesh.tp_group) for name, p in parameters(trainer.model)}
+    return {name: xxhash.xxh3_128(tensor.numpy().tobytes()).hexdigest() for name, tensor in whole.items()}
+
+
+def _all_topologies(folder: str, world: int) -> dict[str, dict[str, str]]:
+    digests = {}
+    for model, changes in MODELS.items():
+        for topology, (ranks, tp) in TOPOLOGIES.items():
+            if ranks == world:
+                lines = [*overrides(Path(folder), f"{model}-{topology}"), *changes]
+                run_here(lines, tp)
+                digests[f"{model}-{topology}"] = step_0_digest(lines, tp)
+    return digests
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]]]:
+    folder = tmp_path_factory.mktemp("topologies")
+    digests: dict[str, dict[str, str]] = {}
+    for world in (1, 2, 4):
+        digests |= run_ranks(world, _all_topologies, str(folder), world)[0]
+    return folder, digests
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_at_step_0_are_the_same_bits(trained: tuple[Path, dict[str, dict[str, str]]], model: str) -> None:
+    digests = [trained[1][f"{model}-{topology}"] for topology in TOPOLOGIES]
+    assert all(digest == digests[0] for digest in digests)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("model", MODELS)
+def test_loss_does_not_depend_on_the_topology(trained: tuple[Path, object], model: str, topology: str) -> None:
+    """All topologies against the frozen losses, recorded once at tp=1 on one thread (see tests/frozen/README.md)."""
+    frozen = json.loads((FROZEN / f"{model}.json").read_text())
+    found = losses(trained[0] / f"{model}-{topology}")
+    assert len(found) == len(frozen) == 50
+    assert found[-1] < found[0] - 1
+    assert max(abs(a - b) for a, b in zip(found, frozen, strict=True)) < TOLERANCE
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_topologies_agree_with_each_other(trained: tuple[Path, object], model: str) -> None:
+    runs = [losses(trained[0] / f"{model}-{topology}") for topology in TOPOLOGIES]
+    assert max(max(step) - min(step) for step in zip(*runs, strict=True)) < TOLERANCE
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+def _resume(folder: str, world: int) -> None:
+    """At world 4: a run never stopped, one stopped after 8 steps, and the latter copied for other topologies."""
+    import shutil
+
+    main = torch.distributed.get_rank() == 0
+    base = Path(folder)
+    if world == 4:
+        run_here(overrides(base, "never-stopped"), 2)
+        run_here(overrides(base, "stopped"), 2, stop_after=8)
+        if main:
+            assert len(read_rows(base / "stopped" / "metrics.jsonl")) == 8
+            for copy in ("tp4", "dp4", "tp1", "tp2"):
+                shutil.copytree(base / "stopped", base / copy)
+        torch.distributed.barrier()
+        run_here(overrides(base, "stopped"), 2)
+        run_here(overrides(base, "tp4"), 4)
+        run_here(overrides(base, "dp4"), 1)
+    else:
+        run_here(overrides(base, f"tp{world}"), world)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    for world in (4, 1, 2):
+        run_ranks(world, _resume, str(folder), world)
+    return folder
+
+
+def test_resumed_at_the_same_topology_is_the_same_bits(resumed: Path) -> None:
+    assert len(losses(resumed / "stopped")) == 20
+    assert losses(resumed / "stopped") == losses(resumed / "never-stopped")
+
+
+@pytest.mark.parametrize("topology", ["tp4", "dp4", "tp1", "tp2"])
+def test_resumed_at_another_topology_is_the_same_run(resumed: Path, topology: str) -> None:
+    """Losses of other samples would differ by 0.1 nats and more."""
+    never_stopped, found = losses(resumed / "never-stopped"), losses(resumed / topology)
+    assert len(found) == 20
+    assert max(abs(a - b) for a, b in zip(found, never_stopped, strict=True)) < TOLERANCE
