@@ -103,56 +103,59 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How this process was started: torchrun's variables, a bare srun's, or none (one process)."""
+class Place:
+    """Where this process stands on its node."""
 
-    rank: int
-    world: int
     local_rank: int
     local_world: int
-    address: str
-    port: int
 
 
-def launch_from_environment() -> Launch:
-    """Raises UserError where the variables contradict each other."""
+def find_place() -> Place:
+    """Read how this process was started: by torchrun (or `launch`), by a bare srun, or alone.
+
+    Leaves torchrun's variables in the environment in any case, for torch's `env://` rendezvous.
+    """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        world = int(env["WORLD_SIZE"])
-        local_world = int(env.get("LOCAL_WORLD_SIZE", world))
-        local_rank = int(env.get("LOCAL_RANK", int(env["RANK"]) % local_world))
-        address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29500"))
-        return Launch(int(env["RANK"]), world, local_rank, local_world, address, port)
-    if "SLURM_PROCID" in env and "SLURM_STEP_NODELIST" in env:
-        local_world = int(env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
-        nodes = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-        )
-        # A restarted job keeps its id, and its old port may still be held: the restart count moves it.
-        job, restart, step = (int(env.get(f"SLURM_{name}", 0)) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
-        port = 20000 + (job * 131 + restart * 17 + step * 7) % 12000
-        rank, world = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-        return Launch(rank, world, int(env["SLURM_LOCALID"]), local_world, nodes.stdout.split()[0], port)
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        env.update(_slurm_variables() if "SLURM_STEP_NODELIST" in env else _lone_variables())
+    local_world = int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))
+    return Place(int(env.get("LOCAL_RANK", int(env["RANK"]) % local_world)), local_world)
+
+
+def _slurm_variables() -> dict[str, str]:
+    env = os.environ
+    nodes = subprocess.run(
+        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+    )
+    # A restarted job keeps its id, and its old port may still be held: the restart count moves it.
+    job, restart, step = (int(env.get(f"SLURM_{name}", 0)) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    tasks = env["SLURM_STEP_TASKS_PER_NODE"].replace("(", ",").split(",")  # "4(x2)" or "2,1"
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": tasks[0],
+        "MASTER_ADDR": nodes.stdout.split()[0],
+        "MASTER_PORT": str(20000 + (job * 131 + restart * 17 + step * 7) % 12000),
+    }
+
+
+def _lone_variables() -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return Launch(0, 1, 0, 1, "127.0.0.1", free.getsockname()[1])
+        port = free.getsockname()[1]
+    return {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def build_mesh(config: Config) -> Mesh:
     """Join the process group and build the axes. Raises UserError for a topology or device that cannot be had."""
-    launch = launch_from_environment()
-    check_topology(config, launch.world)
-    device = _pick_device(config, launch)
+    place = find_place()
+    check_topology(config, int(os.environ["WORLD_SIZE"]))
+    device = _pick_device(config, place)
     backend = config.parallel.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{launch.address}:{launch.port}",
-        rank=launch.rank,
-        world_size=launch.world,
-        device_id=device if backend == "nccl" else None,
-    )
+    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     return make_mesh(config.parallel.tp, kv_heads(config.model), device)
 
 
@@ -187,25 +190,25 @@ def make_mesh(tp: int, kv_heads: int, device: torch.device) -> Mesh:
     )
 
 
-def _pick_device(config: Config, launch: Launch) -> torch.device:
+def _pick_device(config: Config, place: Place) -> torch.device:
     kind = config.train.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread for every core
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // launch.local_world))
+            cores = len(os.sched_getaffinity(0)) // place.local_world
+            torch.set_num_threads(max(1, int(os.environ.get("SLURM_CPUS_PER_TASK", cores))))
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("train.device=cuda: this machine shows no CUDA device to torch. Use train.device=cpu.")
     visible = torch.cuda.device_count()
     bound = visible == 1 and "SLURM_PROCID" in os.environ  # Slurm can show each task a GPU of its own
     shared = config.parallel.backend == "gloo"  # NCCL refuses two ranks on one GPU, gloo does not
-    if launch.local_rank >= visible and not bound and not shared:
+    if place.local_rank >= visible and not bound and not shared:
         raise UserError(
-            f"cluster.tasks_per_node: {launch.local_world} ranks on this node, which shows "
+            f"cluster.tasks_per_node: {place.local_world} ranks on this node, which shows "
             f"{visible} GPUs to torch. Use one rank for each GPU."
         )
-    device = torch.device("cuda", launch.local_rank % visible)
+    device = torch.device("cuda", place.local_rank % visible)
     torch.cuda.set_device(device)
     return device

@@ -215,6 +215,7 @@ class Wandb:
                 if attempt == "offline":
                     raise
                 self.say(f"warning: wandb is out of reach ({str(error).splitlines()[0]}); logging offline")
+                wandb.teardown()  # its service still holds the run's id
                 continue
             if attempt == "online":
                 self.say(f"wandb: {run.url}")

@@ -1,0 +1,68 @@
+"""Start the real commands as a user does, and look at the processes they leave."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+TPTRAIN = [sys.executable, "-m", "tptrain"]
+TIMEOUT_S = 150
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This environment without a wandb login, so that a developer's own account is never used."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return kept | {"HOME": "/nonexistent", "OMP_NUM_THREADS": "1"} | variables
+
+
+def tptrain(verb: str, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a verb to its end; stdout and stderr come together in `stdout`."""
+    return subprocess.run(
+        [*TPTRAIN, verb, *overrides],
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def start_launch(*overrides: str, **variables: str) -> subprocess.Popen[str]:
+    """Start `launch` in a process group of its own, as a terminal does."""
+    return subprocess.Popen(
+        [*TPTRAIN, "launch", *overrides],
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(launch: subprocess.Popen[str]) -> str:
+    output, _ = launch.communicate(timeout=TIMEOUT_S)
+    return output
+
+
+def ranks_of(launch: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The rank processes of a local launch, in rank order."""
+    found = [p for p in psutil.Process(launch.pid).children(recursive=True) if "submitit.core._submit" in p.cmdline()]
+    return sorted(found, key=lambda p: int(p.environ()["SUBMITIT_LOCAL_GLOBALID"]))
+
+
+def wait_until(condition: Callable[[], bool], what: str, process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert process is None or process.poll() is None, f"ended before {what}:\n{process.communicate()[0]}"
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.005)
+
+
+def rows_in(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0

@@ -1,0 +1,251 @@
+"""`launch` on this machine, end to end: what it leaves behind, what it survives, and how it goes on."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import environment, finish, ranks_of, rows_in, start_launch, tptrain, wait_until
+from tests.corpus import overrides
+from tptrain.checkpoint import COMMIT, committed, damage, read_commit
+from tptrain.metrics import read_rows
+
+TP2 = ["parallel.tp=2", "checkpoint.every=5"]
+
+
+def launch_lines(folder: Path, *changes: str, name: str = "run") -> list[str]:
+    return [*overrides(folder, name), *TP2, *changes]
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows = read_rows(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "steps are unique and in order"
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 20 steps that nothing disturbed: the measure for those that are."""
+    folder = tmp_path_factory.mktemp("launch")
+    done = tptrain("launch", *launch_lines(folder, "wandb.mode=offline"), HF_TOKEN="hf_secret-1", WANDB_API_KEY="5ec2e7" * 7)
+    assert done.returncode == 0, done.stdout
+    (folder / "output").write_text(done.stdout)
+    return folder
+
+
+def wandb_rows(run_dir: Path) -> dict[int, dict]:
+    """The rows of every offline wandb run below a run directory, by step, read back from wandb's own files."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows: dict[int, dict] = {}
+    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        for data in leveldb_log(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                row = {key: json.loads(value) for key, value in items.items()}
+                rows[row["step"]] = row
+    return rows
+
+
+def leveldb_log(content: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: a 7-byte header, then LevelDB's log format (its doc/log_format.md)."""
+    assert content.startswith(b":W&B")
+    place, parts = 7, b""
+    while place + 7 <= len(content):
+        left_in_block = 32768 - place % 32768
+        if left_in_block < 7:
+            place += left_in_block
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield parts
+            parts = b""
+
+
+def test_leaves_committed_sharded_checkpoints(finished: Path) -> None:
+    checkpoints = committed(finished / "run" / "checkpoints")
+    assert [path.name for path in checkpoints] == ["step-00000015", "step-00000020"]  # keep=2
+    for path in checkpoints:
+        commit = read_commit(path)
+        assert not isinstance(commit, str)
+        assert (commit.tp, commit.world, commit.samples) == (2, 2, commit.step * 8)
+        assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "config.yaml"} == set(commit.files)
+        assert not any(damage(path / name, *entry) for name, entry in commit.files.items())
+
+
+def test_wandb_and_metrics_tell_the_same(finished: Path) -> None:
+    rows = {row["step"]: row for row in read_rows(finished / "run" / "metrics.jsonl")}
+    logged = wandb_rows(finished / "run")
+    assert len(rows) == 20
+    assert {step: row["loss"] for step, row in rows.items()} == {step: row["loss"] for step, row in logged.items()}
+    assert "val_loss" in rows[20]
+    assert rows[20]["val_loss"] == logged[20]["val_loss"]
+    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_time_s", "memory_gb"}
+    assert all(keys <= row.keys() for row in rows.values())
+
+
+def test_console_tells_progress_and_what_is_next(finished: Path) -> None:
+    output = (finished / "output").read_text()
+    assert re.search(r"step 20/20  loss \d\.\d{4}  .* tok/s  eta 0:00:00", output)
+    assert "wandb sync" in output
+    assert f"{finished}/run/checkpoints" in output
+
+
+def test_no_secret_is_written(finished: Path) -> None:
+    files = [path for path in (finished / "run").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        content = path.read_bytes()
+        assert b"hf_secret-1" not in content, path
+        assert b"5ec2e7" * 7 not in content, path
+
+
+def test_again_is_done_already(finished: Path) -> None:
+    again = tptrain("launch", *launch_lines(finished, "wandb.mode=offline"))
+    assert again.returncode == 0
+    assert "is finished: step 20" in again.stdout
+
+
+def test_train_under_torchrun(finished: Path) -> None:
+    """The same job, started by torchrun: bit for bit the losses of `launch`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "tptrain"]
+    run = subprocess.run(
+        [*command, "train", *launch_lines(finished, name="torchrun")],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert losses(finished / "torchrun") == losses(finished / "run")
+
+
+def test_ctrl_c_saves_and_the_next_launch_goes_on(finished: Path) -> None:
+    lines = launch_lines(finished, "checkpoint.every=0", name="ctrl-c")
+    launch = start_launch(*lines)
+    wait_until(lambda: rows_in(finished / "ctrl-c") >= 3, "three steps", launch)
+    os.killpg(launch.pid, signal.SIGINT)  # a terminal signals the whole foreground group
+    output = finish(launch)
+    assert launch.returncode == 1
+    assert "stopped at step" in output
+    assert "Traceback" not in output
+    (saved,) = committed(finished / "ctrl-c" / "checkpoints")
+    steps = len(losses(finished / "ctrl-c"))
+    assert 3 <= steps < 20
+    assert saved.name == f"step-{steps:08d}"
+    again = tptrain("launch", *lines)
+    assert again.returncode == 0, again.stdout
+    assert f"resuming from {saved.name}" in again.stdout
+    assert losses(finished / "ctrl-c") == losses(finished / "run")
+
+
+@pytest.mark.parametrize("moment", ["training", "saving"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_run_and_the_rerun_goes_on(finished: Path, rank: int, moment: str) -> None:
+    run_dir = finished / f"killed-{rank}-{moment}"
+    every = "checkpoint.every=1" if moment == "saving" else "checkpoint.every=5"
+    lines = launch_lines(finished, every, name=run_dir.name)
+    launch = start_launch(*lines)
+    wait_until(lambda: rows_in(run_dir) >= 7, "seven steps", launch)
+    victim = ranks_of(launch)[rank]
+    if moment == "saving":
+        folder = run_dir / "checkpoints"
+        wait_until(lambda: any(not (path / COMMIT).exists() for path in folder.glob("step-*")), "a save", launch)
+    victim.kill()
+    output = finish(launch)
+    assert launch.returncode == 1
+    assert f"rank {rank} was killed or crashed" in output
+    newest = committed(run_dir / "checkpoints")[-1].name
+    assert f"the newest whole checkpoint is {newest}" in output
+    again = tptrain("launch", *lines)
+    assert again.returncode == 0, again.stdout
+    assert f"resuming from {newest}" in again.stdout
+    assert losses(run_dir) == losses(finished / "run")
+
+
+@pytest.mark.parametrize("harm", ["truncated", "bit-flipped", "no marker"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished: Path, harm: str) -> None:
+    import shutil
+
+    run_dir = finished / f"damaged-{harm.replace(' ', '-')}"
+    shutil.copytree(finished / "run", run_dir)
+    newest = run_dir / "checkpoints" / "step-00000020"
+    file = newest / "__1_0.distcp"
+    content = bytearray(file.read_bytes())
+    if harm == "truncated":
+        file.write_bytes(content[:-1])
+    elif harm == "bit-flipped":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        (newest / COMMIT).unlink()
+    again = tptrain("launch", *launch_lines(finished, "train.steps=21", "wandb.mode=disabled", name=run_dir.name))
+    assert again.returncode == 0, again.stdout
+    assert "step-00000020" in again.stdout
+    if harm != "no marker":
+        assert "__1_0.distcp" in again.stdout
+    assert "resuming from step-00000015" in again.stdout
+    assert len(losses(run_dir)) == 21
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_stops_with_a_message_and_harms_nothing(finished: Path) -> None:
+    """A file system with room for two checkpoints of four."""
+    size = sum(file.stat().st_size for file in (finished / "run/checkpoints/step-00000020").iterdir())
+    disk = finished / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(size * 2.5)}", "tmpfs", str(disk)], check=True)
+    try:
+        lines = [*launch_lines(finished, "checkpoint.keep=9"), f"run.dir={disk}/run"]
+        full = tptrain("launch", *lines)
+        assert full.returncode == 1, full.stdout
+        assert "no space left" in full.stdout
+        left = committed(disk / "run" / "checkpoints")
+        assert [path.name for path in left] == ["step-00000005", "step-00000010"]
+        for path in left:
+            commit = read_commit(path)
+            assert not isinstance(commit, str)
+            assert not any(damage(path / name, *entry) for name, entry in commit.files.items())
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        again = tptrain("launch", *lines)
+        assert again.returncode == 0, again.stdout
+        assert "resuming from step-00000010" in again.stdout
+        assert losses(disk / "run") == losses(finished / "run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_silent_wandb_server_does_not_stop_training(finished: Path) -> None:
+    """A server that takes connections and never answers: the run is logged offline instead."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(50)
+        server = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        lines = launch_lines(finished, "wandb.mode=auto", name="wandb-silent")
+        done = tptrain("launch", *lines, WANDB_API_KEY="5ec2e7" * 7, WANDB_BASE_URL=server)
+    assert done.returncode == 0, done.stdout
+    assert "wandb is out of reach" in done.stdout
+    assert set(wandb_rows(finished / "wandb-silent")) == set(range(1, 21))
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished: Path) -> None:
+    folder = finished / "wandb-resumed"
+    for steps in (10, 20):
+        lines = launch_lines(finished, "wandb.mode=offline", f"train.steps={steps}", "optim=constant", name=folder.name)
+        assert tptrain("launch", *lines).returncode == 0
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert len({file.name for file in files}) == 1, "both attempts carry one run id"
+    assert set(wandb_rows(folder)) == set(range(1, 21))
