@@ -1,5 +1,7 @@
 """`cluster=slurm`: one Slurm job, through submitit; its ranks run directly under srun."""
 
+import contextlib
+import io
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,11 +47,12 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
     executor = submitit.SlurmExecutor(run_dir / "logs")
     executor.update_parameters(**_parameters(config))
     try:
-        job = executor.submit(run_rank, entry, str(run_dir), {})
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
+            job = executor.submit(run_rank, entry, str(run_dir), {})
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
-        words = getattr(error, "stderr", None) or str(error)
-        reason = next((line for line in words.splitlines() if "error" in line.lower()), words.strip())
-        raise UserError(f"cluster: Slurm refuses the job: {reason.strip()}") from error
+        lines = [line.strip() for line in (getattr(error, "stderr", None) or str(error)).splitlines() if line.strip()]
+        reason = next((line for line in lines if "error:" in line), lines[0])
+        raise UserError(f"cluster: Slurm refuses the job: {reason.removeprefix('sbatch: error: ')}") from error
     record_job(run_dir, kind="slurm", id=job.job_id)
     return job
 

@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from tptrain.config.errors import UserError
 from tptrain.config.schema import Config, kv_heads
@@ -55,8 +56,9 @@ def read_config(path: Path) -> Config:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
         return cast(Config, OmegaConf.to_object(merged))
-    except (OSError, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{path} is not a readable snapshot of a run: {error}") from error
+    except (OSError, OmegaConfBaseException, YAMLError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a readable snapshot of a run: {reason}") from error
 
 
 def write_config(config: Config, path: Path) -> None:

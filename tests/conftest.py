@@ -1,0 +1,34 @@
+"""The Slurm sandbox for the tests that need it, and a developer's own accounts kept out of all of them."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+SANDBOX = Path(__file__).parent.parent / "scripts" / "slurm-sandbox"
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[None]:
+    """A real Slurm, started if it is not up and then stopped again. Skips, with the reason, where it cannot run."""
+    was_up = subprocess.run([SANDBOX, "status"], capture_output=True, check=False).returncode == 0
+    started = subprocess.run([SANDBOX, "up"], capture_output=True, text=True, timeout=300, check=False)
+    if started.returncode != 0:
+        reason = started.stderr.strip().splitlines()[-1]
+        if os.environ.get("CI") and os.geteuid() == 0:
+            pytest.fail(f"the Slurm sandbox must start in CI: {reason}")
+        pytest.skip(f"no Slurm sandbox: {reason}")
+    os.environ["SLURM_CONF"] = started.stdout.strip().removeprefix("export SLURM_CONF=")
+    yield
+    del os.environ["SLURM_CONF"]
+    if not was_up:
+        subprocess.run([SANDBOX, "down"], capture_output=True, check=False)
+
+
+@pytest.fixture(autouse=True)
+def _skip_cuda(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
