@@ -32,7 +32,9 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
     run_dir = Path(config.run.dir or ".")
     executor = submitit.LocalExecutor(run_dir / "logs", python=_python(config))
     executor.update_parameters(
-        tasks_per_node=cluster.tasks_per_node, timeout_min=minutes(cluster.time) if cluster.time else A_YEAR_MIN, stderr_to_stdout=True
+        tasks_per_node=cluster.tasks_per_node,
+        timeout_min=minutes(cluster.time) if cluster.time else A_YEAR_MIN,
+        stderr_to_stdout=True,
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,7 +76,7 @@ class Follower:
             self.bar = tqdm(total=config.train.steps, unit="step", desc=config.run.name, dynamic_ncols=True)
 
     def follow(self) -> int:
-        """Returns the job's exit code: 0 done, 2 where a rank met a user's mistake, 1 anything else, Ctrl-C included."""
+        """Returns the job's exit code: 0 done, 2 for a user's mistake, 1 for anything else, Ctrl-C included."""
         interrupted = incomplete = 0.0
         while self._alive():
             try:
@@ -161,7 +163,9 @@ class Follower:
         if shutil.disk_usage(self.run_dir).free < 2**20:
             _complain(f"no space left on the file system of {self.run_dir}")
         newest = newest_checkpoint(self.run_dir)
-        left = f"the newest whole checkpoint is {newest}; launch again to go on from it" if newest else "no checkpoint yet"
+        left = (
+            f"the newest whole checkpoint is {newest}; launch again to go on from it" if newest else "no checkpoint yet"
+        )
         _complain(f"the run failed; {left}. Logs: {self.prefix}_*_log.out")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError
 
 from launch.job import Entry, run_rank, shell_lines
 from launch.run_dir import read_job, record_job
@@ -49,7 +50,7 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
             job = executor.submit(run_rank, entry, str(run_dir), {})
-    except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+    except (FailedJobError, subprocess.CalledProcessError) as error:
         lines = [line.strip() for line in (getattr(error, "stderr", None) or str(error)).splitlines() if line.strip()]
         reason = next((line for line in lines if "error:" in line), lines[0])
         raise UserError(f"cluster: Slurm refuses the job: {reason.removeprefix('sbatch: error: ')}") from error

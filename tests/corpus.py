@@ -1,4 +1,4 @@
-"""A small text that is the same on every machine, and the settings of a model small enough to train on it in seconds."""
+"""A small text, the same on every machine, and a model small enough to train on it in seconds."""
 
 import random
 from pathlib import Path

@@ -19,7 +19,9 @@ from tptrain.model import Decoder
 Distances = dict[str, float]
 
 
-def distances(name: str, reference: ref.Reference, tp: int, mutation: str | None = None, device: str = "cpu") -> Distances:
+def distances(
+    name: str, reference: ref.Reference, tp: int, mutation: str | None = None, device: str = "cpu"
+) -> Distances:
     """Relative distance of the loss, the logits, the norm, each gradient and each stepped parameter, on every rank.
 
     The batch is split over dp; the mean over it is what the reference computed.

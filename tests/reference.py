@@ -1,4 +1,4 @@
-"""Small Hugging Face models as the independent reference: loss, gradients and one AdamW step by Transformers and torch."""
+"""Small Hugging Face models as the independent reference: loss, gradients and one AdamW step."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from tptrain.config import ModelConfig
 from tptrain.config.schema import RopeScaling, padded_vocab_size
 
 BATCH, SEQ_LEN, VOCAB = 4, 24, 250  # 250 is padded to 256: the padding must not matter
-# AdamW's first step is lr * g / (|g| + eps): with a tiny eps it would turn the rounding of zero gradients into full steps.
+# AdamW's first step is lr * g / (|g| + eps): a tiny eps would make full steps of the rounding in zero gradients.
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-5, 0.1, 0.5
 
 
@@ -89,11 +89,11 @@ def hf_model(case: Case) -> torch.nn.Module:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.rope_scaling.rope_type == "llama3":
         rope = vars(c.rope_scaling) | {"rope_theta": c.rope_theta}
-    names = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size "
-        "max_position_embeddings rms_norm_eps tie_word_embeddings hidden_act attention_bias head_dim"
-    ).split()
-    settings = {name: getattr(c, name) for name in names if getattr(c, name) is not None} | {"rope_parameters": rope}
+    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
+    names += ["intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"]
+    names += ["hidden_act", "attention_bias"]
+    settings: dict[str, Any] = {name: value for name in names if (value := getattr(c, name)) is not None}
+    settings["rope_parameters"] = rope
     if case.hf == "llama":
         config = hf.LlamaConfig(**settings, mlp_bias=c.mlp_bias)
         return hf.LlamaForCausalLM._from_config(config, attn_implementation="eager")

@@ -6,6 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import mesh, run_ranks
 from tptrain.config import ModelConfig
@@ -69,7 +70,7 @@ def _order() -> list[str]:
         events.append("start")
         return Work(right(tensor, **options))
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = func.overloadpacket.__name__
             if name in ("mm", "addmm_"):

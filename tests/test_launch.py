@@ -34,7 +34,9 @@ def losses(run_dir: Path) -> list[float]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 20 steps that nothing disturbed: the measure for those that are."""
     folder = tmp_path_factory.mktemp("launch")
-    done = tptrain("launch", *launch_lines(folder, "wandb.mode=offline"), HF_TOKEN="hf_secret-1", WANDB_API_KEY="5ec2e7" * 7)
+    done = tptrain(
+        "launch", *launch_lines(folder, "wandb.mode=offline"), HF_TOKEN="hf_secret-1", WANDB_API_KEY="5ec2e7" * 7
+    )
     assert done.returncode == 0, done.stdout
     (folder / "output").write_text(done.stdout)
     return folder
@@ -42,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wandb_rows(run_dir: Path) -> dict[int, dict]:
     """The rows of every offline wandb run below a run directory, by step, read back from wandb's own files."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     rows: dict[int, dict] = {}
     for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):

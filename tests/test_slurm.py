@@ -32,7 +32,9 @@ def submit(*lines: str) -> str:
 
 
 def state(job: str) -> str:
-    shown = subprocess.run(["sacct", "-X", "-n", "-P", "-o", "State", "-j", job], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        ["sacct", "-X", "-n", "-P", "-o", "State", "-j", job], capture_output=True, text=True, check=True
+    )
     return shown.stdout.strip()
 
 
@@ -50,7 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_same_losses_as_on_this_machine(folder: Path) -> None:
     job = submit(*overrides(folder, "slurm"), *JOB, "cluster.cpus_per_task=1", "cluster.time=10", "cluster.mem=1G")
     assert wait_for_end(job) == "COMPLETED"
-    local = tptrain("launch", *overrides(folder, "local"), "parallel.tp=2", "cluster.tasks_per_node=4", "checkpoint.every=5")
+    local = tptrain(
+        "launch", *overrides(folder, "local"), "parallel.tp=2", "cluster.tasks_per_node=4", "checkpoint.every=5"
+    )
     assert local.returncode == 0, local.stdout
     assert len(losses(folder / "slurm")) == 20
     assert losses(folder / "slurm") == losses(folder / "local")

@@ -1,4 +1,4 @@
-"""Whole runs of the trainer on real ranks: the loss does not depend on the topology, and a resumed run is the same run."""
+"""Whole runs of the trainer on real ranks: the topology does not change the loss, nor does a resume."""
 
 import json
 from collections.abc import Callable

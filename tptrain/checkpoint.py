@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -63,11 +64,17 @@ def committed(folder: Path) -> list[Path]:
 
 
 def save(
-    folder: Path, step: int, samples: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, mesh: Mesh
+    folder: Path,
+    step: int,
+    samples: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    mesh: Mesh,
 ) -> Path:
     """Write and commit the state after `step` steps, then delete all but the newest `checkpoint.keep`.
 
-    Every rank calls it. Raises CheckpointError, on every rank, where any rank could not write; what it wrote is removed.
+    Every rank calls it. Raises CheckpointError, on every rank, where any rank could not write, and removes what was.
     """
     target = step_folder(folder, step)
     if (target / COMMIT).exists():  # all ranks see the same file: the last barrier of `save` was after it was written
@@ -129,9 +136,9 @@ def _make_empty(target: Path) -> None:
 
 
 def _write(target: Path, state: dict[str, Any], mesh: Mesh) -> None:
-    writer = dcp.FileSystemWriter(target, single_file_per_rank=True, sync_files=True)
+    writer = FileSystemWriter(target, single_file_per_rank=True, sync_files=True)
     with _quiet():
-        dcp.save(state, storage_writer=writer, process_group=mesh.control, no_dist=mesh.control is None)
+        state_dict_saver.save(state, storage_writer=writer, process_group=mesh.control, no_dist=mesh.control is None)
 
 
 def _commit(target: Path, commit: Commit, config: Config) -> None:
@@ -242,8 +249,10 @@ def _read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: 
     same_ranks = commit.world == mesh.world
     rng = _rng_state(mesh) if same_ranks else {}
     with _quiet():
-        reader = dcp.FileSystemReader(path)
-        dcp.load(state | rng, storage_reader=reader, process_group=mesh.control, no_dist=mesh.control is None)
+        reader = FileSystemReader(path)
+        state_dict_loader.load(
+            state | rng, storage_reader=reader, process_group=mesh.control, no_dist=mesh.control is None
+        )
     for p in (p for _, p in parameters(model)):
         optimizer.state[p]["step"].fill_(commit.step)
     if same_ranks:  # at another world size there is no such thing as "the" state of a rank: keep the seeded one
@@ -296,5 +305,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\.distributed")
         yield
-
-

@@ -11,6 +11,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import filelock
 import numpy as np
@@ -116,9 +117,7 @@ def packed_folder(config: DataConfig) -> Path:
         "tokenizer": "bytes",
     }
     if config.source == "files":
-        identity["files"] = [
-            (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in data_files(config)
-        ]
+        identity["files"] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in data_files(config)]
     if config.tokenizer != "bytes":
         identity["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -231,7 +230,7 @@ def _hub_rows(config: DataConfig) -> Iterable[dict]:
 
     assert config.name is not None
     try:
-        return datasets.load_dataset(config.name, config.subset, split=config.split)
+        return cast(Iterable[dict], datasets.load_dataset(config.name, config.subset, split=config.split))
     except Exception as error:  # `datasets` raises a dozen kinds for a name, subset or split that is not there
         raise UserError(f"data.name={config.name}: `datasets` cannot load it: {str(error).splitlines()[0]}") from error
 
@@ -246,7 +245,9 @@ def _tokenizer(config: DataConfig) -> tuple[Encode, int, str]:
     names = (config.eod_token,) if config.eod_token else EOD_NAMES
     eod = next((found for name in names if (found := tokenizer.token_to_id(name)) is not None), None)
     if eod is None:
-        raise UserError(f"data.eod_token={config.eod_token}: the tokenizer has none of {', '.join(names)}. Name its own.")
+        raise UserError(
+            f"data.eod_token={config.eod_token}: the tokenizer has none of {', '.join(names)}. Name its own."
+        )
 
     def encode(texts: list[str]) -> list[NDArray[np.integer]]:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -49,14 +49,14 @@ class Parameter(nn.Parameter):
     """A rank's slice of a global parameter, with its spec and the standard deviation (or constant) it starts from."""
 
     spec: ShardSpec
-    std: float
-    constant: float | None
+    init_std: float
+    init_constant: float | None
 
 
 def parameter(mesh: Mesh, spec: ShardSpec, std: float = 0.0, constant: float | None = None) -> Parameter:
     """An uninitialised slice; `init_weights` fills it by name."""
     made = Parameter(torch.empty(spec.local_shape, device=mesh.device))
-    made.spec, made.std, made.constant = spec, std, constant
+    made.spec, made.init_std, made.init_constant = spec, std, constant
     return made
 
 
@@ -86,8 +86,8 @@ def init_weights(module: nn.Module, seed: int, tp_rank: int) -> None:
     """
     generator = torch.Generator()
     for name, slice_ in parameters(module):
-        if slice_.constant is not None:
-            slice_.fill_(slice_.constant)
+        if slice_.init_constant is not None:
+            slice_.fill_(slice_.init_constant)
             continue
         spec = slice_.spec
         assert len(spec.shape) == 2, name
@@ -102,7 +102,7 @@ def init_weights(module: nn.Module, seed: int, tp_rank: int) -> None:
                 high = [min(last[dim], origin[dim] + extent[dim]) for dim in (0, 1)]
                 part = tile[low[0] - origin[0] : high[0] - origin[0], low[1] - origin[1] : high[1] - origin[1]]
                 target = slice_[low[0] - first[0] : high[0] - first[0], low[1] - first[1] : high[1] - first[1]]
-                target.copy_(part * slice_.std)
+                target.copy_(part * slice_.init_std)
 
 
 # -------------------------------------------------------------------------------------------------------------- layers

@@ -42,8 +42,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, mesh: Mesh) -> Tensor:
     """-log softmax(logits)[target] of each token, in nats: (N,) float32, the same on every rank of the tp axis.
 
-    logits (N, V/tp), this rank's columns of the padded vocabulary; targets (N,) global ids; columns from `vocab_size` on
-    are padding. Two all-reduces of N and 2N numbers (Megatron-LM, arXiv:1909.08053, section 3), none backward.
+    logits (N, V/tp), this rank's columns of the padded vocabulary; targets (N,) global ids; columns from
+    `vocab_size` on are padding. Two all-reduces, of N and 2N numbers, and none backward (Megatron-LM, arXiv:1909.08053,
+    section 3).
     """
     start = mesh.tp_rank * logits.shape[-1]
     valid = min(max(vocab_size - start, 0), logits.shape[-1])

@@ -12,13 +12,14 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 from tptrain.config import Config, UserError, check_topology
 from tptrain.config.schema import kv_heads
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -170,7 +171,7 @@ def make_mesh(tp: int, kv_heads: int, device: torch.device) -> Mesh:
     def group_of(partition: list[list[int]]) -> dist.ProcessGroup | None:
         mine = None
         for ranks in partition:  # every rank creates every group, in the same order
-            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            group = _new_group(ranks) if len(ranks) > 1 else None
             mine = group if rank in ranks else mine
         return mine
 
@@ -186,8 +187,14 @@ def make_mesh(tp: int, kv_heads: int, device: torch.device) -> Mesh:
         dp_group=group_of([list(range(offset, world, tp)) for offset in range(tp)]),
         kv_group=group_of(runs(kv_replicas)),
         kv_replicas=kv_replicas,
-        control=dist.new_group(backend="gloo"),
+        control=_new_group(None, "gloo"),
     )
+
+
+def _new_group(ranks: list[int] | None, backend: str | None = None) -> dist.ProcessGroup:
+    group = dist.new_group(ranks, backend=backend)
+    assert isinstance(group, dist.ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER
+    return cast(dist.ProcessGroup, group)
 
 
 def _pick_device(config: Config, place: Place) -> torch.device:

@@ -23,7 +23,7 @@ from tptrain.config.schema import head_dim, kv_heads, padded_vocab_size
 
 Row = dict[str, Any]
 
-# Dense peak in TFLOP/s, (bf16, fp32 without TF32), of the vendors' data sheets. A device matches by name, first hit wins.
+# Dense peaks in TFLOP/s, (bf16, fp32 without TF32), off the vendors' data sheets. The first that is in the name counts.
 PEAK_TFLOPS = {
     "H100 PCIe": (756, 51),
     "H100 NVL": (835, 60),
@@ -190,7 +190,8 @@ class Wandb:
         mode = self.config.wandb.mode
         if mode == "auto":
             mode = "online" if wandb.login(prompt=False, verify=False, timeout=self.TIMEOUT_S) else "offline"
-        for attempt in dict.fromkeys([mode, "offline"]):
+        attempts: list[Any] = list(dict.fromkeys([mode, "offline"]))
+        for attempt in attempts:
             settings = wandb.Settings(
                 init_timeout=self.TIMEOUT_S,
                 finish_timeout=self.TIMEOUT_S,

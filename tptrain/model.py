@@ -54,7 +54,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         B, T, _ = x.shape  # (B, T, D)
-        q, k, v = column_parallel(x, self.mesh, self.q_proj, self.k_proj, self.v_proj)  # (B, T, H/tp*d), 2x(B, T, K/tp*d)
+        q, k, v = column_parallel(
+            x, self.mesh, self.q_proj, self.k_proj, self.v_proj
+        )  # (B, T, H/tp*d), 2x(B, T, K/tp*d)
         q, k, v = (y.view(B, T, -1, self.d) for y in (q, k, v))  # (B, T, H/tp, d), 2 x (B, T, K/tp, d)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -72,7 +74,12 @@ class FFN(nn.Module):
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
         self.mesh, self.act = mesh, ACTIVATIONS[config.hidden_act]
-        hidden, width, std, bias = config.hidden_size, config.intermediate_size, config.initializer_range, config.mlp_bias
+        hidden, width, std, bias = (
+            config.hidden_size,
+            config.intermediate_size,
+            config.initializer_range,
+            config.mlp_bias,
+        )
         self.gate_proj = ColumnLinear(mesh, hidden, width, std=std, bias=bias) if config.gated_ffn else None
         self.up_proj = ColumnLinear(mesh, hidden, width, std=std, bias=bias)
         self.down_proj = RowLinear(mesh, width, hidden, std=_residual_std(config), bias=bias)

@@ -134,7 +134,9 @@ def _loop(trainer: Trainer, start: int, folder: Path, stop: Callable[[], str | N
         if row_due or save_due:
             all_reduce_(loss, mesh.dp_group)
             if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-                raise Diverged(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}. Nothing of it was saved.")
+                raise Diverged(
+                    f"step {step}: loss {loss.item()}, gradient norm {norm.item()}. Nothing of it was saved."
+                )
         if row_due:
             seconds = (time.perf_counter() - began) / (step - since)
             row = _row(trainer, step, loss.item(), norm.item(), seconds)

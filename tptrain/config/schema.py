@@ -45,12 +45,12 @@ class RopeScaling:
 class ModelConfig:
     name: str = "tiny"
     vocab_size: int = size(257)  # before padding; see `padded_vocab_size`
-    hidden_size: int = size(256)
+    hidden_size: int = size(192)
     num_hidden_layers: int = size(4)
     num_attention_heads: int = size(8)
     num_key_value_heads: int | None = size(None)  # None: as many as attention heads (MHA); 1 is MQA
     head_dim: int | None = size(None)  # None: hidden_size / num_attention_heads
-    intermediate_size: int = size(704)
+    intermediate_size: int = size(512)
     max_position_embeddings: int = size(2048)
     position_embedding: str = choice("rope", "rope", "learned")
     rope_theta: float = number(10000.0, above=0)
@@ -101,10 +101,10 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int = size(300)
+    steps: int = size(400)
     seq_len: int = size(256)
-    global_batch_size: int = size(16)
-    micro_batch_size: int = size(16)  # sequences a rank runs at once
+    global_batch_size: int = size(8)
+    micro_batch_size: int = size(8)  # sequences a rank runs at once
     precision: str = choice("fp32", "fp32", "bf16")
     seed: int = number(0, least=0)
     device: str = choice("auto", "auto", "cpu", "cuda")

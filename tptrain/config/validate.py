@@ -51,7 +51,7 @@ def minutes(limit: str) -> int:
         raise UserError(f"cluster.time={limit}: not a time limit. Write minutes, H:MM:SS or D-HH:MM:SS.")
     numbers = [int(part) for part in parts]
     if dash:  # days-hours[:minutes[:seconds]]
-        hours, mins, seconds = (numbers + [0, 0])[:3]
+        hours, mins, seconds = [*numbers, 0, 0][:3]
         hours += 24 * int(days)
     else:  # minutes, minutes:seconds or hours:minutes:seconds
         hours, mins, seconds = (numbers if len(numbers) == 3 else [0, *numbers, 0])[:3]
@@ -69,8 +69,8 @@ def check_topology(config: Config, world: int) -> None:
     dp = world // tp
     if train.global_batch_size % (train.micro_batch_size * dp):
         raise UserError(
-            f"train.global_batch_size={train.global_batch_size}: not divisible by train.micro_batch_size x data-parallel "
-            f"degree = {train.micro_batch_size} x {dp}. Change train.global_batch_size or train.micro_batch_size."
+            f"train.global_batch_size={train.global_batch_size}: not divisible by train.micro_batch_size x the "
+            f"data-parallel degree = {train.micro_batch_size} x {dp}. Change one of the batch sizes."
         )
 
 
@@ -106,15 +106,17 @@ def _check_model(model: ModelConfig, tp: int) -> None:
         raise UserError(f"model.head_dim={head_dim(model)}: rotary positions need an even head_dim.")
     scaling = model.rope_scaling
     if scaling.rope_type == "default" and scaling != RopeScaling():
-        raise UserError("model.rope_scaling: has no effect with rope_type=default. Set model.rope_scaling.rope_type=llama3.")
+        raise UserError(
+            "model.rope_scaling: has no effect with rope_type=default. Set model.rope_scaling.rope_type=llama3."
+        )
     if scaling.rope_type != "default" and model.position_embedding != "rope":
-        raise UserError("model.rope_scaling: has no effect on learned positions. Set model.rope_scaling.rope_type=default.")
+        raise UserError(
+            "model.rope_scaling: has no effect on learned positions. Set model.rope_scaling.rope_type=default."
+        )
     if tp > heads:
         raise UserError(f"parallel.tp={tp}: more than model.num_attention_heads={heads}. Use at most {heads}.")
     if heads % tp:
-        raise UserError(
-            f"parallel.tp={tp}: does not divide model.num_attention_heads={heads}. Use {_divisors(heads)}."
-        )
+        raise UserError(f"parallel.tp={tp}: does not divide model.num_attention_heads={heads}. Use {_divisors(heads)}.")
     if groups % tp and tp % groups:
         raise UserError(
             f"parallel.tp={tp}: neither divides model.num_key_value_heads={groups} nor is divided by it. "
