@@ -1,4 +1,4 @@
-"""Run a function on n real gloo ranks, each a process of its own, and get every rank's result."""
+"""Run a function on n real ranks (gloo unless told otherwise), each a process, and get every rank's result."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ from tptrain.mesh import Mesh, make_mesh
 TIMEOUT_S = 240
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, backend: str = "gloo") -> list[Any]:
     """`function(*arguments)` on `world` ranks; their return values in rank order. A rank's exception fails the call."""
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
@@ -23,7 +23,7 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        context.Process(target=_rank, args=(rank, world, port, results, function, arguments), daemon=True)
+        context.Process(target=_rank, args=(rank, world, port, backend, results, function, arguments), daemon=True)
         for rank in range(world)
     ]
     for process in processes:
@@ -46,12 +46,14 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
     return [answers[rank] for rank in range(world)]
 
 
-def _rank(rank: int, world: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple) -> None:
+def _rank(
+    rank: int, world: int, port: int, backend: str, results: Any, function: Callable[..., Any], arguments: tuple
+) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
         store = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+        dist.init_process_group(backend, init_method=store, rank=rank, world_size=world)
         results.put((rank, function(*arguments), None))
         dist.barrier()
         dist.destroy_process_group()

@@ -15,7 +15,7 @@ from tptrain.config.schema import kv_heads
 from tptrain.layers import parameters
 from tptrain.mesh import make_mesh
 from tptrain.metrics import read_rows
-from tptrain.train import build, train
+from tptrain.train import Trainer, build, train
 
 FROZEN = Path(__file__).parent / "frozen"
 TOLERANCE = 2e-5  # nats, over 50 float32 steps
@@ -107,6 +107,34 @@ def test_loss_does_not_depend_on_the_topology(trained: tuple[Path, object], mode
 def test_topologies_agree_with_each_other(trained: tuple[Path, object], model: str) -> None:
     runs = [losses(trained[0] / f"{model}-{topology}") for topology in TOPOLOGIES]
     assert max(max(step) - min(step) for step in zip(*runs, strict=True)) < TOLERANCE
+
+
+def _bf16(folder: str) -> list[dict[str, torch.dtype]]:
+    """Dtypes of what persists; the losses are in the run directories."""
+    dtypes = []
+    for name, tp in (("tp1", 1), ("tp2", 2)):
+        lines = [*overrides(Path(folder), name), "train.precision=bf16", "model.qk_norm=true"]
+        run_here(lines, tp)
+        trainer = build(load_config([*lines, f"parallel.tp={tp}"]), make_mesh(tp, 2, torch.device("cpu")))
+        p = next(trainer.model.parameters())
+        moments = trainer.optimizer.state[p]
+        dtypes.append({"weight": p.dtype, "moment": moments["exp_avg"].dtype, "logits": _logits(trainer).dtype})
+    run_here([*overrides(Path(folder), "fp32"), "model.qk_norm=true"], 1)
+    return dtypes
+
+
+def _logits(trainer: Trainer) -> torch.Tensor:
+    inputs, _ = trainer.to_device(trainer.data.samples(0, 2))
+    return trainer.model(inputs, torch.bfloat16)
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32_masters(tmp_path: Path) -> None:
+    for dtypes in run_ranks(2, _bf16, str(tmp_path))[0]:
+        assert dtypes == {"weight": torch.float32, "moment": torch.float32, "logits": torch.bfloat16}
+    tp1, tp2, fp32 = (losses(tmp_path / name) for name in ("tp1", "tp2", "fp32"))
+    assert max(abs(a - b) for a, b in zip(tp1, fp32, strict=True)) < 0.02
+    assert max(abs(a - b) for a, b in zip(tp1, tp2, strict=True)) < 0.01
+    assert tp1 != fp32
 
 
 # --------------------------------------------------------------------------------------------------------------- resume

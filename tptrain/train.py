@@ -116,7 +116,8 @@ def train(config: Config, mesh: Mesh, stop: Callable[[], str | None]) -> None:
     finally:
         if recorder is not None:
             recorder.close()
-    say(f"stopped at step {last}" if last < config.train.steps else f"finished: step {last}")
+    done = last == config.train.steps
+    say(f"finished: step {last}" if done else f"stopped at step {last}, saved; launch again to go on")
 
 
 def _loop(trainer: Trainer, start: int, folder: Path, stop: Callable[[], str | None], recorder: Recorder | None) -> int:
