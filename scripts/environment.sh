@@ -15,8 +15,8 @@ prepare_environment() {
     }
   fi
   wanted="$(cksum <pyproject.toml) $PWD"
-  [ -n "$extra" ] || extra=$(sed -n 's/^extra //p' "$stamp" 2>/dev/null) # keep what is there already
-  [ "$(cat "$stamp" 2>/dev/null)" = "$wanted
+  [ -n "$extra" ] || extra=$(sed -n "s/^extra //p" "$stamp" 2>/dev/null || true) # keep what is there already
+  [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted
 extra $extra" ] && return
   echo "installing into .venv (the first time this takes some minutes: torch is large) ..."
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
