@@ -87,7 +87,7 @@ def shuffled(index: int, n: int, key: str) -> int:
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
-def prepare(config: DataConfig, show_progress: bool = False) -> None:
+def prepare(config: DataConfig, say: Callable[[str], None] = print) -> None:
     """Pack the data set unless that is done already. Safe to run from several jobs at once; leaves all or nothing."""
     folder = packed_folder(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,8 @@ def prepare(config: DataConfig, show_progress: bool = False) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # what a packing that died left behind
         folder.mkdir()
         try:
-            _pack(config, folder, show_progress)
+            say(f"packing the {config.source} data into {folder}, once")
+            _pack(config, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -124,7 +125,7 @@ def packed_folder(config: DataConfig) -> Path:
     return Path(config.cache_dir) / f"{config.source}-{digest}"
 
 
-def _pack(config: DataConfig, folder: Path, show_progress: bool) -> None:
+def _pack(config: DataConfig, folder: Path) -> None:
     encode, eod, dtype = _tokenizer(config)
     counts = {"train": 0, "validation": 0}
     batch: list[str] = []
@@ -132,7 +133,7 @@ def _pack(config: DataConfig, folder: Path, show_progress: bool) -> None:
     with (
         (folder / "train.bin").open("wb") as train,
         (folder / "validation.bin").open("wb") as validation,
-        tqdm(desc="packing", unit=" docs", disable=not show_progress) as progress,
+        tqdm(desc="packing", unit=" docs", disable=None) as progress,
     ):
 
         def flush() -> None:

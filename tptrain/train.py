@@ -88,7 +88,7 @@ class Trainer:
 
 def build(config: Config, mesh: Mesh) -> Trainer:
     """Data, model with step-0 weights, gradients and optimizer."""
-    mesh.main_first(lambda: prepare(config.data, show_progress=mesh.is_main))
+    mesh.main_first(lambda: prepare(config.data, _printer(mesh)))
     data = TokenData(packed_folder(config.data), config.train.seq_len, config.train.seed)
     torch.manual_seed(config.train.seed)
     model = Decoder(config.model, mesh)
