@@ -89,13 +89,6 @@ def check_free(run_dir: Path) -> None:
     lock.release()
 
 
-def finished(config: Config) -> int | None:
-    """The last step of a run that is over, or None. Looks at committed checkpoints only."""
-    newest = newest_checkpoint(Path(config.run.dir or "."))
-    step = int(newest.removeprefix("step-")) if newest else 0
-    return step if step >= config.train.steps else None
-
-
 def newest_checkpoint(run_dir: Path) -> str | None:
     names = [marker.parent.name for marker in run_dir.glob("checkpoints/step-*/commit.json")]
     return max(names, key=lambda name: int(name.removeprefix("step-")), default=None)

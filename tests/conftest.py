@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test waits for a network
+
 SANDBOX = Path(__file__).parent.parent / "scripts" / "slurm-sandbox"
 
 

@@ -114,9 +114,12 @@ def test_no_secret_is_written(finished: Path) -> None:
 
 
 def test_again_is_done_already(finished: Path) -> None:
+    before = sorted((finished / "run").rglob("*"))
     again = tptrain("launch", *launch_lines(finished, "wandb.mode=offline"))
     assert again.returncode == 0
-    assert "is finished: step 20" in again.stdout
+    assert "already finished: step 20" in again.stdout
+    new = set((finished / "run").rglob("*")) - set(before)
+    assert all(path.parent.name == "logs" for path in new), new
 
 
 def test_train_under_torchrun(finished: Path) -> None:

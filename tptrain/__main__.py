@@ -69,9 +69,6 @@ def launch(overrides: list[str]) -> int:
     folder = Path(config.run.dir or ".")
     slurm.check_not_queued(folder)
     with run_dir.claimed(config):
-        if (step := run_dir.finished(config)) is not None:
-            print(f"{folder} is finished: step {step}. A larger train.steps goes on from there.")
-            return 0
         if not on_slurm:
             job = local.submit(config, run)
             print(f"job {job.job_id} on this machine, run directory {folder}", flush=True)

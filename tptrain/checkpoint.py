@@ -77,9 +77,6 @@ def save(
     Every rank calls it. Raises CheckpointError, on every rank, where any rank could not write, and removes what was.
     """
     target = step_folder(folder, step)
-    if (target / COMMIT).exists():  # all ranks see the same file: the last barrier of `save` was after it was written
-        mesh.barrier()
-        return target
 
     def on_main(work: Callable[[], None]) -> None:
         _agreed(work if mesh.is_main else lambda: None, target, mesh)
@@ -102,7 +99,7 @@ def save(
         mesh.barrier()
         raise
     if mesh.is_main:
-        _prune(folder, config.checkpoint.keep)
+        _prune(folder, step, config.checkpoint.keep)
     mesh.barrier()
     return target
 
@@ -130,7 +127,9 @@ def _plain(error: BaseException) -> str:
 
 
 def _make_empty(target: Path) -> None:
-    if target.exists():  # an attempt that died before it committed
+    """Take away what an attempt left that died before it committed, or a damaged checkpoint of the same step."""
+    if target.exists():
+        (target / COMMIT).unlink(missing_ok=True)
         shutil.rmtree(target)
     target.mkdir(parents=True)
 
@@ -153,10 +152,13 @@ def _commit(target: Path, commit: Commit, config: Config) -> None:
     _sync(target.parent)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Delete the oldest. The marker goes first, so that a folder half deleted counts for nothing."""
-    checkpoints = committed(folder)
-    for old in checkpoints[:-keep]:
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Delete the oldest. The marker goes first, so that a folder half deleted counts for nothing.
+
+    Later steps than this one were found damaged when the run resumed: they neither count nor go.
+    """
+    good = [path for path in committed(folder) if path.name <= step_folder(folder, step).name]
+    for old in good[:-keep]:
         (old / COMMIT).unlink()
     for path in folder.glob("step-*"):
         if not (path / COMMIT).exists():
@@ -203,7 +205,7 @@ def load_newest(
     if unfinished:
         say(f"warning: ignoring {', '.join(path.name for path in unfinished)}: never committed (a save was cut off)")
     for path in reversed(candidates):
-        commit = read_commit(path)
+        commit = mesh.gather(read_commit(path))[0]
         if isinstance(commit, str):
             problem = commit
         else:  # each rank reads a part of the files

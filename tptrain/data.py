@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sysconfig
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
@@ -98,7 +99,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> None:
         folder.mkdir()
         try:
             say(f"packing the {config.source} data into {folder}, once")
-            _pack(config, folder)
+            _pack(config, folder, say)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -125,9 +126,10 @@ def packed_folder(config: DataConfig) -> Path:
     return Path(config.cache_dir) / f"{config.source}-{digest}"
 
 
-def _pack(config: DataConfig, folder: Path) -> None:
+def _pack(config: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
     encode, eod, dtype = _tokenizer(config)
     counts = {"train": 0, "validation": 0}
+    told = time.monotonic()
     batch: list[str] = []
     document = 0
     with (
@@ -137,7 +139,7 @@ def _pack(config: DataConfig, folder: Path) -> None:
     ):
 
         def flush() -> None:
-            nonlocal document
+            nonlocal document, told
             for ids in encode(batch):
                 held_out = _unit(document) < config.validation_fraction
                 file, part = (validation, "validation") if held_out else (train, "train")
@@ -146,6 +148,9 @@ def _pack(config: DataConfig, folder: Path) -> None:
                 document += 1
             progress.update(len(batch))
             batch.clear()
+            if progress.disable and time.monotonic() - told > 10:  # no terminal: a line now and then
+                say(f"packed {document:,} documents, {sum(counts.values()):,} tokens")
+                told = time.monotonic()
 
         for text in _documents(config):
             if text:
@@ -163,6 +168,7 @@ def _pack(config: DataConfig, folder: Path) -> None:
             os.fsync(file.fileno())
     meta = {"dtype": dtype, "documents": document, "tokens": counts}
     write_atomically(folder / "meta.json", json.dumps(meta))  # last: it marks the folder as whole
+    say(f"packed {document:,} documents: {counts['train']:,} tokens to train on, {counts['validation']:,} held out")
 
 
 def _unit(document: int) -> float:

@@ -41,10 +41,9 @@ class Attention(nn.Module):
         self.mesh, self.d = mesh, head_dim(config)
         hidden, heads, kv = config.hidden_size, config.num_attention_heads * self.d, kv_heads(config) * self.d
         std, bias = config.initializer_range, config.attention_bias
-        replicas = max(1, mesh.tp // kv_heads(config))  # kv_heads < tp: neighbours hold the same KV head
         self.q_proj = ColumnLinear(mesh, hidden, heads, std=std, bias=bias)
-        self.k_proj = ColumnLinear(mesh, hidden, kv, std=std, bias=bias, replicas=replicas)
-        self.v_proj = ColumnLinear(mesh, hidden, kv, std=std, bias=bias, replicas=replicas)
+        self.k_proj = ColumnLinear(mesh, hidden, kv, std=std, bias=bias, replicas=mesh.kv_replicas)
+        self.v_proj = ColumnLinear(mesh, hidden, kv, std=std, bias=bias, replicas=mesh.kv_replicas)
         self.o_proj = RowLinear(mesh, heads, hidden, std=_residual_std(config), bias=bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:

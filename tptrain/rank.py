@@ -1,6 +1,7 @@
 """One rank of a run as a process: signals, the run's lock, exit codes. Imports torch only once it runs."""
 
 import contextlib
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ def run(config: Config, before: Callable[[], None] = lambda: None) -> int:
     stop = StopRequest()
     rank = 0
     try:
+        import torch.distributed as dist
+
         from tptrain.checkpoint import CheckpointError
         from tptrain.mesh import build_mesh
         from tptrain.train import Diverged, train
@@ -61,6 +64,16 @@ def run(config: Config, before: Callable[[], None] = lambda: None) -> int:
         return 2
     except (CheckpointError, Diverged) as error:
         _complain(rank, f"{error}")
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(rank, f"no space left on the device: {error.filename or config.run.dir}. Free some and launch again")
+        return 1
+    except RuntimeError as error:  # a collective failed, as it does when another rank is gone
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        _complain(rank, f"lost another rank: {str(error).splitlines()[0]}")
         return 1
     except KeyboardInterrupt:
         _complain(rank, f"{stop.name} before the first step: nothing was trained, nothing to save")

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tptrain import checkpoint
@@ -38,12 +40,12 @@ class Trainer:
     gradients: Gradients
     optimizer: torch.optim.AdamW
 
-    def to_device(self, tokens: object) -> tuple[Tensor, Tensor]:
+    def to_device(self, tokens: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """(b, T + 1) ids -> inputs and targets, each (b, T), on the device."""
-        ids = torch.as_tensor(tokens).to(self.mesh.device, non_blocking=True)
+        ids = torch.from_numpy(tokens).to(self.mesh.device, non_blocking=True)
         return ids[:, :-1], ids[:, 1:]
 
-    def loss_sum(self, tokens: object) -> Tensor:
+    def loss_sum(self, tokens: NDArray[np.int64]) -> Tensor:
         """Cross entropy in nats, summed over the tokens of a micro-batch: a scalar."""
         inputs, targets = self.to_device(tokens)
         logits = self.model(inputs, DTYPES[self.config.train.precision])  # (b, T, V/tp)
@@ -81,7 +83,7 @@ class Trainer:
         mine = range(self.mesh.dp_rank, count, self.mesh.dp)
         for start in range(0, len(mine), train.micro_batch_size):
             indices = mine[start : start + train.micro_batch_size]
-            total += self.loss_sum([held_out.sequence(index).tolist() for index in indices])
+            total += self.loss_sum(np.stack([held_out.sequence(index) for index in indices]))
         all_reduce_(total, self.mesh.dp_group)
         return total.item() / (count * train.seq_len)
 
@@ -110,6 +112,9 @@ def train(config: Config, mesh: Mesh, stop: Callable[[], str | None]) -> None:
     start = found.step if found else 0
     if found:
         say(f"resuming from {checkpoint.step_folder(folder, start).name} (saved by {found.world} ranks, tp={found.tp})")
+    if start >= config.train.steps:
+        say(f"already finished: step {start}, whose checkpoint is whole. A larger train.steps goes on from there")
+        return
     recorder = Recorder(config, start) if mesh.is_main else None
     try:
         last = _loop(trainer, start, folder, stop, recorder)

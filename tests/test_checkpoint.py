@@ -1,0 +1,126 @@
+"""Which checkpoints count, which are kept, and which is loaded: one rank, no process group."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tptrain import checkpoint
+from tptrain.checkpoint import COMMIT, CheckpointError, committed, load_newest
+from tptrain.config import Config, load_config
+from tptrain.layers import init_weights, parameters
+from tptrain.mesh import make_mesh
+from tptrain.model import Decoder
+from tptrain.optim import build_optimizer
+
+
+class Run:
+    """A model whose weights say which step it is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: Config = load_config(["model.num_hidden_layers=1", f"run.dir={folder}", "checkpoint.keep=2"])
+        self.mesh = make_mesh(1, 1, torch.device("cpu"))
+        self.model = Decoder(self.config.model, self.mesh)
+        init_weights(self.model, 0, 0)
+        self.optimizer = build_optimizer(self.model, self.config.optim)
+        self.said: list[str] = []
+
+    def save(self, step: int) -> None:
+        with torch.no_grad():
+            for _, p in parameters(self.model):
+                p.fill_(step)
+                self.optimizer.state[p]["exp_avg"].fill_(step / 2)
+        checkpoint.save(self.folder, step, step * 8, self.model, self.optimizer, self.config, self.mesh)
+
+    def load(self) -> int | None:
+        """The step that was loaded, as the weights and moments tell it."""
+        self.said.clear()
+        commit = load_newest(self.folder, self.model, self.optimizer, self.mesh, self.said.append)
+        if commit is None:
+            return None
+        for _, p in parameters(self.model):
+            assert (p == commit.step).all()
+            assert (self.optimizer.state[p]["exp_avg"] == commit.step / 2).all()
+            assert self.optimizer.state[p]["step"] == commit.step
+        assert commit.samples == commit.step * 8
+        return commit.step
+
+    def steps(self) -> list[int]:
+        return [int(path.name[5:]) for path in committed(self.folder)]
+
+    def damage(self, step: int, name: str = "__0_0.distcp") -> None:
+        file = checkpoint.step_folder(self.folder, step) / name
+        content = bytearray(file.read_bytes())
+        content[len(content) // 3] ^= 4
+        file.write_bytes(content)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "checkpoints")
+
+
+def test_the_newest_are_kept_and_the_newest_is_loaded(run: Run) -> None:
+    assert run.load() is None
+    for step in (5, 10, 15):
+        run.save(step)
+    assert run.steps() == [10, 15]
+    assert run.load() == 15
+    assert run.said == []
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "config.yaml", COMMIT])
+def test_a_flipped_bit_in_any_file_is_noticed_and_named(run: Run, name: str) -> None:
+    run.save(5)
+    run.save(10)
+    run.damage(10, name)
+    assert run.load() == 5
+    assert "step-00000010 is damaged" in run.said[0]
+    assert name in run.said[0]
+
+
+def test_a_missing_file_is_named(run: Run) -> None:
+    run.save(5)
+    run.save(10)
+    (checkpoint.step_folder(run.folder, 10) / "__0_0.distcp").unlink()
+    assert run.load() == 5
+    assert "__0_0.distcp: missing" in run.said[0]
+
+
+def test_a_damaged_later_step_neither_counts_as_kept_nor_stays(run: Run) -> None:
+    for step in (5, 10, 15):
+        run.save(step)
+    run.damage(15)
+    assert run.load() == 10
+    run.save(12)
+    assert run.steps() == [10, 12, 15]
+    assert run.load() == 12, "the damaged one is passed over again"
+    run.save(15)
+    assert run.load() == 15
+    assert run.steps() == [12, 15]
+
+
+def test_what_was_never_committed_does_not_count(run: Run) -> None:
+    run.save(5)
+    run.save(10)
+    (checkpoint.step_folder(run.folder, 10) / COMMIT).unlink()
+    assert run.load() == 5
+    assert "step-00000010" in run.said[0]
+    run.save(11)
+    assert run.steps() == [5, 11]
+    assert not checkpoint.step_folder(run.folder, 10).exists()
+
+
+def test_none_whole_is_an_error_and_not_a_fresh_start(run: Run) -> None:
+    run.save(5)
+    run.damage(5)
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        run.load()
+
+
+def test_commit_tells_the_position_in_the_data(run: Run) -> None:
+    run.save(5)
+    content = json.loads((checkpoint.step_folder(run.folder, 5) / COMMIT).read_text())["commit"]
+    assert (content["step"], content["samples"], content["world"], content["tp"]) == (5, 40, 1, 1)
