@@ -98,7 +98,7 @@ class Follower:
         if self.bar is not None:
             self.bar.close()
         code = self._exit_code()
-        if code == 1:
+        if code == 1 and not interrupted:
             self._explain()
         return 1 if interrupted else code
 

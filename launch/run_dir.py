@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from tptrain.config import Config, UserError, read_config, write_config
 from tptrain.config.load import write_atomically
 
@@ -22,7 +20,7 @@ MAY_CHANGE_IN_TRAIN = ("steps", "micro_batch_size", "device", "eval_every", "eva
 def claim(config: Config) -> None:
     """Make the run directory and write the snapshot, or check that this launch goes on with the run that is there.
 
-    Raises UserError where the directory belongs to another config, is in use, or holds something else.
+    Raises UserError where the directory belongs to another config or holds something else.
     """
     run_dir = Path(config.run.dir or ".")
     snapshot = run_dir / "config.yaml"
@@ -35,7 +33,6 @@ def claim(config: Config) -> None:
             raise UserError(f"run.dir={run_dir}: cannot be made ({error.strerror}). Choose another run.dir.") from error
         write_config(config, snapshot)
         return
-    check_free(run_dir)
     before = read_config(snapshot)
     check_resume(before, config, run_dir)
     if before != config:  # the old one is kept: nothing saved is overwritten
@@ -75,18 +72,6 @@ def check_resume(before: Config, now: Config, run_dir: Path) -> None:
             f"train.steps={now.train.steps}: fewer than the {before.train.steps} of the run in {run_dir}. "
             "A resumed run may only be made longer."
         )
-
-
-def check_free(run_dir: Path) -> None:
-    """Raises UserError while another process trains in the directory."""
-    lock = filelock.FileLock(run_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise UserError(
-            f"run.dir={run_dir}: a run is going on in it. Wait for it, stop it, or choose another run.dir."
-        ) from error
-    lock.release()
 
 
 def newest_checkpoint(run_dir: Path) -> str | None:

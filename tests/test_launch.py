@@ -254,3 +254,16 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished: Path) -> None:
     assert len(files) == 2
     assert len({file.name for file in files}) == 1, "both attempts carry one run id"
     assert set(wandb_rows(folder)) == set(range(1, 21))
+
+
+def test_a_second_launch_into_a_run_that_goes_on_is_refused(finished: Path) -> None:
+    lines = launch_lines(finished, "train.steps=5000", "checkpoint.every=0", name="twice")
+    launch = start_launch(*lines)
+    wait_until(lambda: rows_in(finished / "twice") >= 1, "a step", launch)
+    before = (finished / "twice" / "config.yaml").read_text()
+    refused = tptrain("launch", *lines, "logging.every=2")
+    assert refused.returncode == 2
+    assert "another process is training in it" in refused.stdout
+    assert (finished / "twice" / "config.yaml").read_text() == before
+    os.killpg(launch.pid, signal.SIGINT)
+    finish(launch)

@@ -68,6 +68,7 @@ def launch(overrides: list[str]) -> int:
         slurm.check(config)
     folder = Path(config.run.dir or ".")
     slurm.check_not_queued(folder)
+    _check_free(folder)
     with run_dir.claimed(config):
         if not on_slurm:
             job = local.submit(config, run)
@@ -100,7 +101,21 @@ def train(overrides: list[str]) -> int:
         raise UserError("run.name: not set, and the ranks must agree on it. Give run.name or run.dir.")
     config = load_config(overrides)
     validate(config)
-    return run(config, before=lambda: run_dir.claim(config))
+
+    def claim() -> None:
+        _check_free(Path(config.run.dir or "."))
+        run_dir.claim(config)
+
+    return run(config, before=claim)
+
+
+def _check_free(folder: Path) -> None:
+    """Raises UserError while another process trains in the folder."""
+    from tptrain.rank import run_lock
+
+    if (folder / ".lock").exists():
+        with run_lock(folder):
+            pass
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def run(config: Config, before: Callable[[], None] = lambda: None) -> int:
     except RuntimeError as error:  # a collective failed, as it does when another rank is gone
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        _complain(rank, f"lost another rank: {str(error).splitlines()[0]}")
+        _complain(rank, f"lost another rank: {str(error).split('] ', 1)[-1].split('. ')[0]}")
         return 1
     except KeyboardInterrupt:
         _complain(rank, f"{stop.name} before the first step: nothing was trained, nothing to save")
