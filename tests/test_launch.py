@@ -256,6 +256,25 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished: Path) -> None:
     assert set(wandb_rows(folder)) == set(range(1, 21))
 
 
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(finished: Path) -> None:
+    done = tptrain("launch", *launch_lines(finished, "optim=constant", "optim.lr=1e30", name="diverged"))
+    assert done.returncode == 1
+    assert "gradient norm nan" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert committed(finished / "diverged" / "checkpoints") == []
+
+
+def test_set_up_lines_and_variables_reach_local_ranks(finished: Path) -> None:
+    setup = "cluster.setup=['export NUMBER=7', 'echo greeting $GREETING $NUMBER']"
+    lines = launch_lines(finished, "train.steps=1", "cluster.env.GREETING='two words'", setup, name="setup")
+    done = tptrain("launch", *lines)
+    assert done.returncode == 0, done.stdout
+    assert "greeting two words 7" in done.stdout
+    broken = tptrain("launch", *lines, "cluster.setup=['false']", "train.steps=2")
+    assert broken.returncode == 1
+    assert "rank 0 was killed or crashed" in broken.stdout
+
+
 def test_a_second_launch_into_a_run_that_goes_on_is_refused(finished: Path) -> None:
     lines = launch_lines(finished, "train.steps=5000", "checkpoint.every=0", name="twice")
     launch = start_launch(*lines)

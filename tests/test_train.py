@@ -18,7 +18,8 @@ from tptrain.metrics import read_rows
 from tptrain.train import Trainer, build, train
 
 FROZEN = Path(__file__).parent / "frozen"
-TOLERANCE = 2e-5  # nats, over 50 float32 steps
+TOLERANCE = 2e-5  # nats, over 50 float32 steps, against losses recorded on another machine
+AGREEMENT = 5e-6  # nats, between topologies on one machine; 1e-6 was measured
 MODELS = {
     "kv_replicated": ["train.steps=50"],  # 2 KV heads: replicated at tp=4
     "gpt2_like": [
@@ -106,7 +107,7 @@ def test_loss_does_not_depend_on_the_topology(trained: tuple[Path, object], mode
 @pytest.mark.parametrize("model", MODELS)
 def test_topologies_agree_with_each_other(trained: tuple[Path, object], model: str) -> None:
     runs = [losses(trained[0] / f"{model}-{topology}") for topology in TOPOLOGIES]
-    assert max(max(step) - min(step) for step in zip(*runs, strict=True)) < TOLERANCE
+    assert max(max(step) - min(step) for step in zip(*runs, strict=True)) < AGREEMENT
 
 
 def _bf16(folder: str) -> list[dict[str, torch.dtype]]:
