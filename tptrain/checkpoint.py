@@ -54,10 +54,14 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def committed(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first. Says nothing of whether their bytes are still good."""
     found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-    return sorted((path for path in found if (path / COMMIT).exists()), key=lambda path: int(path.name[5:]))
+    return sorted((path for path in found if (path / COMMIT).exists()), key=step_of)
 
 
 # --------------------------------------------------------------------------------------------------------------- saving
@@ -157,7 +161,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 
     Later steps than this one were found damaged when the run resumed: they neither count nor go.
     """
-    good = [path for path in committed(folder) if path.name <= step_folder(folder, step).name]
+    good = [path for path in committed(folder) if step_of(path) <= step]
     for old in good[:-keep]:
         (old / COMMIT).unlink()
     for path in folder.glob("step-*"):

@@ -55,7 +55,10 @@ class Trainer:
         return losses.sum()
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
-        """Optimizer step number `step` (the first is 1): the mean loss of this rank's samples' share, and the norm."""
+        """Do optimizer step number `step`, the first being 1.
+
+        Returns this dp rank's summand of the mean loss in nats, and the gradient norm before clipping: scalars.
+        """
         train, optim, mesh = self.config.train, self.config.optim, self.mesh
         share = train.global_batch_size // mesh.dp
         first = (step - 1) * train.global_batch_size + mesh.dp_rank * share  # a global sample index
@@ -129,7 +132,6 @@ def _loop(trainer: Trainer, start: int, folder: Path, stop: Callable[[], str | N
     """Run steps start + 1 and on; the number of the last one done."""
     config, mesh = trainer.config, trainer.mesh
     steps, since, began = config.train.steps, start, time.perf_counter()
-    saved = start
     for step in range(start + 1, steps + 1):
         loss, norm = trainer.step(step)
         stopping = mesh.any(stop() is not None)
@@ -156,12 +158,11 @@ def _loop(trainer: Trainer, start: int, folder: Path, stop: Callable[[], str | N
             samples = step * config.train.global_batch_size
             checkpoint.save(folder, step, samples, trainer.model, trainer.optimizer, config, mesh)
             began += time.perf_counter() - before  # tokens_per_second is that of the training steps
-            saved = step
         if recorder is not None:
             recorder.tick(step)
         if stopping:
             return step
-    return max(saved, start)
+    return steps
 
 
 def _due(step: int, every: int) -> bool:
