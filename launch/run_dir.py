@@ -63,9 +63,11 @@ def check_resume(before: Config, now: Config, run_dir: Path) -> None:
         if group in MAY_CHANGE or (group == "train" and rest in MAY_CHANGE_IN_TRAIN) or key == "data.cache_dir":
             continue
         if old.get(key) != new.get(key):
+            untrained = newest_checkpoint(run_dir) is None
             raise UserError(
                 f"run.dir={run_dir}: belongs to a run with {key}={old.get(key)}, and this launch has "
-                f"{key}={new.get(key)}. Launch with the old value to resume it, or choose another run.dir or run.name."
+                f"{key}={new.get(key)}. Launch with the old value to resume it, or choose another run.dir or run.name"
+                + (", or remove this one, which has no checkpoint yet." if untrained else ".")
             )
     if now.train.steps < before.train.steps:
         raise UserError(

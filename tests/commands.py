@@ -16,7 +16,7 @@ TIMEOUT_S = 150
 def environment(**variables: str) -> dict[str, str]:
     """This environment without a wandb login, so that a developer's own account is never used."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return kept | {"HOME": "/nonexistent", "OMP_NUM_THREADS": "1"} | variables
+    return kept | {"NETRC": "/dev/null", "OMP_NUM_THREADS": "1"} | variables
 
 
 def tptrain(verb: str, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -130,5 +130,11 @@ def test_data_that_is_too_small_or_empty_is_a_users_error(tmp_path: Path) -> Non
     (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match="Nothing to train on"):
         pack(tmp_path, "data=files", f"data.files=[{tmp_path}/blank.jsonl]")
+    (tmp_path / "cut.jsonl").write_text('{"text": "whole"}\n{"text": "cu')
+    with pytest.raises(UserError, match=r"cut\.jsonl.*cannot read"):
+        pack(tmp_path, "data=files", f"data.files=[{tmp_path}/cut.jsonl]")
+    (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(UserError, match="holds int, not text"):
+        pack(tmp_path, "data=files", f"data.files=[{tmp_path}/number.jsonl]")
     with pytest.raises(UserError, match=r"data\.name=no/such"):
         pack(tmp_path, "data=hub", "data.name=no/such")

@@ -192,19 +192,26 @@ def _hold_out_the_tail(config: DataConfig, folder: Path, counts: dict[str, int],
 
 
 def _documents(config: DataConfig) -> Iterator[str]:
+    """The texts of the data set. Raises UserError where they cannot be read or are not texts."""
     if config.source == "stdlib":
         yield from _stdlib_texts()
         return
-    rows = _hub_rows(config) if config.source == "hub" else _file_rows(config)
-    for row in rows:
-        if config.text_column not in row:
-            raise UserError(
-                f"data.text_column={config.text_column}: no such column. The data has {', '.join(sorted(row))}."
-            )
-        text = row[config.text_column]
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"data.text_column={config.text_column}: holds {type(text).__name__}, not text.")
-        yield text or ""
+    column = config.text_column
+    try:
+        for row in _hub_rows(config) if config.source == "hub" else _file_rows(config):
+            if column not in row:
+                raise UserError(f"data.text_column={column}: no such column. The data has {', '.join(sorted(row))}.")
+            text = row[column]
+            if text is not None and not isinstance(text, str):
+                raise UserError(f"data.text_column={column}: holds {type(text).__name__}, not text.")
+            yield text or ""
+    except UserError:
+        raise
+    except Exception as error:  # `datasets` raises a dozen kinds for a name, a split or a file that it cannot read
+        what = f"data.name={config.name}" if config.source == "hub" else f"data.files={','.join(config.files)}"
+        raise UserError(
+            f"{what}: `datasets` cannot read it: {str(error.__cause__ or error).splitlines()[0]}"
+        ) from error
 
 
 def _stdlib_texts() -> Iterator[str]:
@@ -236,16 +243,17 @@ def _hub_rows(config: DataConfig) -> Iterable[dict]:
     import datasets
 
     assert config.name is not None
-    try:
-        return cast(Iterable[dict], datasets.load_dataset(config.name, config.subset, split=config.split))
-    except Exception as error:  # `datasets` raises a dozen kinds for a name, subset or split that is not there
-        raise UserError(f"data.name={config.name}: `datasets` cannot load it: {str(error).splitlines()[0]}") from error
+    return cast(Iterable[dict], datasets.load_dataset(config.name, config.subset, split=config.split))
 
 
 def _tokenizer(config: DataConfig) -> tuple[Encode, int, str]:
     """The batch encoder, the end-of-document id and the integer type that holds every id."""
     if config.tokenizer == "bytes":
-        return lambda texts: [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts], 256, "uint16"
+        return (
+            lambda texts: [np.frombuffer(text.encode(errors="replace"), dtype=np.uint8) for text in texts],
+            256,
+            "uint16",
+        )
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(config.tokenizer)
