@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tptrain.config import Config, read_config
+from tptrain.config import Config, UserError, read_config
 
 Entry = Callable[[Config], int]  # runs a rank, returns its exit code
 
@@ -25,7 +25,11 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None]) -> in
     local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
     if local:  # under Slurm the mesh reads srun's own variables
         _like_torchrun()
-    code = entry(read_config(Path(run_dir) / "config.yaml"))
+    try:
+        code = entry(read_config(Path(run_dir) / "config.yaml"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
     if code and not local:
         sys.exit(code)
     return code

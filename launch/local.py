@@ -33,7 +33,7 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
     executor = submitit.LocalExecutor(run_dir / "logs", python=_python(config))
     executor.update_parameters(
         tasks_per_node=cluster.tasks_per_node,
-        timeout_min=minutes(cluster.time) if cluster.time else A_YEAR_MIN,
+        timeout_min=(cluster.time and minutes(cluster.time)) or A_YEAR_MIN,
         stderr_to_stdout=True,
     )
     with socket.socket() as free:
@@ -43,6 +43,7 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
         "MASTER_PORT": str(port),
         # submitit's local executor hides the GPUs it was not told of: give the ranks what this process sees.
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        **{name: cluster.env[name] for name in ("MASTER_PORT", "CUDA_VISIBLE_DEVICES") if name in cluster.env},
     }
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # children inherit it
     try:
@@ -164,7 +165,9 @@ class Follower:
             _complain(f"no space left on the file system of {self.run_dir}")
         newest = newest_checkpoint(self.run_dir)
         left = (
-            f"the newest whole checkpoint is {newest}; launch again to go on from it" if newest else "no checkpoint yet"
+            f"the newest committed checkpoint is {newest}; launch again to go on from it"
+            if newest
+            else "no checkpoint yet"
         )
         _complain(f"the run failed; {left}. Logs: {self.prefix}_*_log.out")
 

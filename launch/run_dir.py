@@ -43,15 +43,18 @@ def claim(config: Config) -> None:
 
 @contextlib.contextmanager
 def claimed(config: Config) -> Iterator[None]:
-    """`claim` for a submission: where that fails, a directory that it made is taken away again."""
+    """`claim` for a submission: where that fails, the directory is again as it was."""
     run_dir = Path(config.run.dir or ".")
-    fresh = not run_dir.exists()
+    fresh, snapshot = not run_dir.exists(), run_dir / "config.yaml"
+    before = read_config(snapshot) if snapshot.exists() else None
     claim(config)
     try:
         yield
     except UserError:
         if fresh:
             shutil.rmtree(run_dir)
+        elif before is not None:
+            write_config(before, snapshot)
         raise
 
 
@@ -78,6 +81,7 @@ def check_resume(before: Config, now: Config, run_dir: Path) -> None:
 
 def newest_checkpoint(run_dir: Path) -> str | None:
     names = [marker.parent.name for marker in run_dir.glob("checkpoints/step-*/commit.json")]
+    names = [name for name in names if name.removeprefix("step-").isdigit()]
     return max(names, key=lambda name: int(name.removeprefix("step-")), default=None)
 
 

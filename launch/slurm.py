@@ -36,6 +36,8 @@ def check_not_queued(run_dir: Path) -> None:
     shown = subprocess.run(
         ["squeue", "--noheader", f"--jobs={job['id']}", "--format=%T"], capture_output=True, text=True, check=False
     )  # squeue fails for a job so old that Slurm has forgotten it
+    if shown.returncode and "Invalid job id" not in shown.stderr:
+        raise UserError(f"run.dir={run_dir}: whether its job {job['id']} still runs is unknown: {shown.stderr.strip()}")
     if state := shown.stdout.strip():
         raise UserError(
             f"run.dir={run_dir}: its job {job['id']} is {state.lower()}. Wait for it, or `scancel {job['id']}` first."
@@ -60,7 +62,11 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
 
 def _parameters(config: Config) -> dict[str, Any]:
     cluster = config.cluster
-    further: dict[str, Any] = {key.replace("_", "-"): value for key, value in cluster.sbatch.items()}
+    further: dict[str, Any] = {
+        key.replace("_", "-"): ",".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in cluster.sbatch.items()
+        if value is not None and value is not False
+    }
     if cluster.time is not None:
         further["time"] = cluster.time
     if cluster.mem is not None:
@@ -81,7 +87,7 @@ def _parameters(config: Config) -> dict[str, Any]:
         "constraint": cluster.constraint,
         "time": None,  # submitit's default is 5 minutes; ours is the partition's
         "wckey": None,
-        "setup": shell_lines(config),
+        "setup": ["set -e", *shell_lines(config), "set +e"],  # a line that fails ends the job
         "srun_args": srun_args,
         "stderr_to_stdout": True,
         "additional_parameters": further,

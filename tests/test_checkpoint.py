@@ -32,7 +32,7 @@ class Run:
             for _, p in parameters(self.model):
                 p.fill_(step)
                 self.optimizer.state[p]["exp_avg"].fill_(step / 2)
-        checkpoint.save(self.folder, step, step * 8, self.model, self.optimizer, self.config, self.mesh)
+        checkpoint.save(self.folder, step, step * 8, "data", self.model, self.optimizer, self.config, self.mesh)
 
     def load(self) -> int | None:
         """The step that was loaded, as the weights and moments tell it."""

@@ -40,8 +40,20 @@ def test_model_configs_have_the_published_size(model: str) -> None:
 
 def test_snapshot_reads_back_as_it_was(tmp_path: Path) -> None:
     config = load_config(
-        ["model=llama3_1b", "cluster=slurm", "cluster.env.A=1", "cluster.sbatch.exclude=n7", "cluster.time=1:30:00"]
+        [
+            "model=llama3_1b",
+            "cluster=slurm",
+            "cluster.env.A=true",
+            "cluster.env.B=1e-5",
+            "cluster.env.TOKENIZERS_PARALLELISM=false",
+            "cluster.sbatch.exclude=n7",
+            "cluster.time=1:30:00",
+            "cluster.setup=['echo \\${HOME}']",
+        ]
     )
+    validate(config)
+    assert config.cluster.env == {"A": "true", "TOKENIZERS_PARALLELISM": "false", "B": "1e-5"}
+    assert config.cluster.setup == ["echo ${HOME}"]
     write_config(config, tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml") == config
     assert config.cluster.time == "1:30:00"
@@ -74,7 +86,10 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, expected: int) -> 
 
 def _tokenizer(folder: Path) -> Path:
     path = folder / "tokenizer.json"
-    path.write_text(json.dumps({"added_tokens": [], "model": {"vocab": {f"t{i}": i for i in range(300)}}}))
+    vocab = {f"t{i}": i for i in range(299)}
+    path.write_text(json.dumps({"model": {"vocab": vocab}}))
+    (folder / "no-eod.json").write_text(path.read_text())
+    path.write_text(json.dumps({"added_tokens": [{"content": "</s>", "id": 299}], "model": {"vocab": vocab}}))
     return path
 
 
@@ -126,6 +141,21 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # overrides -> words that 
     "a secret in a line": (["cluster.setup=['export MY_API_KEY=1']"], ["MY_API_KEY", "shell"]),
     "a sweep": (["optim.lr=0.1,0.2"], ["optim.lr", "sweep"]),
     "not a run": (["run.dir={folder}/other"], ["other", "not a tptrain run"]),
+    "no end of document": (["data.tokenizer={folder}/no-eod.json"], ["data.eod_token", "no-eod.json"]),
+    "a folder for a file": (["data=files", "data.files=[{folder}/other]"], ["other", "a folder"]),
+    "a secret among others": (["cluster.setup=['true && export A=1 WANDB_API_KEY=1']"], ["WANDB_API_KEY", "shell"]),
+    "a password in a URL": (["cluster.env.HTTPS_PROXY='http://bob:pw@proxy'"], ["HTTPS_PROXY", "shell"]),
+    "a secret for sbatch": ([*SLURM, "cluster.sbatch.export='ALL,HF_TOKEN=1'"], ["sbatch.export", "HF_TOKEN"]),
+    "a variable's name": (["cluster.env.FOO-BAR=1"], ["FOO-BAR"]),
+    "shape by sbatch": ([*SLURM, "cluster.sbatch.nodes=2"], ["cluster.sbatch.nodes"]),
+    "infinite": (["optim.lr=inf"], ["optim.lr", "finite"]),
+    "null for a group": (["train=null"], ["train=None"]),
+    "unused data setting": (["data.text_column=body"], ["data.text_column", "stdlib"]),
+    "unused rate": (["optim=constant", "optim.min_lr_ratio=0.5"], ["optim.min_lr_ratio", "constant"]),
+    "hydra's own": (["hydra.run.dir=x"], ["hydra.run.dir", "unknown key"]),
+    "a percent sign": (["run.name=a%j"], ["%"]),
+    "an interpolation": (["cluster.env.A=${HOME}"], ["HOME", "single quotes"]),
+    "a name too long": (["run.name=" + "x" * 300], ["x" * 300]),
     "rope scaling": (["model.rope_scaling.factor=2"], ["rope_scaling", "llama3"]),
 }
 

@@ -173,7 +173,7 @@ def test_a_killed_rank_ends_the_run_and_the_rerun_goes_on(finished: Path, rank: 
     assert launch.returncode == 1
     assert f"rank {rank} was killed or crashed" in output
     newest = committed(run_dir / "checkpoints")[-1].name
-    assert f"the newest whole checkpoint is {newest}" in output
+    assert f"the newest committed checkpoint is {newest}" in output
     again = tptrain("launch", *lines)
     assert again.returncode == 0, again.stdout
     assert f"resuming from {newest}" in again.stdout
@@ -286,3 +286,17 @@ def test_a_second_launch_into_a_run_that_goes_on_is_refused(finished: Path) -> N
     assert (finished / "twice" / "config.yaml").read_text() == before
     os.killpg(launch.pid, signal.SIGINT)
     finish(launch)
+
+
+def test_a_run_whose_data_changed_behind_its_name_is_not_resumed(finished: Path, tmp_path: Path) -> None:
+    lines = [*launch_lines(tmp_path, "optim=constant"), "train.steps=2"]
+    assert tptrain("launch", *lines).returncode == 0
+    corpus = tmp_path / "corpus.jsonl"
+    os.utime(corpus)  # touched, but the same: packed again, and the run goes on
+    again = tptrain("launch", *lines, "train.steps=3")
+    assert "resuming from step-00000002" in again.stdout
+    with corpus.open("a") as file:
+        file.write('{"text": "one more document"}\n')
+    changed = tptrain("launch", *lines, "train.steps=4")
+    assert changed.returncode == 2, changed.stdout
+    assert "its data has changed" in changed.stdout

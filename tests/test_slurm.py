@@ -84,6 +84,28 @@ def test_options_set_up_lines_and_variables_reach_the_job(folder: Path) -> None:
         assert word in shown
 
 
+def test_a_refused_resume_leaves_the_run_as_it_was(folder: Path) -> None:
+    snapshot = folder / "options" / "config.yaml"
+    before = snapshot.read_text()
+    lines = [
+        *overrides(folder, "options"),
+        *JOB[:1],
+        "parallel.tp=1",
+        "train.steps=99",
+        "cluster.sbatch.no_such_option=1",
+    ]
+    refused = tptrain("launch", *lines)
+    assert refused.returncode == 2
+    assert "Slurm refuses" in refused.stdout
+    assert snapshot.read_text() == before
+
+
+def test_a_failing_set_up_line_ends_the_job(folder: Path) -> None:
+    lines = [*overrides(folder, "no-module"), *JOB[:1], "cluster.setup=['module load nothing']"]
+    assert wait_for_end(submit(*lines)) == "FAILED"
+    assert not (folder / "no-module" / "metrics.jsonl").exists()
+
+
 def test_a_dead_rank_ends_the_job_and_a_second_launch_goes_on(folder: Path) -> None:
     lines = [*overrides(folder, "dead"), *JOB]
     run_dir = folder / "dead"

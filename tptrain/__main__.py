@@ -1,6 +1,7 @@
 """The commands: `python -m tptrain VERB [hydra overrides]`. The one file that knows both the trainer and `launch`."""
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 
@@ -39,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1

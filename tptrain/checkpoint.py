@@ -6,6 +6,7 @@ after all bytes are durable, so its presence means that the checkpoint is whole;
 Local slices are viewed as DTensors for the call, which lets torch load them at any other legal topology.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -13,7 +14,6 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Commit:
     samples: int  # training sequences consumed: the position in the data
     world: int
     tp: int
+    data: str  # digest of the packed tokens
     files: dict[str, list[Any]]  # name -> [bytes, xxh3_128 hex]
 
 
@@ -60,8 +61,12 @@ def step_of(path: Path) -> int:
 
 def committed(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first. Says nothing of whether their bytes are still good."""
-    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-    return sorted((path for path in found if (path / COMMIT).exists()), key=step_of)
+    return [path for path in _step_folders(folder) if (path / COMMIT).exists()]
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """Oldest first, committed or not. A folder of any other name is not ours."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)), key=step_of)
 
 
 # --------------------------------------------------------------------------------------------------------------- saving
@@ -71,6 +76,7 @@ def save(
     folder: Path,
     step: int,
     samples: int,
+    data: str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: Config,
@@ -96,7 +102,7 @@ def save(
 
         _agreed(measure, target, mesh)
         files = {name: entry for part in mesh.gather(entries) for name, entry in part.items()}
-        on_main(lambda: _commit(target, Commit(step, samples, mesh.world, mesh.tp, files), config))
+        on_main(lambda: _commit(target, Commit(step, samples, mesh.world, mesh.tp, data, files), config))
     except CheckpointError:
         if mesh.is_main:
             shutil.rmtree(target, ignore_errors=True)
@@ -145,6 +151,9 @@ def _write(target: Path, state: dict[str, Any], mesh: Mesh) -> None:
 
 
 def _commit(target: Path, commit: Commit, config: Config) -> None:
+    for name, (length, _) in commit.files.items():
+        if not (target / name).exists() or (target / name).stat().st_size != length:
+            raise OSError(f"rank 0 does not see {name}: run.dir must be on a file system that all nodes share")
     write_config(config, target / "config.yaml")
     for name in (".metadata", "config.yaml"):
         _sync(target / name)
@@ -162,9 +171,10 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     Later steps than this one were found damaged when the run resumed: they neither count nor go.
     """
     good = [path for path in committed(folder) if step_of(path) <= step]
-    for old in good[:-keep]:
-        (old / COMMIT).unlink()
-    for path in folder.glob("step-*"):
+    with contextlib.suppress(OSError):  # one checkpoint too many is no reason to stop
+        for old in good[:-keep]:
+            (old / COMMIT).unlink()
+    for path in _step_folders(folder):
         if not (path / COMMIT).exists():
             shutil.rmtree(path, ignore_errors=True)
 
@@ -205,7 +215,7 @@ def load_newest(
     Every rank calls it; `say` gets a line on each checkpoint that is passed over. None where there is no good one.
     """
     (candidates,) = mesh.gather(committed(folder))[:1]  # rank 0's listing, for all
-    unfinished = [path for path in sorted(folder.glob("step-*")) if not (path / COMMIT).exists()]
+    unfinished = [path for path in _step_folders(folder) if not (path / COMMIT).exists()]
     if unfinished:
         say(f"warning: ignoring {', '.join(path.name for path in unfinished)}: never committed (a save was cut off)")
     for path in reversed(candidates):
@@ -241,12 +251,15 @@ def read_commit(path: Path) -> Commit | str:
 
 def damage(file: Path, length: int, digest: str) -> str | None:
     """What is wrong with a file of a checkpoint, or None."""
-    if not file.exists():
+    try:
+        if (actual := file.stat().st_size) != length:
+            return f"{file.name}: {actual} bytes instead of {length}"
+        if (found := _measure(file)[1]) != digest:
+            return f"{file.name}: checksum {found} instead of {digest}"
+    except FileNotFoundError:
         return f"{file.name}: missing"
-    if (actual := file.stat().st_size) != length:
-        return f"{file.name}: {actual} bytes instead of {length}"
-    if (found := _measure(file)[1]) != digest:
-        return f"{file.name}: checksum {found} instead of {digest}"
+    except OSError as error:
+        return f"{file.name}: unreadable ({error.strerror})"
     return None
 
 
@@ -305,7 +318,7 @@ def _view(local: Tensor, spec: ShardSpec, mesh: Mesh) -> Tensor:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """torch.distributed.checkpoint warns of its own internals on every call."""
     with warnings.catch_warnings():

@@ -16,16 +16,16 @@ from typing import cast
 
 import filelock
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tptrain.config import UserError
 from tptrain.config.load import write_atomically
 from tptrain.config.schema import DataConfig
-from tptrain.config.validate import FORMATS, data_files, tokenizer_size
+from tptrain.config.validate import EOD_NAMES, FORMATS, data_files, tokenizer_size
 
-FORMAT_VERSION = 1
-EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+FORMAT_VERSION = 2
 Encode = Callable[[list[str]], list[NDArray[np.integer]]]
 
 
@@ -48,7 +48,8 @@ class TokenData:
     """The training and held-out sequences of a packed data set. Raises UserError where it is too small to train on."""
 
     def __init__(self, folder: Path, seq_len: int, seed: int) -> None:
-        dtype = json.loads((folder / "meta.json").read_text())["dtype"]
+        meta = json.loads((folder / "meta.json").read_text())
+        dtype, self.digest = meta["dtype"], meta["digest"]  # the digest is of the tokens: a resume must find the same
         self.seed = seed
         self.train = TokenFile(folder / "train.bin", dtype, seq_len)
         self.validation = TokenFile(folder / "validation.bin", dtype, seq_len)
@@ -91,7 +92,10 @@ def shuffled(index: int, n: int, key: str) -> int:
 def prepare(config: DataConfig, say: Callable[[str], None] = print) -> None:
     """Pack the data set unless that is done already. Safe to run from several jobs at once; leaves all or nothing."""
     folder = packed_folder(config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache_dir={config.cache_dir}: cannot be made ({error.strerror}).") from error
     with filelock.FileLock(f"{folder}.lock"):
         if (folder / "meta.json").exists():
             return
@@ -118,8 +122,10 @@ def packed_folder(config: DataConfig) -> Path:
         "validation": config.validation_fraction,
         "tokenizer": "bytes",
     }
-    if config.source == "files":
-        identity["files"] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in data_files(config)]
+    files = data_files(config) if config.source == "files" else []
+    if config.source == "hub" and Path(config.name or "").is_dir():  # a data set by name may be a local folder
+        files = [file for file in sorted(Path(config.name or "").rglob("*")) if file.is_file()]
+    identity["files"] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     if config.tokenizer != "bytes":
         identity["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -163,10 +169,13 @@ def _pack(config: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
         raise UserError(f"data: {config.source} {config.name or config.files} holds no text. Nothing to train on.")
     if document < 1 / config.validation_fraction or counts["validation"] == 0:
         _hold_out_the_tail(config, folder, counts, np.dtype(dtype).itemsize)
+    digest = xxhash.xxh3_128()
     for part in counts:
         with (folder / f"{part}.bin").open("rb") as file:
             os.fsync(file.fileno())
-    meta = {"dtype": dtype, "documents": document, "tokens": counts}
+            while block := file.read(1 << 22):
+                digest.update(block)
+    meta = {"dtype": dtype, "documents": document, "tokens": counts, "digest": digest.hexdigest()}
     write_atomically(folder / "meta.json", json.dumps(meta))  # last: it marks the folder as whole
     say(f"packed {document:,} documents: {counts['train']:,} tokens to train on, {counts['validation']:,} held out")
 
@@ -234,9 +243,16 @@ def _file_rows(config: DataConfig) -> Iterable[dict]:
     files = data_files(config)
     kind = FORMATS[files[0].suffix]
     if kind == "text":  # a file is a document
-        return ({config.text_column: file.read_text(encoding="utf-8", errors="replace")} for file in files)
+        return ({config.text_column: _utf8(file)} for file in files)
     names = [str(file) for file in files if file.stat().st_size]
     return datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
+
+
+def _utf8(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.files={file}: not UTF-8 at byte {error.start}. Convert it, e.g. with iconv.") from error
 
 
 def _hub_rows(config: DataConfig) -> Iterable[dict]:
@@ -256,7 +272,10 @@ def _tokenizer(config: DataConfig) -> tuple[Encode, int, str]:
         )
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(config.tokenizer)
+    try:
+        tokenizer = Tokenizer.from_file(config.tokenizer)
+    except Exception as error:  # `tokenizers` raises bare Exceptions
+        raise UserError(f"data.tokenizer={config.tokenizer}: `tokenizers` cannot read it: {error}") from error
     names = (config.eod_token,) if config.eod_token else EOD_NAMES
     eod = next((found for name in names if (found := tokenizer.token_to_id(name)) is not None), None)
     if eod is None:

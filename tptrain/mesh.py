@@ -156,6 +156,8 @@ def build_mesh(config: Config) -> Mesh:
     backend = config.parallel.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type == "cpu":
+        raise UserError("parallel.backend=nccl: this machine shows no CUDA device to torch. Use parallel.backend=gloo.")
     dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     return make_mesh(config.parallel.tp, kv_heads(config.model), device)
 

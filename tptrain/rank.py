@@ -54,8 +54,10 @@ def run(config: Config, before: Callable[[], None] = lambda: None) -> int:
     try:
         mesh = build_mesh(config)
         rank = mesh.rank
-        mesh.main_first(before)
-        with run_lock(Path(config.run.dir or ".")) if mesh.is_main else contextlib.nullcontext():
+        if len(set(mesh.gather(config.run.dir))) > 1:
+            raise UserError("run.dir: the ranks disagree on it. Give all of them the same run.name or run.dir.")
+        with contextlib.ExitStack() as stack:
+            mesh.main_first(lambda: (before(), stack.enter_context(run_lock(Path(config.run.dir or ".")))))
             train(config, mesh, stop)
         mesh.close()
         return 0

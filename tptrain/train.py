@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tptrain import checkpoint
 from tptrain.collectives import all_reduce_
-from tptrain.config import Config
+from tptrain.config import Config, UserError
 from tptrain.data import TokenData, packed_folder, prepare
 from tptrain.layers import init_weights, parameters
 from tptrain.loss import vocab_parallel_cross_entropy
@@ -94,7 +94,8 @@ class Trainer:
 def build(config: Config, mesh: Mesh) -> Trainer:
     """Data, model with step-0 weights, gradients and optimizer."""
     mesh.main_first(lambda: prepare(config.data, _printer(mesh)))
-    data = TokenData(packed_folder(config.data), config.train.seq_len, config.train.seed)
+    (folder,) = mesh.gather(packed_folder(config.data) if mesh.is_main else None)[:1]
+    data = TokenData(folder, config.train.seq_len, config.train.seed)
     torch.manual_seed(config.train.seed)
     model = Decoder(config.model, mesh)
     init_weights(model, config.train.seed, mesh.tp_rank)
@@ -113,6 +114,11 @@ def train(config: Config, mesh: Mesh, stop: Callable[[], str | None]) -> None:
     folder = Path(config.run.dir or ".") / "checkpoints"
     found = checkpoint.load_newest(folder, trainer.model, trainer.optimizer, mesh, say)
     start = found.step if found else 0
+    if found and found.data != trainer.data.digest:
+        raise UserError(
+            f"run.dir={config.run.dir}: its data has changed since it was checkpointed (other texts or another "
+            "tokenizer behind the same names). Restore them, or choose another run.dir or run.name."
+        )
     if found:
         say(f"resuming from {checkpoint.step_folder(folder, start).name} (saved by {found.world} ranks, tp={found.tp})")
     if start >= config.train.steps:
@@ -156,7 +162,8 @@ def _loop(trainer: Trainer, start: int, folder: Path, stop: Callable[[], str | N
         if save_due:
             before = time.perf_counter()
             samples = step * config.train.global_batch_size
-            checkpoint.save(folder, step, samples, trainer.model, trainer.optimizer, config, mesh)
+            digest = trainer.data.digest
+            checkpoint.save(folder, step, samples, digest, trainer.model, trainer.optimizer, config, mesh)
             began += time.perf_counter() - before  # tokens_per_second is that of the training steps
         if recorder is not None:
             recorder.tick(step)

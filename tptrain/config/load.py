@@ -67,7 +67,16 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """As YAML that reads back as it is: a `${` in it is text, not an interpolation."""
+
+    def escaped(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: escaped(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [escaped(value) for value in node]
+        return node.replace("${", "\\${") if isinstance(node, str) else node
+
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(dataclasses.asdict(config))))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -128,13 +137,15 @@ def _checked(override: Override) -> str:
     groups = _groups()
     if key in groups:
         value = override.value()
-        if isinstance(value, str) and value not in groups[key]:
-            near = _nearest(value, groups[key])
+        if value not in groups[key]:
+            near = _nearest(str(value), groups[key])
             raise UserError(f"{key}={value}: there is no such {key}.{near} Known: {', '.join(groups[key])}.")
         return text
-    if any(key.startswith(f"{mapping}.") for mapping in FREE_MAPPINGS):
+    if any(key == mapping or key.startswith(f"{mapping}.") for mapping in FREE_MAPPINGS):
+        if key.startswith("cluster.env.") and not isinstance(override.value(), str):
+            text = f"{key}='{text.split('=', 1)[1]}'"  # a variable's value is the text as typed: true, 1e-5
         return f"++{text.lstrip('+')}"
-    if key not in known_keys() and not key.startswith("hydra."):
+    if key not in known_keys():
         raise UserError(f"{key}: unknown key.{_nearest(key, known_keys())} `python -m tptrain config` lists all keys.")
     return text
 
@@ -153,6 +164,8 @@ def _explain(error: BaseException) -> str:
         error = error.__cause__
     key = getattr(error, "full_key", None)
     text = (getattr(error, "msg", None) or str(error)).split("\n")[0]
+    if "nterpolation" in text:
+        text += ". For a shell variable write \\${NAME}, in single quotes."
     return f"{key}: {text}" if key else text
 
 
@@ -174,7 +187,9 @@ def _fill_in(config: Config) -> None:
         config.data.tokenizer = _absolute(config.data.tokenizer)
     if config.data.name and Path(config.data.name).is_dir():
         config.data.name = _absolute(config.data.name)
-    if config.data.source == "stdlib":  # another Python on another node would read another text
+    if (
+        config.data.source == "stdlib" and config.data.name is None
+    ):  # another Python on another node would read another text
         config.data.name = f"python-{sys.version_info.major}.{sys.version_info.minor}"
     cluster = config.cluster
     if cluster.tasks_per_node is None:

@@ -106,7 +106,7 @@ class TrainConfig:
     global_batch_size: int = size(8)
     micro_batch_size: int = size(8)  # sequences a rank runs at once
     precision: str = choice("fp32", "fp32", "bf16")
-    seed: int = number(0, least=0)
+    seed: int = number(0, least=0, most=2**63 - 1)
     device: str = choice("auto", "auto", "cpu", "cuda")
     eval_every: int = number(100, least=0)  # steps between validations; 0: never
     eval_sequences: int = size(64)  # held-out sequences a validation reads

@@ -3,16 +3,35 @@
 import dataclasses
 import glob
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from tptrain.config.errors import UserError
-from tptrain.config.schema import Config, DataConfig, ModelConfig, RopeScaling, head_dim, kv_heads, padded_vocab_size
+from tptrain.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RopeScaling,
+    head_dim,
+    kv_heads,
+    padded_vocab_size,
+)
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "mem", "cpus_per_task", "sbatch")
-SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSW|CREDENTIAL)", re.IGNORECASE)
+EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+# What the checks rest on, or submitit sets: these have settings of their own, or none.
+NOT_BY_SBATCH = {"nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "mem", "job-name"}
+NOT_BY_SBATCH |= {"partition", "account", "qos", "constraint", "array", "output", "error", "wrap", "chdir"}
+# Whole words of a name: TOKEN, but not TOKENIZERS.
+SECRET_NAME = re.compile(
+    r"(^|_)(\w*KEY(?<!MONKEY)|TOKEN|SECRETS?|PASS|PASSWD|PASSWORD|PASSPHRASE|PWD|PAT|AUTH|CREDENTIALS?)($|_)",
+    re.IGNORECASE,
+)
+SECRET_URL = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 
 
 def validate(config: Config) -> None:
@@ -20,6 +39,7 @@ def validate(config: Config) -> None:
     _check_bounds(config, "")
     _check_model(config.model, config.parallel.tp)
     _check_train(config)
+    _check_unused(config)
     _check_secrets(config)
     _check_data(config)
 
@@ -33,6 +53,13 @@ def check_cluster(config: Config) -> None:
         for key in SLURM_ONLY:
             if getattr(cluster, key):
                 raise UserError(f"cluster.{key}: only Slurm knows it. Use cluster=slurm or leave it out.")
+        if cluster.gpus_per_node and cluster.gpus_per_node != cluster.tasks_per_node:
+            raise UserError(
+                "cluster.gpus_per_node: here every rank has a GPU. Leave it out, and set cluster.tasks_per_node."
+            )
+    for key in cluster.sbatch:
+        if key.replace("_", "-") in NOT_BY_SBATCH:
+            raise UserError(f"cluster.sbatch.{key}: not to be set this way. Use the cluster.* setting of that name.")
     if cluster.time is not None:
         minutes(cluster.time)
     if cluster.tasks_per_node is None:
@@ -81,6 +108,8 @@ def _check_bounds(node: Any, prefix: str) -> None:
             _check_bounds(value, f"{key}.")
         elif value is None:
             continue
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value}: must be a finite number.")
         elif "options" in rule and value not in rule["options"]:
             raise UserError(f"{key}={value}: must be one of {', '.join(rule['options'])}.")
         elif "least" in rule and not value >= rule["least"]:
@@ -148,16 +177,42 @@ def _check_train(config: Config) -> None:
         raise UserError("parallel.backend=nccl: needs train.device=cuda. Use parallel.backend=gloo on the cpu.")
 
 
+def _check_unused(config: Config) -> None:
+    """A setting that the others make meaningless is a mistake, not a wish to be ignored."""
+    data, optim, default = config.data, config.optim, DataConfig()
+    readers = {"files": ("files",), "name": ("hub",), "subset": ("hub",), "split": ("hub",)}
+    for key, sources in (readers | {"text_column": ("files", "hub")}).items():
+        own = key == "name" and data.source == "stdlib" and str(data.name).startswith("python-")
+        if getattr(data, key) != getattr(default, key) and data.source not in sources and not own:
+            raise UserError(
+                f"data.{key}: only data={' and data='.join(sources)} reads it, and this is data={data.source}."
+            )
+    if data.eod_token is not None and data.tokenizer == "bytes":
+        raise UserError("data.eod_token: data.tokenizer=bytes has its own. Leave it out.")
+    if optim.schedule == "constant" and optim.min_lr_ratio != OptimConfig().min_lr_ratio:
+        raise UserError("optim.min_lr_ratio: has no effect on optim.schedule=constant. Leave it out.")
+    if len(Path(config.run.dir or "").name) > 200:
+        raise UserError(f"run.name={config.run.name}: longer than a file's name may be. Use at most 200 characters.")
+    if "%" in f"{config.run.dir}{config.run.name}":
+        raise UserError(f"run.dir={config.run.dir}: has a %, which Slurm and submitit would replace. Use another name.")
+
+
 def _check_secrets(config: Config) -> None:
     """The config is written to disk and into the job script, so no secret may pass through it."""
     advice = "Export it in your shell instead: jobs inherit the environment, and nothing writes it down."
-    for name in config.cluster.env:
-        if SECRET_NAME.search(name):
+    cluster = config.cluster
+    for name, value in cluster.env.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise UserError(f"cluster.env.{name}: not a name that a shell takes. Use letters, digits and underscores.")
+        if SECRET_NAME.search(name) or SECRET_URL.search(value):
             raise UserError(f"cluster.env.{name}: looks like a secret and would land in the run directory. {advice}")
-    for line in config.cluster.setup:
-        assigned = re.match(r"\s*(?:export\s+)?(\w+)=", line)
-        if assigned and SECRET_NAME.search(assigned[1]):
-            raise UserError(f"cluster.setup: sets {assigned[1]}, which looks like a secret. {advice}")
+    texts = {"cluster.setup": cluster.setup} | {f"cluster.sbatch.{k}": [str(v)] for k, v in cluster.sbatch.items()}
+    for key, lines in texts.items():
+        for line in lines:
+            names = [name for name in re.findall(r"\b(\w+)=", line) if SECRET_NAME.search(name)]
+            if names or SECRET_URL.search(line):
+                what = f"sets {names[0]}, which" if names else "holds a URL with a password, which"
+                raise UserError(f"{key}: {what} looks like a secret. {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -175,8 +230,6 @@ def _check_data(config: Config) -> None:
         raise UserError("data.name: not set. data=hub needs the name of a Hugging Face data set.")
     if data.source == "files":
         _check_files(data)
-    elif data.files:
-        raise UserError(f"data.files: only data=files reads them, and data.source={data.source}. Add data=files.")
 
 
 def tokenizer_size(data: DataConfig) -> int:
@@ -188,21 +241,30 @@ def tokenizer_size(data: DataConfig) -> int:
         raise UserError(f"data.tokenizer={path}: no such file. Give `bytes` or the path of a tokenizer.json.")
     try:
         content = json.loads(path.read_text())
-        ids = [entry["id"] for entry in content.get("added_tokens", [])]
         vocab = content["model"]["vocab"]
-        ids += vocab.values() if isinstance(vocab, dict) else range(len(vocab))
-        return max(ids) + 1
+        ids = dict(vocab) if isinstance(vocab, dict) else {piece[0]: i for i, piece in enumerate(vocab)}
+        ids |= {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
+        size = max(ids.values()) + 1
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"data.tokenizer={path}: not a Hugging Face tokenizer.json ({error}).") from error
+    names = (data.eod_token,) if data.eod_token else EOD_NAMES
+    if not ids.keys() & set(names):
+        raise UserError(
+            f"data.eod_token={data.eod_token}: {path} has none of {', '.join(names)}. Name its end-of-document token."
+        )
+    return size
 
 
 def data_files(data: DataConfig) -> list[Path]:
     """The files that `data.files` names, globs expanded, sorted within each. Raises UserError for one that is not."""
     found: list[Path] = []
     for pattern in data.files:
-        matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+        exact = [Path(pattern)] if Path(pattern).exists() else []  # a name may have brackets of its own
+        matches = exact or sorted(Path(match) for match in glob.glob(pattern, recursive=True))
         if not matches:
             raise UserError(f"data.files={pattern}: no such file.")
+        if not any(match.is_file() for match in matches):
+            raise UserError(f"data.files={pattern}: a folder. Name the files in it, e.g. {pattern}/*.jsonl.")
         found += [match for match in matches if match.is_file()]
     return list(dict.fromkeys(found))
 
@@ -218,12 +280,12 @@ def _check_files(data: DataConfig) -> None:
         raise UserError("data.files: mixes formats. Give files of one format (.json and .jsonl count as one).")
     if sum(file.stat().st_size for file in files) == 0:
         raise UserError(f"data.files={','.join(map(str, files))}: empty, there is nothing to train on.")
-    first = next(file for file in files if file.stat().st_size)
-    columns = _columns(first)
-    if columns is not None and data.text_column not in columns:
-        raise UserError(
-            f"data.text_column={data.text_column}: {first} has no such column. It has {', '.join(sorted(columns))}."
-        )
+    for file in [file for file in files if file.stat().st_size][:100]:
+        columns = _columns(file)
+        if columns is not None and data.text_column not in columns:
+            raise UserError(
+                f"data.text_column={data.text_column}: {file} has no such column. It has {', '.join(sorted(columns))}."
+            )
 
 
 def _columns(file: Path) -> set[str] | None:
@@ -246,4 +308,6 @@ def _columns(file: Path) -> set[str] | None:
         if len(head) >= 1 << 19:  # one record longer than the head we read
             return None
         raise UserError(f"data.files={file}: not JSON ({error}).") from error
-    return set(record) if isinstance(record, dict) else set()
+    if not isinstance(record, dict):
+        raise UserError(f'data.files={file}: its records are not objects. Write {{"text": ...}} for each document.')
+    return set(record)
