@@ -108,7 +108,7 @@ class TrainConfig:
     precision: str = choice("fp32", "fp32", "bf16")
     seed: int = number(0, least=0, most=2**63 - 1)
     device: str = choice("auto", "auto", "cpu", "cuda")
-    eval_every: int = number(100, least=0)  # steps between validations; 0: never
+    eval_every: int = number(100, least=0)  # steps between validations; 0: only after the last step
     eval_sequences: int = size(64)  # held-out sequences a validation reads
 
 
