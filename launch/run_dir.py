@@ -17,10 +17,11 @@ MAY_CHANGE = ("run", "parallel", "cluster", "logging", "checkpoint", "wandb")
 MAY_CHANGE_IN_TRAIN = ("steps", "micro_batch_size", "device", "eval_every", "eval_sequences")
 
 
-def claim(config: Config) -> None:
+def claim(config: Config) -> Config | None:
     """Make the run directory and write the snapshot, or check that this launch goes on with the run that is there.
 
-    Raises UserError where the directory belongs to another config or holds something else.
+    Returns the snapshot that was there before. Raises UserError where the directory belongs to another config or holds
+    something else.
     """
     run_dir = Path(config.run.dir or ".")
     snapshot = run_dir / "config.yaml"
@@ -32,29 +33,29 @@ def claim(config: Config) -> None:
         except OSError as error:
             raise UserError(f"run.dir={run_dir}: cannot be made ({error.strerror}). Choose another run.dir.") from error
         write_config(config, snapshot)
-        return
+        return None
     before = read_config(snapshot)
     check_resume(before, config, run_dir)
     if before != config:  # the old one is kept: nothing saved is overwritten
         (run_dir / "logs").mkdir(exist_ok=True)
         snapshot.replace(run_dir / "logs" / f"config-until-{time.strftime('%Y%m%d-%H%M%S')}.yaml")
         write_config(config, snapshot)
+    return before
 
 
 @contextlib.contextmanager
 def claimed(config: Config) -> Iterator[None]:
     """`claim` for a submission: where that fails, the directory is again as it was."""
     run_dir = Path(config.run.dir or ".")
-    fresh, snapshot = not run_dir.exists(), run_dir / "config.yaml"
-    before = read_config(snapshot) if snapshot.exists() else None
-    claim(config)
+    fresh = not run_dir.exists()
+    before = claim(config)
     try:
         yield
     except UserError:
         if fresh:
             shutil.rmtree(run_dir)
         elif before is not None:
-            write_config(before, snapshot)
+            write_config(before, run_dir / "config.yaml")
         raise
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from tptrain.metrics import read_rows
+
 TPTRAIN = [sys.executable, "-m", "tptrain"]
 TIMEOUT_S = 150
 
@@ -20,9 +22,14 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def tptrain(verb: str, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a verb to its end; stdout and stderr come together in `stdout`."""
+    """Run a verb to its end."""
+    return run(*TPTRAIN, verb, *overrides, **variables)
+
+
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; stdout and stderr come together in `stdout`."""
     return subprocess.run(
-        [*TPTRAIN, verb, *overrides],
+        command,
         env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -61,6 +68,13 @@ def wait_until(condition: Callable[[], bool], what: str, process: subprocess.Pop
         assert process is None or process.poll() is None, f"ended before {what}:\n{process.communicate()[0]}"
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.005)
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The loss of each step in metrics.jsonl."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "steps are unique and in order"
+    return [row["loss"] for row in rows]
 
 
 def rows_in(run_dir: Path) -> int:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from tests.commands import losses
 from tests.corpus import overrides
-from tests.test_train import FROZEN, MODELS, losses, run_here
+from tests.test_train import FROZEN, MODELS, run_here
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import commands
 from tests import reference as ref
 from tests.commands import tptrain
 from tests.corpus import overrides
 from tests.distributed import run_ranks
 from tests.parity import Distances, distances, worst
-from tptrain.metrics import read_rows
 
 pytestmark = pytest.mark.cuda
 TOLERANCE = 1e-5  # relative, as on the cpu
@@ -33,7 +33,7 @@ def test_matches_transformers(tp: int, backend: str) -> None:
 )
 def test_a_run_on_the_gpu_has_the_losses_of_the_cpu_and_resumes(tmp_path: Path, lines: list[str]) -> None:
     def losses(name: str) -> list[float]:
-        return [row["loss"] for row in read_rows(tmp_path / name / "metrics.jsonl")]
+        return commands.losses(tmp_path / name)
 
     def launch(name: str, *changes: str) -> None:
         done = tptrain("launch", *overrides(tmp_path, name), *lines, *changes)

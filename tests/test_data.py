@@ -8,15 +8,14 @@ import pytest
 
 from tests.corpus import write_corpus
 from tptrain.config import UserError, load_config
-from tptrain.data import TokenData, packed_folder, prepare, shuffled
+from tptrain.data import TokenData, prepare, shuffled
 
 EOD = 256
 
 
 def pack(folder: Path, *overrides: str) -> Path:
     config = load_config([f"data.cache_dir={folder}/cache", *overrides])
-    prepare(config.data)
-    return packed_folder(config.data)
+    return prepare(config.data)
 
 
 def tokens(packed: Path, part: str = "train") -> list[int]:

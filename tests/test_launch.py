@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import environment, finish, ranks_of, rows_in, start_launch, tptrain, wait_until
+from tests.commands import finish, losses, ranks_of, rows_in, run, start_launch, tptrain, wait_until
 from tests.corpus import overrides
 from tptrain.checkpoint import COMMIT, committed, damage, read_commit
 from tptrain.metrics import read_rows
@@ -22,12 +23,6 @@ TP2 = ["parallel.tp=2", "checkpoint.every=5"]
 
 def launch_lines(folder: Path, *changes: str, name: str = "run") -> list[str]:
     return [*overrides(folder, name), *TP2, *changes]
-
-
-def losses(run_dir: Path) -> list[float]:
-    rows = read_rows(run_dir / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "steps are unique and in order"
-    return [row["loss"] for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +119,9 @@ def test_again_is_done_already(finished: Path) -> None:
 
 def test_train_under_torchrun(finished: Path) -> None:
     """The same job, started by torchrun: bit for bit the losses of `launch`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "tptrain"]
-    run = subprocess.run(
-        [*command, "train", *launch_lines(finished, name="torchrun")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = run(*torchrun, "-m", "tptrain", "train", *launch_lines(finished, name="torchrun"))
+    assert done.returncode == 0, done.stdout
     assert losses(finished / "torchrun") == losses(finished / "run")
 
 
@@ -182,8 +170,6 @@ def test_a_killed_rank_ends_the_run_and_the_rerun_goes_on(finished: Path, rank: 
 
 @pytest.mark.parametrize("harm", ["truncated", "bit-flipped", "no marker"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished: Path, harm: str) -> None:
-    import shutil
-
     run_dir = finished / f"damaged-{harm.replace(' ', '-')}"
     shutil.copytree(finished / "run", run_dir)
     newest = run_dir / "checkpoints" / "step-00000020"

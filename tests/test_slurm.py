@@ -1,27 +1,20 @@
 """`cluster=slurm` on a real Slurm of two nodes: the same losses, the right end in the accounting, a dead rank."""
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.commands import tptrain, wait_until
+from tests.commands import TPTRAIN, losses, run, tptrain, wait_until
 from tests.corpus import overrides
 from tptrain.checkpoint import committed
-from tptrain.metrics import read_rows
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
 JOB = ["cluster=slurm", "cluster.nodes=2", "cluster.tasks_per_node=2", "parallel.tp=2", "checkpoint.every=5"]
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(run_dir / "metrics.jsonl")]
 
 
 def submit(*lines: str) -> str:
@@ -135,17 +128,9 @@ def test_scancel_signals_leave_a_checkpoint(folder: Path) -> None:
 
 
 def test_train_under_a_bare_srun(folder: Path) -> None:
-    command = [sys.executable, "-m", "tptrain", "train"]
     lines = [*overrides(folder, "srun"), "parallel.tp=2", "checkpoint.every=5"]
-    run = subprocess.run(
-        ["srun", "--nodes=2", "--ntasks-per-node=2", *command, *lines],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    done = run("srun", "--nodes=2", "--ntasks-per-node=2", *TPTRAIN, "train", *lines)
+    assert done.returncode == 0, done.stdout
     assert losses(folder / "srun") == losses(folder / "slurm")
 
 

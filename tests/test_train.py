@@ -1,6 +1,7 @@
 """Whole runs of the trainer on real ranks: the topology does not change the loss, nor does a resume."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import xxhash
 
+from tests.commands import losses
 from tests.corpus import overrides
 from tests.distributed import gather_global, run_ranks
 from tptrain.config import load_config
@@ -50,12 +52,6 @@ def run_here(lines: list[str], tp: int, stop_after: int = 10**9) -> None:
     run_dir = Path(config.run.dir or "")
     run_dir.mkdir(parents=True, exist_ok=True)
     train(config, make_mesh(tp, kv_heads(config.model), torch.device("cpu")), after(stop_after))
-
-
-def losses(folder: Path) -> list[float]:
-    rows = read_rows(folder / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return [row["loss"] for row in rows]
 
 
 def step_0_digest(lines: list[str], tp: int) -> dict[str, str]:
@@ -143,8 +139,6 @@ def test_bf16_computes_in_bf16_and_keeps_float32_masters(tmp_path: Path) -> None
 
 def _resume(folder: str, world: int) -> None:
     """At world 4: a run never stopped, one stopped after 8 steps, and the latter copied for other topologies."""
-    import shutil
-
     main = torch.distributed.get_rank() == 0
     base = Path(folder)
     if world == 4:

@@ -4,6 +4,10 @@ import argparse
 import errno
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tptrain.config import Config
 
 HELP = """\
 Tensor-parallel training of transformer language models on Slurm clusters.
@@ -49,24 +53,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def show_config(overrides: list[str]) -> int:
-    from tptrain.config import check_cluster, load_config, validate
     from tptrain.config.load import to_yaml
 
-    config = load_config(overrides)
-    validate(config)
-    check_cluster(config)
-    print(to_yaml(config), end="")
+    print(to_yaml(_launchable(overrides)), end="")
     return 0
 
 
 def launch(overrides: list[str]) -> int:
     from launch import local, run_dir, slurm
-    from tptrain.config import check_cluster, load_config, validate
     from tptrain.rank import run
 
-    config = load_config(overrides)
-    validate(config)
-    check_cluster(config)
+    config = _launchable(overrides)
     on_slurm = config.cluster.kind == "slurm"
     if on_slurm:
         slurm.check(config)
@@ -111,6 +108,16 @@ def train(overrides: list[str]) -> int:
         run_dir.claim(config)
 
     return run(config, before=claim)
+
+
+def _launchable(overrides: list[str]) -> "Config":
+    """The composed config, with every check that needs no machine. Raises UserError."""
+    from tptrain.config import check_cluster, load_config, validate
+
+    config = load_config(overrides)
+    validate(config)
+    check_cluster(config)
+    return config
 
 
 def _check_free(folder: Path) -> None:

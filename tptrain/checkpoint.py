@@ -15,6 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     config: Config,
     mesh: Mesh,
-) -> Path:
+) -> None:
     """Write and commit the state after `step` steps, then delete all but the newest `checkpoint.keep`.
 
     Every rank calls it. Raises CheckpointError, on every rank, where any rank could not write, and removes what was.
@@ -91,17 +92,13 @@ def save(
     def on_main(work: Callable[[], None]) -> None:
         _agreed(work if mesh.is_main else lambda: None, target, mesh)
 
+    def measure() -> dict[str, list[Any]]:
+        return {file.name: _measure(file) for file in target.glob(f"__{mesh.rank}_*.distcp")}
+
     try:
         on_main(lambda: _make_empty(target))
         _agreed(lambda: _write(target, _state(model, optimizer, mesh) | _rng_state(mesh), mesh), target, mesh)
-        entries: dict[str, list[Any]] = {}
-
-        def measure() -> None:
-            mine = target.glob(f"__{mesh.rank}_*.distcp")
-            entries.update({file.name: _measure(file) for file in mine})
-
-        _agreed(measure, target, mesh)
-        files = {name: entry for part in mesh.gather(entries) for name, entry in part.items()}
+        files = {name: entry for part in _agreed(measure, target, mesh) for name, entry in part.items()}
         on_main(lambda: _commit(target, Commit(step, samples, mesh.world, mesh.tp, data, files), config))
     except CheckpointError:
         if mesh.is_main:
@@ -111,19 +108,19 @@ def save(
     if mesh.is_main:
         _prune(folder, step, config.checkpoint.keep)
     mesh.barrier()
-    return target
 
 
-def _agreed(work: Callable[[], None], target: Path, mesh: Mesh) -> None:
-    """Run `work` on every rank; where it fails on one, raise the same CheckpointError on all."""
-    problem = None
+def _agreed(work: Callable[[], Any], target: Path, mesh: Mesh) -> list[Any]:
+    """Run `work` on every rank, for its value on each; where it fails on one, raise the same CheckpointError on all."""
+    value = problem = None
     try:
-        work()
+        value = work()
     except (OSError, CheckpointException) as error:
         problem = _plain(error)
-    problems = [found for found in mesh.gather(problem) if found]
-    if problems:
-        raise CheckpointError(f"checkpoint {target.name} was not saved: {problems[0]}")
+    values, problems = zip(*mesh.gather((value, problem)), strict=True)
+    if any(problems):
+        raise CheckpointError(f"checkpoint {target.name} was not saved: {next(filter(None, problems))}")
+    return list(values)
 
 
 def _plain(error: BaseException) -> str:
@@ -214,12 +211,12 @@ def load_newest(
 
     Every rank calls it; `say` gets a line on each checkpoint that is passed over. None where there is no good one.
     """
-    (candidates,) = mesh.gather(committed(folder))[:1]  # rank 0's listing, for all
+    candidates = mesh.main_first(lambda: committed(folder))
     unfinished = [path for path in _step_folders(folder) if not (path / COMMIT).exists()]
     if unfinished:
         say(f"warning: ignoring {', '.join(path.name for path in unfinished)}: never committed (a save was cut off)")
     for path in reversed(candidates):
-        commit = mesh.gather(read_commit(path))[0]
+        commit = mesh.main_first(partial(read_commit, path))
         if isinstance(commit, str):
             problem = commit
         else:  # each rank reads a part of the files

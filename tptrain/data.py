@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tptrain.config import UserError
 from tptrain.config.load import write_atomically
 from tptrain.config.schema import DataConfig
-from tptrain.config.validate import EOD_NAMES, FORMATS, data_files, tokenizer_size
+from tptrain.config.validate import FORMATS, data_files, vocabulary
 
 FORMAT_VERSION = 2
 Encode = Callable[[list[str]], list[NDArray[np.integer]]]
@@ -89,8 +89,11 @@ def shuffled(index: int, n: int, key: str) -> int:
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
-def prepare(config: DataConfig, say: Callable[[str], None] = print) -> None:
-    """Pack the data set unless that is done already. Safe to run from several jobs at once; leaves all or nothing."""
+def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Path:
+    """Pack the data set unless that is done already, and return its folder.
+
+    Safe to run from several jobs at once; leaves all or nothing.
+    """
     folder = packed_folder(config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +101,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> None:
         raise UserError(f"data.cache_dir={config.cache_dir}: cannot be made ({error.strerror}).") from error
     with filelock.FileLock(f"{folder}.lock"):
         if (folder / "meta.json").exists():
-            return
+            return folder
         shutil.rmtree(folder, ignore_errors=True)  # what a packing that died left behind
         folder.mkdir()
         try:
@@ -107,6 +110,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> None:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+    return folder
 
 
 def packed_folder(config: DataConfig) -> Path:
@@ -165,7 +169,6 @@ def _pack(config: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
                 flush()
         flush()
     if document == 0:
-        shutil.rmtree(folder)
         raise UserError(f"data: {config.source} {config.name or config.files} holds no text. Nothing to train on.")
     if document < 1 / config.validation_fraction or counts["validation"] == 0:
         _hold_out_the_tail(config, folder, counts, np.dtype(dtype).itemsize)
@@ -264,27 +267,19 @@ def _hub_rows(config: DataConfig) -> Iterable[dict]:
 
 def _tokenizer(config: DataConfig) -> tuple[Encode, int, str]:
     """The batch encoder, the end-of-document id and the integer type that holds every id."""
+    size, eod = vocabulary(config)
+    dtype = "uint16" if size <= 2**16 else "uint32"
     if config.tokenizer == "bytes":
-        return (
-            lambda texts: [np.frombuffer(text.encode(errors="replace"), dtype=np.uint8) for text in texts],
-            256,
-            "uint16",
-        )
+        return lambda texts: [np.frombuffer(text.encode(errors="replace"), np.uint8) for text in texts], eod, dtype
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(config.tokenizer)
     except Exception as error:  # `tokenizers` raises bare Exceptions
         raise UserError(f"data.tokenizer={config.tokenizer}: `tokenizers` cannot read it: {error}") from error
-    names = (config.eod_token,) if config.eod_token else EOD_NAMES
-    eod = next((found for name in names if (found := tokenizer.token_to_id(name)) is not None), None)
-    if eod is None:
-        raise UserError(
-            f"data.eod_token={config.eod_token}: the tokenizer has none of {', '.join(names)}. Name its own."
-        )
 
     def encode(texts: list[str]) -> list[NDArray[np.integer]]:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
-    return encode, eod, "uint16" if tokenizer_size(config) <= 2**16 else "uint32"
+    return encode, eod, dtype

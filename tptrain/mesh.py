@@ -12,13 +12,15 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from tptrain.config import Config, UserError, check_topology
 from tptrain.config.schema import kv_heads
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,15 @@ class Mesh:
         if self.control is not None:
             dist.barrier(group=self.control)
 
-    def main_first(self, work: Callable[[], Any]) -> None:
-        """Run `work` on rank 0 alone while the others wait, for as long as it takes; its failure fails every rank."""
+    def main_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, for all: the others wait as long as it takes; its failure fails every rank."""
         if self.control is None:
-            work()
-            return
+            return work()
+        value = None
         store = dist.distributed_c10d._get_default_store()
         if self.is_main:
             try:
-                work()
+                value = work()
             except BaseException as error:
                 store.set("main_first", f"{type(error).__name__}: {error}")
                 raise
@@ -93,10 +95,11 @@ class Mesh:
                     continue
             if (answer := store.get("main_first").decode()) != "done":
                 raise UserError(f"rank 0 failed: {answer}")
-        self.barrier()
+        value = self.gather(value)[0]
         if self.is_main:
             store.delete_key("main_first")
         self.barrier()
+        return cast(T, value)
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -182,43 +182,41 @@ class Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        run_dir = Path(self.config.run.dir or ".")
-        identity = run_dir / "wandb" / "run-id"
+        identity = Path(self.config.run.dir or ".") / "wandb" / "run-id"
         if not identity.exists():
             identity.parent.mkdir(exist_ok=True)
             write_atomically(identity, f"{int(time.time() * 1e6):x}")
         mode = self.config.wandb.mode
         if mode == "auto":
             mode = "online" if wandb.login(prompt=False, verify=False, timeout=self.TIMEOUT_S) else "offline"
-        attempts: list[Any] = list(dict.fromkeys([mode, "offline"]))
-        for attempt in attempts:
-            settings = wandb.Settings(
+        if mode == "online":
+            try:
+                run = self._init("online", identity.read_text())
+                self.say(f"wandb: {run.url}")
+                return run
+            except Exception as error:
+                self.say(f"warning: wandb is out of reach ({str(error).splitlines()[0]}); logging offline")
+                wandb.teardown()  # its service still holds the run's id
+        return self._init("offline", identity.read_text())
+
+    def _init(self, mode: Literal["online", "offline"], identity: str) -> Any:
+        import wandb
+
+        return wandb.init(
+            mode=mode,
+            project=self.config.wandb.project,
+            entity=self.config.wandb.entity,
+            name=self.config.run.name,
+            id=identity,
+            resume="allow" if mode == "online" else None,
+            dir=self.config.run.dir,
+            config=asdict(self.config),
+            settings=wandb.Settings(
                 init_timeout=self.TIMEOUT_S,
                 finish_timeout=self.TIMEOUT_S,
                 console="off",
                 silent=True,
                 disable_git=True,
                 save_code=False,
-            )
-            try:
-                run = wandb.init(
-                    mode=attempt,
-                    project=self.config.wandb.project,
-                    entity=self.config.wandb.entity,
-                    name=self.config.run.name,
-                    id=identity.read_text().strip(),
-                    resume="allow" if attempt == "online" else None,
-                    dir=run_dir,
-                    config=asdict(self.config),
-                    settings=settings,
-                )
-            except Exception as error:
-                if attempt == "offline":
-                    raise
-                self.say(f"warning: wandb is out of reach ({str(error).splitlines()[0]}); logging offline")
-                wandb.teardown()  # its service still holds the run's id
-                continue
-            if attempt == "online":
-                self.say(f"wandb: {run.url}")
-            return run
-        raise AssertionError("unreachable")
+            ),
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from tptrain import checkpoint
 from tptrain.collectives import all_reduce_
 from tptrain.config import Config, UserError
-from tptrain.data import TokenData, packed_folder, prepare
+from tptrain.data import TokenData, prepare
 from tptrain.layers import init_weights, parameters
 from tptrain.loss import vocab_parallel_cross_entropy
 from tptrain.mesh import Mesh
@@ -93,8 +93,7 @@ class Trainer:
 
 def build(config: Config, mesh: Mesh) -> Trainer:
     """Data, model with step-0 weights, gradients and optimizer."""
-    mesh.main_first(lambda: prepare(config.data, _printer(mesh)))
-    (folder,) = mesh.gather(packed_folder(config.data) if mesh.is_main else None)[:1]
+    folder = mesh.main_first(lambda: prepare(config.data, _printer(mesh)))
     data = TokenData(folder, config.train.seq_len, config.train.seed)
     torch.manual_seed(config.train.seed)
     model = Decoder(config.model, mesh)

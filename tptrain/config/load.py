@@ -187,9 +187,7 @@ def _fill_in(config: Config) -> None:
         config.data.tokenizer = _absolute(config.data.tokenizer)
     if config.data.name and Path(config.data.name).is_dir():
         config.data.name = _absolute(config.data.name)
-    if (
-        config.data.source == "stdlib" and config.data.name is None
-    ):  # another Python on another node would read another text
+    if config.data.source == "stdlib" and config.data.name is None:  # another Python has another text
         config.data.name = f"python-{sys.version_info.major}.{sys.version_info.minor}"
     cluster = config.cluster
     if cluster.tasks_per_node is None:

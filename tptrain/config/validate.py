@@ -220,7 +220,7 @@ def _check_secrets(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
-    tokens = tokenizer_size(data)
+    tokens, _ = vocabulary(data)
     if tokens > config.model.vocab_size:
         raise UserError(
             f"data.tokenizer={data.tokenizer}: has {tokens} tokens, more than model.vocab_size="
@@ -232,10 +232,10 @@ def _check_data(config: Config) -> None:
         _check_files(data)
 
 
-def tokenizer_size(data: DataConfig) -> int:
-    """Number of token ids, the end-of-document token included."""
+def vocabulary(data: DataConfig) -> tuple[int, int]:
+    """The number of token ids, and the id of the end-of-document token. Raises UserError where there is none."""
     if data.tokenizer == "bytes":
-        return 257
+        return 257, 256
     path = Path(data.tokenizer)
     if not path.is_file():
         raise UserError(f"data.tokenizer={path}: no such file. Give `bytes` or the path of a tokenizer.json.")
@@ -248,11 +248,12 @@ def tokenizer_size(data: DataConfig) -> int:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"data.tokenizer={path}: not a Hugging Face tokenizer.json ({error}).") from error
     names = (data.eod_token,) if data.eod_token else EOD_NAMES
-    if not ids.keys() & set(names):
+    eod = next((ids[name] for name in names if name in ids), None)
+    if eod is None:
         raise UserError(
             f"data.eod_token={data.eod_token}: {path} has none of {', '.join(names)}. Name its end-of-document token."
         )
-    return size
+    return size, eod
 
 
 def data_files(data: DataConfig) -> list[Path]:
