@@ -1,4 +1,4 @@
-"""What submitit runs on a node: one rank."""
+"""What runs on a node: one rank, under its supervisor."""
 
 import os
 import shlex
@@ -7,13 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch.allocation import Allocation
+from launch.place import find_place
+from launch.supervisor import Supervisor
+from tptrain.blackbox import BlackBox
 from tptrain.config import Config, UserError, read_config
 
-Entry = Callable[[Config], int]  # runs a rank, returns its exit code
+# Trains as one rank: config, black box, allocation (on Slurm), the attempt's name, what to do once all ranks are there.
+Entry = Callable[[Config, BlackBox, Any, str, Callable[[], None]], int]
 
 
 def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None]) -> int:
-    """Set this rank's variables, call the trainer on the run's snapshot and return its exit code.
+    """For submitit: set this rank's variables, run it on the run's snapshot and return its exit code.
 
     Under Slurm a failed rank ends its process with that code, upon which srun ends the others.
     """
@@ -22,25 +27,29 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None]) -> in
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
-    if local:  # under Slurm the mesh reads srun's own variables
-        _like_torchrun()
     try:
-        code = entry(read_config(Path(run_dir) / "config.yaml"))
+        code = supervised(entry, read_config(Path(run_dir) / "config.yaml"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
-    if code and not local:
+    if code and os.environ.get("SUBMITIT_EXECUTOR") != "local":
         sys.exit(code)
     return code
 
 
-def _like_torchrun() -> None:
-    env: Any = os.environ
-    world = env["SUBMITIT_LOCAL_NTASKS"]
-    env["RANK"] = env["LOCAL_RANK"] = env["SUBMITIT_LOCAL_GLOBALID"]
-    env["WORLD_SIZE"] = env["LOCAL_WORLD_SIZE"] = world
-    env["MASTER_ADDR"] = "127.0.0.1"
+def supervised(entry: Entry, config: Config, claim: Callable[[], None] = lambda: None) -> int:
+    """Run this process's rank; `claim` runs on rank 0 once all are there. Raises UserError for a misplaced one."""
+    place = find_place()
+    _keep_nccl_record(Path(config.run.dir or ".") / "logs", place.attempt)
+    allocation = Allocation() if place.on_slurm else None
+    supervisor = Supervisor(config, place, allocation)
+    return supervisor.run(lambda box: entry(config, box, allocation, place.attempt, claim))
+
+
+def _keep_nccl_record(logs: Path, attempt: str) -> None:
+    """Have NCCL write PyTorch's flight record where the other reports of a hang lie, when its pipe is written to."""
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(logs / f"attempt-{attempt}" / "nccl-trace-"))
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", f"/tmp/tptrain-{attempt}-")
 
 
 def shell_lines(config: Config) -> list[str]:

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from submitit.core.utils import pickle_load
 from tqdm import tqdm
 
 from launch.job import Entry, run_rank, shell_lines
+from launch.place import free_port
 from launch.run_dir import newest_checkpoint, record_job
 from tptrain.config import Config
 from tptrain.config.validate import minutes
@@ -36,11 +36,9 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
         timeout_min=(cluster.time and minutes(cluster.time)) or A_YEAR_MIN,
         stderr_to_stdout=True,
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     variables = {
-        "MASTER_PORT": str(port),
+        "TPTRAIN_JOB": f"local.{time.time_ns():x}",
+        "MASTER_PORT": str(free_port()),
         # submitit's local executor hides the GPUs it was not told of: give the ranks what this process sees.
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
         **{name: cluster.env[name] for name in ("MASTER_PORT", "CUDA_VISIBLE_DEVICES") if name in cluster.env},
@@ -107,11 +105,11 @@ class Follower:
         return self.controller.is_running() and self.controller.status() != psutil.STATUS_ZOMBIE
 
     def _running(self) -> list[psutil.Process]:
-        """The ranks that live: the controller's descendants that run submitit's entry."""
+        """The ranks that live, by their supervisors: the first of the controller's descendants in submitit's entry."""
         found = []
         with contextlib.suppress(psutil.Error):  # one that ends while we look
             for child in self.controller.children(recursive=True):
-                if child.status() != psutil.STATUS_ZOMBIE and "submitit.core._submit" in child.cmdline():
+                if child.status() != psutil.STATUS_ZOMBIE and _is_supervisor(child):
                     found.append(child)
         return found
 
@@ -174,6 +172,12 @@ class Follower:
 
 def _complain(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _is_supervisor(process: psutil.Process) -> bool:
+    parent = process.parent()
+    entry = "submitit.core._submit"
+    return entry in process.cmdline() and parent is not None and entry not in parent.cmdline()
 
 
 class Tail:

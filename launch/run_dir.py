@@ -13,8 +13,8 @@ from tptrain.config import Config, UserError, read_config, write_config
 from tptrain.config.load import write_atomically
 
 # What may change when a run is resumed; all else makes it another run.
-MAY_CHANGE = ("run", "parallel", "cluster", "logging", "checkpoint", "wandb")
-MAY_CHANGE_IN_TRAIN = ("steps", "micro_batch_size", "device", "eval_every", "eval_sequences")
+MAY_CHANGE = ("run", "parallel", "cluster", "logging", "checkpoint", "wandb", "watchdog")
+MAY_CHANGE_IN_TRAIN = ("steps", "micro_batch_size", "device", "on_nan", "eval_every", "eval_sequences")
 
 
 def claim(config: Config) -> Config | None:

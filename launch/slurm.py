@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,7 @@ def _parameters(config: Config) -> dict[str, Any]:
         further["time"] = cluster.time
     if cluster.mem is not None:
         further["mem"] = cluster.mem
+    further["requeue" if cluster.max_restarts else "no-requeue"] = True
     # A rank that dies must not leave the others hanging in a collective.
     srun_args = ["--kill-on-bad-exit=1"]
     if cluster.cpus_per_task:  # since Slurm 22.05 srun does not take it over from sbatch
@@ -87,7 +90,15 @@ def _parameters(config: Config) -> dict[str, Any]:
         "constraint": cluster.constraint,
         "time": None,  # submitit's default is 5 minutes; ours is the partition's
         "wckey": None,
-        "setup": ["set -e", *shell_lines(config), "set +e"],  # a line that fails ends the job
+        # A set-up line that fails ends the job. The trap keeps the script alive through a SIGTERM: srun goes on to its
+        # end, and then it is decided whether the job goes back into the queue.
+        "setup": ["set -e", *shell_lines(config), "set +e", "trap : TERM"],
+        "teardown": [
+            "code=$?",
+            f"{shlex.quote(sys.executable)} -m launch.restart {shlex.quote(config.run.dir or '.')} $code",
+            "exit $code",
+        ],
+        "signal_delay_s": cluster.grace_s,
         "srun_args": srun_args,
         "stderr_to_stdout": True,
         "additional_parameters": further,

@@ -65,13 +65,13 @@ def mesh(tp: int, kv_heads: int = 10**9, device: str = "cpu") -> Mesh:
     return make_mesh(tp, kv_heads, torch.device(device))
 
 
-def gather_global(local: torch.Tensor, spec: Any, group: Any) -> torch.Tensor:
+def gather_global(local: torch.Tensor, spec: Any, grid: Mesh) -> torch.Tensor:
     """The global tensor out of every rank's slice; replicas must be bit for bit alike."""
     parts = [torch.empty_like(local) for _ in range(spec.tp)]
-    if spec.tp == 1:
+    if grid.tp_group is None:
         parts = [local]
     else:
-        dist.all_gather(parts, local.contiguous(), group=group)
+        dist.all_gather(parts, local.contiguous(), group=grid.tp_group.process_group)
     for index, part in enumerate(parts):
         first = parts[index // spec.replicas * spec.replicas]
         assert torch.equal(part, first), "replicas differ"

@@ -46,15 +46,15 @@ def distances(
         loss.backward()
         gradients.reduce()
         grads = {key: p.grad.clone() for key, p in parameters(model) if p.grad is not None}
-        norm = gradients.norm()
+        norm, _ = gradients.norm()
         gradients.clip(norm, ref.CLIP)
         optimizer.step()
     found: Distances = {"norm": abs(norm.item() / reference.norm - 1)}
     total = loss.detach().clone()
     if grid.dp_group is not None:
-        dist.all_reduce(total, group=grid.dp_group)
+        dist.all_reduce(total, group=grid.dp_group.process_group)
     found["loss"] = abs(total.item() / reference.loss - 1)
-    columns = gather_global(logits.detach().cpu(), ShardSpec((*rows[:, 1:].shape, 256), tp, 2), grid.tp_group)
+    columns = gather_global(logits.detach().cpu(), ShardSpec((*rows[:, 1:].shape, 256), tp, 2), grid)
     theirs = reference.logits[grid.dp_rank * share : (grid.dp_rank + 1) * share]
     found["logits"] = _distance(columns[..., : ref.VOCAB], theirs)
     for key, p in parameters(model):
@@ -86,7 +86,7 @@ def _drop_row_parallel_all_reduce() -> AbstractContextManager:
 
 def _average_instead_of_sum() -> AbstractContextManager:
     right = collectives.all_reduce_forward
-    return patch.object(layers, "all_reduce_forward", lambda x, group: right(x, group) / dist.get_world_size(group))
+    return patch.object(layers, "all_reduce_forward", lambda x, group: right(x, group) / len(group.ranks))
 
 
 def _drop_input_gradient_all_reduce() -> AbstractContextManager:
@@ -100,7 +100,7 @@ def _reduce_twice_backward() -> AbstractContextManager:
     """torch.distributed.nn.functional.all_reduce: its backward is another all-reduce."""
     from torch.distributed.nn.functional import all_reduce
 
-    return patch.object(layers, "all_reduce_forward", lambda x, group: all_reduce(x, group=group))
+    return patch.object(layers, "all_reduce_forward", lambda x, group: all_reduce(x, group=group.process_group))
 
 
 def _wrong_kv_slice() -> AbstractContextManager:
@@ -114,13 +114,13 @@ def _count_replicated_norms_twice() -> AbstractContextManager:
     def norm(self: optim.Gradients) -> Tensor:
         total = torch.stack([bucket.flat.square().sum() for bucket in self.buckets]).sum()
         collectives.all_reduce_(total, self.mesh.tp_group)
-        return total.sqrt()
+        return torch.stack([total.sqrt(), total])
 
     return patch.object(optim.Gradients, "norm", norm)
 
 
 def _forget_partial_gradients() -> AbstractContextManager:
-    def reduce(self: optim.Gradients) -> None:
+    def reduce(self: optim.Gradients, flag: bool = False) -> None:
         for bucket in self.buckets:
             collectives.all_reduce_(bucket.flat, self.mesh.dp_group)
 

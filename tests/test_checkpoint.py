@@ -32,6 +32,7 @@ class Run:
             for _, p in parameters(self.model):
                 p.fill_(step)
                 self.optimizer.state[p]["exp_avg"].fill_(step / 2)
+                self.optimizer.state[p]["step"].fill_(step)
         checkpoint.save(self.folder, step, step * 8, "data", self.model, self.optimizer, self.config, self.mesh)
 
     def load(self) -> int | None:

@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tptrain.config import load_config
 from tptrain.config.schema import OptimConfig
+from tptrain.config.sizes import flops_per_token
 from tptrain.layers import init_weights
 from tptrain.mesh import make_mesh
-from tptrain.metrics import Recorder, flops_per_token, read_rows
+from tptrain.metrics import Recorder, read_rows
 from tptrain.model import Decoder
 from tptrain.optim import learning_rate
 

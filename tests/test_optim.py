@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from tests.distributed import mesh, run_ranks
+from tptrain.config.sizes import BUCKET_ELEMENTS
 from tptrain.layers import ShardSpec, parameter
 from tptrain.mesh import make_mesh
-from tptrain.optim import BUCKET_ELEMENTS, Gradients
+from tptrain.optim import Gradients
 
 
 def test_norm_of_many_gradients_is_exact_to_float32() -> None:
@@ -22,9 +24,9 @@ def test_norm_of_many_gradients_is_exact_to_float32() -> None:
     for grad in grads:
         grad.copy_(torch.randn(grad.shape, generator=generator))
     exact = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt().item()
-    assert gradients.norm().item() == pytest.approx(exact, rel=1e-6)
-    gradients.clip(gradients.norm(), largest=1.0)
-    assert gradients.norm().item() == pytest.approx(1.0, rel=1e-5)
+    assert gradients.norm()[0].item() == pytest.approx(exact, rel=1e-6)
+    gradients.clip(gradients.norm()[0], largest=1.0)
+    assert gradients.norm()[0].item() == pytest.approx(1.0, rel=1e-5)
 
 
 def test_buckets_hold_every_gradient_once_and_are_bounded() -> None:
@@ -33,6 +35,33 @@ def test_buckets_hold_every_gradient_once_and_are_bounded() -> None:
     for i in range(7):
         setattr(module, f"p{i}", parameter(mesh, ShardSpec((2**12, 2**10), tp=1), std=1.0))
     gradients = Gradients(module, mesh)
-    assert sum(bucket.flat.numel() for bucket in gradients.buckets) == 7 * 2**22
-    assert max(bucket.flat.numel() for bucket in gradients.buckets) <= BUCKET_ELEMENTS
+    assert sum(bucket.flat.numel() - 1 for bucket in gradients.buckets) == 7 * 2**22  # one is for the stop flag
+    assert max(bucket.flat.numel() for bucket in gradients.buckets) <= BUCKET_ELEMENTS + 1
     assert len(gradients.buckets) == 2
+
+
+def test_a_flag_raised_on_one_rank_is_seen_by_all_and_changes_no_gradient() -> None:
+    for found in run_ranks(4, _flags):
+        for flagged, (flag, norm) in found.items():
+            assert (flag > 0) == (flagged is not None)
+            assert norm == found[None][1]
+
+
+def _flags() -> dict[int | None, tuple[float, float]]:
+    """Per rank that raises the flag (None: nobody): what this rank reads of flag and norm, on a 2 x 2 grid."""
+    grid = mesh(2)
+    found: dict[int | None, tuple[float, float]] = {}
+    for flagged in (None, 0, 1, 2, 3):
+        module = nn.Module()
+        module.plain = parameter(grid, ShardSpec((8, 5), tp=2), std=1.0)
+        module.partial = parameter(grid, ShardSpec((3,), 2, 0, 2, partial_grad=True), constant=1.0)
+        gradients = Gradients(module, grid)
+        for p in module.parameters():
+            assert p.grad is not None
+            p.grad.fill_(0.5)
+        gradients.reduce(flag=grid.rank == flagged)
+        norm, flag = gradients.norm().tolist()
+        found[flagged] = (flag, norm)
+        gradients.zero()
+        assert gradients.norm()[1] == 0
+    return found

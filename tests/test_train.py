@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import xxhash
 
 from tests.commands import losses
@@ -17,6 +18,7 @@ from tptrain.config.schema import kv_heads
 from tptrain.layers import parameters
 from tptrain.mesh import make_mesh
 from tptrain.metrics import read_rows
+from tptrain.stop import Stop
 from tptrain.train import Trainer, build, train
 
 FROZEN = Path(__file__).parent / "frozen"
@@ -40,10 +42,10 @@ MODELS = {
 TOPOLOGIES = {"tp1": (1, 1), "tp2": (2, 2), "tp4": (4, 4), "tp2_dp2": (4, 2), "dp4": (4, 1)}  # world, tp
 
 
-def after(steps: int) -> Callable[[], str | None]:
-    """A `stop` that is raised at the end of the given number of steps."""
+def after(steps: int, rank: int = 0) -> Callable[[], str | None]:
+    """What a `Stop` asks: one rank is signalled in the given step."""
     calls = iter(range(1, 10**9))
-    return lambda: "a test" if next(calls) >= steps else None
+    return lambda: "SIGTERM" if dist.get_rank() == rank and next(calls) >= steps else None
 
 
 def run_here(lines: list[str], tp: int, stop_after: int = 10**9) -> None:
@@ -51,7 +53,8 @@ def run_here(lines: list[str], tp: int, stop_after: int = 10**9) -> None:
     config = load_config([*lines, f"parallel.tp={tp}"])
     run_dir = Path(config.run.dir or "")
     run_dir.mkdir(parents=True, exist_ok=True)
-    train(config, make_mesh(tp, kv_heads(config.model), torch.device("cpu")), after(stop_after))
+    mesh = make_mesh(tp, kv_heads(config.model), torch.device("cpu"))
+    train(config, mesh, Stop(mesh, asked=after(stop_after)))
 
 
 def step_0_digest(lines: list[str], tp: int) -> dict[str, str]:
@@ -59,7 +62,7 @@ def step_0_digest(lines: list[str], tp: int) -> dict[str, str]:
     config = load_config([*lines, f"parallel.tp={tp}"])
     mesh = make_mesh(tp, kv_heads(config.model), torch.device("cpu"))
     trainer = build(config, mesh)
-    whole = {name: gather_global(p.detach(), p.spec, mesh.tp_group) for name, p in parameters(trainer.model)}
+    whole = {name: gather_global(p.detach(), p.spec, mesh) for name, p in parameters(trainer.model)}
     return {name: xxhash.xxh3_128(tensor.numpy().tobytes()).hexdigest() for name, tensor in whole.items()}
 
 

@@ -91,13 +91,14 @@ def launch(overrides: list[str]) -> int:
 
 def train(overrides: list[str]) -> int:
     from launch import run_dir
+    from launch.job import supervised
     from tptrain.config import UserError, load_config, read_config, validate
     from tptrain.rank import run
 
     if len(overrides) == 1 and overrides[0].startswith("run.dir="):
         snapshot = Path(overrides[0].removeprefix("run.dir=")) / "config.yaml"
         if snapshot.exists():
-            return run(read_config(snapshot))
+            return supervised(run, read_config(snapshot))
     if not any(override.startswith(("run.dir=", "run.name=")) for override in overrides):
         raise UserError("run.name: not set, and the ranks must agree on it. Give run.name or run.dir.")
     config = load_config(overrides)
@@ -107,7 +108,7 @@ def train(overrides: list[str]) -> int:
         _check_free(Path(config.run.dir or "."))
         run_dir.claim(config)
 
-    return run(config, before=claim)
+    return supervised(run, config, claim)
 
 
 def _launchable(overrides: list[str]) -> "Config":

@@ -49,6 +49,7 @@ class Commit:
     world: int
     tp: int
     data: str  # digest of the packed tokens
+    updates: int  # of the weights: fewer than steps where train.on_nan=skip left some out
     files: dict[str, list[Any]]  # name -> [bytes, xxh3_128 hex]
 
 
@@ -88,6 +89,7 @@ def save(
     Every rank calls it. Raises CheckpointError, on every rank, where any rank could not write, and removes what was.
     """
     target = step_folder(folder, step)
+    updates = int(next(iter(optimizer.state.values()))["step"].item())
 
     def on_main(work: Callable[[], None]) -> None:
         _agreed(work if mesh.is_main else lambda: None, target, mesh)
@@ -99,7 +101,7 @@ def save(
         on_main(lambda: _make_empty(target))
         _agreed(lambda: _write(target, _state(model, optimizer, mesh) | _rng_state(mesh), mesh), target, mesh)
         files = {name: entry for part in _agreed(measure, target, mesh) for name, entry in part.items()}
-        on_main(lambda: _commit(target, Commit(step, samples, mesh.world, mesh.tp, data, files), config))
+        on_main(lambda: _commit(target, Commit(step, samples, mesh.world, mesh.tp, data, updates, files), config))
     except CheckpointError:
         if mesh.is_main:
             shutil.rmtree(target, ignore_errors=True)
@@ -144,7 +146,12 @@ def _make_empty(target: Path) -> None:
 def _write(target: Path, state: dict[str, Any], mesh: Mesh) -> None:
     writer = FileSystemWriter(target, single_file_per_rank=True, sync_files=True)
     with _quiet():
-        state_dict_saver.save(state, storage_writer=writer, process_group=mesh.control, no_dist=mesh.control is None)
+        state_dict_saver.save(
+            state,
+            storage_writer=writer,
+            process_group=mesh.control and mesh.control.process_group,
+            no_dist=mesh.control is None,
+        )
 
 
 def _commit(target: Path, commit: Commit, config: Config) -> None:
@@ -267,10 +274,13 @@ def _read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: 
     with _quiet():
         reader = FileSystemReader(path)
         state_dict_loader.load(
-            state | rng, storage_reader=reader, process_group=mesh.control, no_dist=mesh.control is None
+            state | rng,
+            storage_reader=reader,
+            process_group=mesh.control and mesh.control.process_group,
+            no_dist=mesh.control is None,
         )
     for p in (p for _, p in parameters(model)):
-        optimizer.state[p]["step"].fill_(commit.step)
+        optimizer.state[p]["step"].fill_(commit.updates)
     if same_ranks:  # at another world size there is no such thing as "the" state of a rank: keep the seeded one
         torch.set_rng_state(rng[f"rng/{mesh.rank}/cpu"])
         if mesh.device.type == "cuda":
@@ -313,6 +323,11 @@ def _view(local: Tensor, spec: ShardSpec, mesh: Mesh) -> Tensor:
         shape=torch.Size(spec.shape),
         stride=stride,
     )
+
+
+def _over(mesh: Mesh) -> dict[str, Any]:
+    """torch's arguments for the ranks that save or load together."""
+    return {"process_group": mesh.control.process_group} if mesh.control else {"no_dist": True}
 
 
 @contextlib.contextmanager

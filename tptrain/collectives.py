@@ -15,19 +15,36 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-Group = dist.ProcessGroup | None
+from tptrain.blackbox import BlackBox
+from tptrain.mesh import Group
 
 
-def all_reduce_(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM, async_op: bool = False) -> dist.Work | None:
+class Pending:
+    """An all-reduce under way: `wait` before reading the tensor."""
+
+    def __init__(self, work: Any, box: BlackBox, number: int) -> None:
+        self.work, self.box, self.number = work, box, number
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.box.leave(self.number)
+
+
+def all_reduce_(x: Tensor, group: Group | None, op: Any = dist.ReduceOp.SUM, async_op: bool = False) -> Pending | None:
     """Reduce `x` over the group, in place. With `async_op`, wait on what is returned before reading `x`."""
     if group is None:
         return None
-    return dist.all_reduce(x, op=op, group=group, async_op=async_op)
+    number = group.enter("all_reduce", x)
+    work = dist.all_reduce(x, op=op, group=group.process_group, async_op=async_op)
+    if async_op:
+        return Pending(work, group.box, number)
+    group.box.leave(number)
+    return None
 
 
 class _AllReduceForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, group: Group | None) -> Tensor:  # type: ignore[override]
         ctx.mark_dirty(x)
         all_reduce_(x, group)
         return x
@@ -37,14 +54,14 @@ class _AllReduceForward(torch.autograd.Function):
         return grad, None  # the sum's gradient reaches every summand as it is
 
 
-def all_reduce_forward(x: Tensor, group: Group) -> Tensor:
+def all_reduce_forward(x: Tensor, group: Group | None) -> Tensor:
     """Sum partial results over the group; the gradient passes through. `x` (any shape) is overwritten."""
     return x if group is None else _AllReduceForward.apply(x, group)  # type: ignore[return-value]
 
 
 class _ColumnParallelLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, biases: bool, *parameters: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, group: Group | None, biases: bool, *parameters: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         weights = parameters[0::2] if biases else parameters
         ctx.save_for_backward(x, *weights)
         ctx.group, ctx.biases = group, biases
@@ -73,7 +90,7 @@ class _ColumnParallelLinears(torch.autograd.Function):
 
 
 def column_parallel_linears(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, group: Group
+    x: Tensor, weights: list[Tensor], biases: list[Tensor] | None, group: Group | None
 ) -> tuple[Tensor, ...]:
     """Several linears of one input, their output features sharded: no communication forward, one all-reduce backward.
 

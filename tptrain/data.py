@@ -89,7 +89,7 @@ def shuffled(index: int, n: int, key: str) -> int:
 # ------------------------------------------------------------------------------------------------------------- packing
 
 
-def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Path:
+def prepare(config: DataConfig, say: Callable[[str], None] = print, alive: Callable[[], None] = lambda: None) -> Path:
     """Pack the data set unless that is done already, and return its folder.
 
     Safe to run from several jobs at once; leaves all or nothing.
@@ -106,7 +106,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Path:
         folder.mkdir()
         try:
             say(f"packing the {config.source} data into {folder}, once")
-            _pack(config, folder, say)
+            _pack(config, folder, say, alive)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -136,7 +136,7 @@ def packed_folder(config: DataConfig) -> Path:
     return Path(config.cache_dir) / f"{config.source}-{digest}"
 
 
-def _pack(config: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
+def _pack(config: DataConfig, folder: Path, say: Callable[[str], None], alive: Callable[[], None]) -> None:
     encode, eod, dtype = _tokenizer(config)
     counts = {"train": 0, "validation": 0}
     told = time.monotonic()
@@ -157,6 +157,7 @@ def _pack(config: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
                 counts[part] += len(ids) + 1
                 document += 1
             progress.update(len(batch))
+            alive()
             batch.clear()
             if progress.disable and time.monotonic() - told > 10:  # no terminal: a line now and then
                 say(f"packed {document:,} documents, {sum(counts.values()):,} tokens")

@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tptrain.collectives import Group, all_reduce_
-from tptrain.mesh import Mesh
+from tptrain.collectives import all_reduce_
+from tptrain.mesh import Group, Mesh
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, start: int, valid: int, group: Group) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, start: int, valid: int, group: Group | None) -> Tensor:  # type: ignore[override]
         scores = logits.float()  # (N, V/tp)
         if valid < scores.shape[-1]:  # rows that only pad the vocabulary take no probability
             scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) >= valid, -torch.inf)

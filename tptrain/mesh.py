@@ -7,20 +7,42 @@ Ranks form a (dp, tp) grid with tp innermost, so that the ranks of one TP group 
 """
 
 import os
-import socket
-import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from tptrain import preflight
+from tptrain.blackbox import BlackBox
 from tptrain.config import Config, UserError, check_topology
 from tptrain.config.schema import kv_heads
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that reduce together, and the black box in which each of their collectives is noted."""
+
+    axis: str  # tp, dp, kv or control
+    ranks: tuple[int, ...]
+    process_group: dist.ProcessGroup
+    box: BlackBox
+
+    @contextmanager
+    def noted(self, op: str, x: torch.Tensor | None = None) -> Iterator[None]:
+        """Around a blocking collective: entered, and left unless it fails."""
+        number = self.enter(op, x)
+        yield
+        self.box.leave(number)
+
+    def enter(self, op: str, x: torch.Tensor | None = None) -> int:
+        shape, dtype = ((), "object") if x is None else (tuple(x.shape), str(x.dtype).removeprefix("torch."))
+        return self.box.enter(op, shape, dtype, self.axis, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -31,11 +53,14 @@ class Mesh:
     world: int
     tp: int  # size of the tp axis
     device: torch.device
-    tp_group: dist.ProcessGroup | None
-    dp_group: dist.ProcessGroup | None
-    kv_group: dist.ProcessGroup | None  # tp neighbours that hold the same KV heads, when kv_heads < tp
+    tp_group: Group | None
+    dp_group: Group | None
+    kv_group: Group | None  # tp neighbours that hold the same KV heads, when kv_heads < tp
     kv_replicas: int  # size of kv_group
-    control: dist.ProcessGroup | None  # all ranks, gloo on the cpu: flags, plans, checksums
+    control: Group | None  # all ranks, gloo on the cpu: plans, checksums, agreements
+    box: BlackBox = field(default_factory=BlackBox)  # what this rank is doing, for its supervisor
+    store: Any = None  # of the rendezvous
+    nodes: tuple[str, ...] = ()  # of each rank
 
     @property
     def dp(self) -> int:
@@ -53,32 +78,26 @@ class Mesh:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is raised on any rank; every rank gets the same answer."""
-        if self.control is None:
-            return flag
-        raised = torch.tensor([int(flag)])
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(raised.item())
-
     def gather(self, value: Any) -> list[Any]:
         """The small object of every rank, in rank order, on every rank."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.control)
+        with self.control.noted("all_gather_object"):
+            dist.all_gather_object(values, value, group=self.control.process_group)
         return values
 
     def barrier(self) -> None:
         if self.control is not None:
-            dist.barrier(group=self.control)
+            with self.control.noted("barrier"):
+                dist.barrier(group=self.control.process_group)
 
     def main_first(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, for all: the others wait as long as it takes; its failure fails every rank."""
         if self.control is None:
             return work()
         value = None
-        store = dist.distributed_c10d._get_default_store()
+        store = self.store or dist.distributed_c10d._get_default_store()
         if self.is_main:
             try:
                 value = work()
@@ -87,7 +106,8 @@ class Mesh:
                 raise
             store.set("main_first", "done")
         else:
-            while True:  # short waits, so that a signal's handler gets its turn
+            while True:
+                self.box.touch()
                 try:
                     store.wait(["main_first"], timedelta(seconds=2))
                     break
@@ -106,78 +126,63 @@ class Mesh:
             dist.destroy_process_group()
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands on its node."""
+def build_mesh(config: Config, box: BlackBox, claim: Callable[[], None] = lambda: None) -> Mesh:
+    """Meet the other ranks, check that they fit together, and build the axes. Reads torchrun's variables.
 
-    local_rank: int
-    local_world: int
-
-
-def find_place() -> Place:
-    """Read how this process was started: by torchrun (or `launch`), by a bare srun, or alone.
-
-    Leaves torchrun's variables in the environment in any case, for torch's `env://` rendezvous.
+    `claim` runs on rank 0, once all are there. Raises UserError for a topology, device or run directory that cannot be
+    had, RendezvousError where ranks are missing.
     """
     env = os.environ
-    if "RANK" not in env or "WORLD_SIZE" not in env:
-        env.update(_slurm_variables() if "SLURM_STEP_NODELIST" in env else _lone_variables())
-    local_world = int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))
-    return Place(int(env.get("LOCAL_RANK", int(env["RANK"]) % local_world)), local_world)
-
-
-def _slurm_variables() -> dict[str, str]:
-    env = os.environ
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-    )
-    # A restarted job keeps its id, and its old port may still be held: the restart count moves it.
-    job, restart, step = (int(env.get(f"SLURM_{name}", 0)) for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
-    tasks = env["SLURM_STEP_TASKS_PER_NODE"].replace("(", ",").split(",")  # "4(x2)" or "2,1"
-    return {
-        "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": env["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": tasks[0],
-        "MASTER_ADDR": nodes.stdout.split()[0],
-        "MASTER_PORT": str(20000 + (job * 131 + restart * 17 + step * 7) % 12000),
-    }
-
-
-def _lone_variables() -> dict[str, str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def build_mesh(config: Config) -> Mesh:
-    """Join the process group and build the axes. Raises UserError for a topology or device that cannot be had."""
-    place = find_place()
-    check_topology(config, int(os.environ["WORLD_SIZE"]))
-    device = _pick_device(config, place)
+    box.touch("rendezvous")
+    rank, world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+    check_topology(config, world)
+    device = _pick_device(config, local_rank, int(env["LOCAL_WORLD_SIZE"]))
     backend = config.parallel.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type == "cpu":
         raise UserError("parallel.backend=nccl: this machine shows no CUDA device to torch. Use parallel.backend=gloo.")
-    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
-    return make_mesh(config.parallel.tp, kv_heads(config.model), device)
+    name = "cpu" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
+    mine = preflight.Report(rank, env["TPTRAIN_NODE"], local_rank, name, config.run.dir or ".")
+    patience, hosted = config.watchdog.rendezvous_s, env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = env["TPTRAIN_ATTEMPT"]
+    store = preflight.join(env["MASTER_ADDR"], int(env["MASTER_PORT"]), mine, world, hosted, patience, attempt)
+    reports = preflight.check(store, mine, world, config, claim, patience)
+    longest = max(vars(config.watchdog).values())
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=longest + 60),  # the watchdog speaks first
+        device_id=device if backend == "nccl" else None,
+    )
+    box.touch("build")
+    return make_mesh(config.parallel.tp, kv_heads(config.model), device, box, store, [r.node for r in reports])
 
 
-def make_mesh(tp: int, kv_heads: int, device: torch.device) -> Mesh:
+def make_mesh(
+    tp: int,
+    kv_heads: int,
+    device: torch.device,
+    box: BlackBox | None = None,
+    store: Any = None,
+    nodes: list[str] | None = None,
+) -> Mesh:
     """The axes over the process group that is already there (or over none: a single rank)."""
+    box = box or BlackBox()
     if not dist.is_initialized():
-        return Mesh(0, 1, 1, device, None, None, None, 1, None)
+        return Mesh(0, 1, 1, device, None, None, None, 1, None, box)
     rank, world = dist.get_rank(), dist.get_world_size()
     assert world % tp == 0, (world, tp)
     kv_replicas = max(1, tp // kv_heads)
 
-    def group_of(partition: list[list[int]]) -> dist.ProcessGroup | None:
+    def group_of(axis: str, partition: list[list[int]], backend: str | None = None) -> Group | None:
         mine = None
         for ranks in partition:  # every rank creates every group, in the same order
-            group = _new_group(ranks) if len(ranks) > 1 else None
-            mine = group if rank in ranks else mine
+            made = dist.new_group(ranks, backend=backend) if len(ranks) > 1 or backend else None
+            if rank in ranks and made is not None:
+                mine = Group(axis, tuple(ranks), cast(dist.ProcessGroup, made), box)
         return mine
 
     def runs(length: int) -> list[list[int]]:
@@ -188,27 +193,24 @@ def make_mesh(tp: int, kv_heads: int, device: torch.device) -> Mesh:
         world=world,
         tp=tp,
         device=device,
-        tp_group=group_of(runs(tp)),
-        dp_group=group_of([list(range(offset, world, tp)) for offset in range(tp)]),
-        kv_group=group_of(runs(kv_replicas)),
+        tp_group=group_of("tp", runs(tp)),
+        dp_group=group_of("dp", [list(range(offset, world, tp)) for offset in range(tp)]),
+        kv_group=group_of("kv", runs(kv_replicas)),
         kv_replicas=kv_replicas,
-        control=_new_group(None, "gloo"),
+        control=group_of("control", runs(world), "gloo"),
+        box=box,
+        store=store,
+        nodes=tuple(nodes or []),
     )
 
 
-def _new_group(ranks: list[int] | None, backend: str | None = None) -> dist.ProcessGroup:
-    group = dist.new_group(ranks, backend=backend)
-    assert isinstance(group, dist.ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER
-    return cast(dist.ProcessGroup, group)
-
-
-def _pick_device(config: Config, place: Place) -> torch.device:
+def _pick_device(config: Config, local_rank: int, local_world: int) -> torch.device:
     kind = config.train.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread for every core
-            cores = len(os.sched_getaffinity(0)) // place.local_world
+            cores = len(os.sched_getaffinity(0)) // local_world
             torch.set_num_threads(max(1, int(os.environ.get("SLURM_CPUS_PER_TASK", cores))))
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -216,11 +218,11 @@ def _pick_device(config: Config, place: Place) -> torch.device:
     visible = torch.cuda.device_count()
     bound = visible == 1 and "SLURM_PROCID" in os.environ  # Slurm can show each task a GPU of its own
     shared = config.parallel.backend == "gloo"  # NCCL refuses two ranks on one GPU, gloo does not
-    if place.local_rank >= visible and not bound and not shared:
+    if local_rank >= visible and not bound and not shared:
         raise UserError(
-            f"cluster.tasks_per_node: {place.local_world} ranks on this node, which shows "
+            f"cluster.tasks_per_node: {local_world} ranks on this node, which shows "
             f"{visible} GPUs to torch. Use one rank for each GPU."
         )
-    device = torch.device("cuda", place.local_rank % visible)
+    device = torch.device("cuda", local_rank % visible)
     torch.cuda.set_device(device)
     return device

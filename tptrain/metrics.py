@@ -17,9 +17,8 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from tptrain.config import Config, ModelConfig
+from tptrain.config import Config
 from tptrain.config.load import write_atomically
-from tptrain.config.schema import head_dim, kv_heads, padded_vocab_size
 
 Row = dict[str, Any]
 
@@ -36,20 +35,6 @@ PEAK_TFLOPS = {
     "A10G": (70, 31),
     "A10": (125, 31),
 }
-
-
-def flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Forward and backward: 6 for each weight that multiplies, and 12 L H d T for attention scores and values.
-
-    PaLM's count (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): the causal half that a kernel skips is counted.
-    """
-    d = head_dim(model)
-    attention = model.hidden_size * d * (2 * model.num_attention_heads + 2 * kv_heads(model))
-    ffn = model.hidden_size * model.intermediate_size * (3 if model.gated_ffn else 2)
-    head = model.hidden_size * padded_vocab_size(model.vocab_size)
-    weights = model.num_hidden_layers * (attention + ffn) + head
-    scores = 12 * model.num_hidden_layers * model.num_attention_heads * d * seq_len
-    return 6.0 * weights + scores
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -104,7 +89,8 @@ class Recorder:
             self.bar.update(step - self.bar.n)
 
     def record(self, row: Row) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        told = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no nan
+        self.file.write(json.dumps(told) + "\n")
         if self.bar is None:
             print(describe(row, self.steps), flush=True)
         else:
@@ -112,6 +98,10 @@ class Recorder:
             if "val_loss" in row:
                 self.bar.write(describe(row, self.steps), file=sys.stderr)
         self.wandb.log(row)
+
+    def sync(self) -> None:
+        """The rows so far are on the disk."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from tptrain.collectives import all_reduce_
 from tptrain.config.schema import OptimConfig
+from tptrain.config.sizes import BUCKET_ELEMENTS, BUCKET_ROW
 from tptrain.layers import Parameter, ShardSpec, parameters
 from tptrain.mesh import Mesh
-
-BUCKET_ELEMENTS = 16 * 2**20  # 64 MiB of float32
-ROW = 4096  # elements whose squares are summed at once; see Bucket.square_sum
 
 
 class Bucket:
@@ -21,8 +19,8 @@ class Bucket:
 
     def __init__(self, members: list[Parameter]) -> None:
         self.spec: ShardSpec = members[0].spec  # alike in `replicas` and `partial_grad` for all members
-        rows = math.ceil(sum(p.numel() for p in members) / ROW)
-        self.flat = torch.zeros(rows * ROW, device=members[0].device)
+        rows = math.ceil(sum(p.numel() for p in members) / BUCKET_ROW)
+        self.flat = torch.zeros(rows * BUCKET_ROW + 1, device=members[0].device)  # the last one: see Gradients.reduce
         offset = 0
         for p in members:
             p.grad = self.flat[offset : offset + p.numel()].view_as(p)  # autograd accumulates into it in place
@@ -30,7 +28,7 @@ class Bucket:
 
     def square_sum(self) -> Tensor:
         """Sum of squares, a scalar. By rows: one float32 sum over 16 M elements is 0.5 % short on a cpu."""
-        return torch.linalg.vector_norm(self.flat.view(-1, ROW), dim=1).square().sum()
+        return torch.linalg.vector_norm(self.flat[:-1].view(-1, BUCKET_ROW), dim=1).square().sum()
 
 
 class Gradients:
@@ -49,8 +47,13 @@ class Gradients:
         for bucket in self.buckets:
             bucket.flat.zero_()
 
-    def reduce(self) -> None:
-        """Sum over the ranks that each computed a part: the dp axis, and the replicas of a `partial_grad`."""
+    def reduce(self, flag: bool = False) -> None:
+        """Sum over the ranks that each computed a part: the dp axis, and the replicas of a `partial_grad`.
+
+        The flag rides along in an element of its own, here over dp and in `norm` over tp: so all ranks learn whether
+        one of them raised it, and no collective is added.
+        """
+        self.buckets[0].flat[-1] = float(flag)
         for bucket in self.buckets:
             if bucket.spec.partial_grad:
                 whole_axis = bucket.spec.replicas == self.mesh.tp
@@ -61,13 +64,14 @@ class Gradients:
                 work.wait()
 
     def norm(self) -> Tensor:
-        """The 2-norm of the global gradient, a scalar, the same on every rank.
+        """The 2-norm of the global gradient and the number of flags raised: (2,), the same on every rank.
 
         The sum over tp meets each element `replicas` times: once for a plain shard, tp times for a replicated tensor.
         """
         total = torch.stack([bucket.square_sum() / bucket.spec.replicas for bucket in self.buckets]).sum()
-        all_reduce_(total, self.mesh.tp_group)
-        return total.sqrt()
+        both = torch.stack([total, self.buckets[0].flat[-1]])
+        all_reduce_(both, self.mesh.tp_group)
+        return torch.stack([both[0].sqrt(), both[1]])
 
     def clip(self, norm: Tensor, largest: float) -> None:
         """Scale all gradients so that the global norm is at most `largest`; 0 leaves them."""

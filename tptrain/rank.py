@@ -1,96 +1,115 @@
-"""One rank of a run as a process: signals, the run's lock, exit codes. Imports torch only once it runs."""
+"""One rank of a run as a process: from the rendezvous to its last word, which its supervisor reads in the black box."""
 
 import contextlib
 import errno
-import signal
+import json
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import filelock
 
+from tptrain.blackbox import BlackBox
 from tptrain.config import Config, UserError
+from tptrain.config.load import write_atomically
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-
-
-class StopRequest:
-    """Remembers the signal that asked this rank to stop. While the run is being built, a signal ends it at once."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self.training = False
-        for name in SIGNALS:
-            number = getattr(signal, name)
-            if signal.getsignal(number) is not signal.SIG_IGN:  # who started us wants it ignored
-                signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        if not self.training:
-            raise KeyboardInterrupt
-
-    def __call__(self) -> str | None:
-        self.training = True
-        return self.name
+LOCK_S = 60  # for a superseded attempt of the same job to notice and let go
 
 
-def run(config: Config, before: Callable[[], None] = lambda: None) -> int:
-    """Train as one rank, the place of which is told by the environment; `before` runs first, on rank 0 alone.
+def run(config: Config, box: BlackBox, allocation: Any, attempt: str, claim: Callable[[], None]) -> int:
+    """Train as one rank, whose place the environment tells; `claim` runs on rank 0 once all ranks are there.
 
     Returns the exit code: 0 done (or stopped with a checkpoint), 2 a user's mistake, 1 anything else.
     """
-    stop = StopRequest()
-    rank = 0
-    try:
-        import torch.distributed as dist
+    import torch.distributed as dist
 
-        from tptrain.checkpoint import CheckpointError
-        from tptrain.mesh import build_mesh
-        from tptrain.train import Diverged, train
-    except KeyboardInterrupt:
-        return 1
+    from tptrain.checkpoint import CheckpointError
+    from tptrain.mesh import build_mesh
+    from tptrain.preflight import RendezvousError
+    from tptrain.stop import Stop
+    from tptrain.train import Diverged, train
+
+    def fail(kind: str, text: str, code: int = 1) -> int:
+        box.end(kind, text)
+        with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+            print(f"{f'[rank {box.rank}] ' if box.rank else ''}error: {text}", file=sys.stderr, flush=True)
+        return code
+
+    folder = Path(config.run.dir or ".")
     try:
-        mesh = build_mesh(config)
-        rank = mesh.rank
-        if len(set(mesh.gather(config.run.dir))) > 1:
-            raise UserError("run.dir: the ranks disagree on it. Give all of them the same run.name or run.dir.")
         with contextlib.ExitStack() as stack:
-            mesh.main_first(lambda: (before(), stack.enter_context(run_lock(Path(config.run.dir or ".")))))
-            train(config, mesh, stop)
-        mesh.close()
+
+            def own() -> None:
+                claim()
+                stack.enter_context(_own(folder, attempt))
+
+            mesh = build_mesh(config, box, own)
+            if mesh.is_main:
+                begin = {"event": "start", "attempt": attempt, "time": time.time(), "tp": mesh.tp, "dp": mesh.dp}
+                note(folder, begin | {"nodes": list(mesh.nodes)})
+            agreed = train(config, mesh, Stop(mesh, allocation))
+            box.touch("end")
+            if agreed is None:
+                box.end("done", f"step {box.state.step}")
+            else:
+                box.end("stopped" if agreed.requeue else "cancelled", agreed.reason)
+            if mesh.is_main:
+                kind, message = box.ending()
+                note(
+                    folder,
+                    {"event": "last", "attempt": attempt, "kind": kind, "message": message, "step": box.state.step},
+                )
+            mesh.close()
         return 0
     except UserError as error:
-        _complain(rank, f"{error}")
-        return 2
-    except (CheckpointError, Diverged) as error:
-        _complain(rank, f"{error}")
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _complain(rank, f"no space left on the device: {error.filename or config.run.dir}. Free some and launch again")
-        return 1
+        return fail("user", f"{error}", 2)
+    except Diverged as error:
+        return fail("diverged", f"{error}")
+    except RendezvousError as error:
+        return fail("infra", f"{error}")
+    except (CheckpointError, OSError) as error:
+        full = "no space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, OSError) and not full:
+            return _bug(error, box)
+        if isinstance(error, OSError):
+            return fail("disk", f"no space left on the device: {error.filename or folder}. Free some and launch again")
+        return fail("disk" if full else "bug", f"{error}")
     except RuntimeError as error:  # a collective failed, as it does when another rank is gone
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        _complain(rank, f"lost another rank: {str(error).split('] ', 1)[-1].split('. ')[0]}")
-        return 1
-    except KeyboardInterrupt:
-        _complain(rank, f"{stop.name} before the first step: nothing was trained, nothing to save")
-        return 1
+        said = str(error)
+        if isinstance(error, dist.DistError) or "gloo" in said or "NCCL" in said:
+            return fail("infra", f"lost another rank: {said.split('] ', 1)[-1].split('. ')[0]}")
+        if any(word in said for word in ("uncorrectable ECC", "CUDA error: unspecified launch", "bus error")):
+            return fail("infra", f"the device failed: {said.splitlines()[0]}")
+        return _bug(error, box)
+    except Exception as error:
+        return _bug(error, box)
+
+
+def _bug(error: Exception, box: BlackBox) -> int:
+    traceback.print_exc()
+    box.end("bug", "".join(traceback.format_exception_only(error)).strip())
+    return 1
+
+
+def note(folder: Path, event: dict) -> None:
+    """Append to the run's history, logs/attempts.jsonl: what its attempts did, for `status` and for restarts."""
+    (folder / "logs").mkdir(exist_ok=True)
+    with (folder / "logs" / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
 
 
 @contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
+def run_lock(folder: Path, patience_s: float = 0) -> Iterator[None]:
     """Held by rank 0 for as long as it trains. Raises UserError where another process holds it."""
-    lock = filelock.FileLock(run_dir / ".lock")
+    lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience_s)
     except filelock.Timeout as error:
         raise UserError(
-            f"run.dir={run_dir}: another process is training in it. Wait for it, stop it, or choose another run.dir."
+            f"run.dir={folder}: another process is training in it. Wait for it, stop it, or choose another run.dir."
         ) from error
     try:
         yield
@@ -98,7 +117,18 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def _complain(rank: int, text: str) -> None:
-    where = f"[rank {rank}] " if rank else ""
-    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
-        print(f"{where}error: {text}", file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _own(folder: Path, attempt: str) -> Iterator[None]:
+    """The run's lock, and `logs/attempt` naming who has it.
+
+    A dead node's ranks may live on after Slurm has restarted their job elsewhere. An earlier attempt of the same job
+    reads there that it is superseded, its supervisor ends it, and so lets go of the lock.
+    """
+    current = folder / "logs" / "attempt"
+    current.parent.mkdir(exist_ok=True)
+    ours = current.exists() and current.read_text().rpartition("-")[0] == attempt.rpartition("-")[0]
+    if ours:
+        write_atomically(current, attempt)
+    with run_lock(folder, LOCK_S if ours else 0):
+        write_atomically(current, attempt)
+        yield

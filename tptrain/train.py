@@ -14,13 +14,15 @@ from torch import Tensor
 from tptrain import checkpoint
 from tptrain.collectives import all_reduce_
 from tptrain.config import Config, UserError
+from tptrain.config.sizes import flops_per_token
 from tptrain.data import TokenData, prepare
 from tptrain.layers import init_weights, parameters
 from tptrain.loss import vocab_parallel_cross_entropy
 from tptrain.mesh import Mesh
-from tptrain.metrics import Recorder, Row, flops_per_token, memory_gb, peak_flops
+from tptrain.metrics import Recorder, Row, memory_gb, peak_flops
 from tptrain.model import Decoder
 from tptrain.optim import Gradients, build_optimizer, learning_rate
+from tptrain.stop import Agreement, Stop
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -54,10 +56,11 @@ class Trainer:
         )
         return losses.sum()
 
-    def step(self, step: int) -> tuple[Tensor, Tensor]:
+    def step(self, step: int, wants_stop: Callable[[], bool] = lambda: False) -> tuple[Tensor, Tensor]:
         """Do optimizer step number `step`, the first being 1.
 
-        Returns this dp rank's summand of the mean loss in nats, and the gradient norm before clipping: scalars.
+        Returns this dp rank's summand of the mean loss in nats, a scalar, and (2,): the gradient norm before clipping,
+        and how many ranks want to stop.
         """
         train, optim, mesh = self.config.train, self.config.optim, self.mesh
         share = train.global_batch_size // mesh.dp
@@ -69,9 +72,12 @@ class Trainer:
             loss = self.loss_sum(self.data.samples(start, train.micro_batch_size)) / tokens_in_step
             loss.backward()
             total += loss.detach()
-        self.gradients.reduce()
+            mesh.box.touch()
+        self.gradients.reduce(wants_stop())
         norm = self.gradients.norm()
-        self.gradients.clip(norm, optim.grad_clip)
+        self.gradients.clip(norm[0], optim.grad_clip)
+        if train.on_nan == "skip":  # on the device, no wait for it: the update is left out where this is 1
+            self.optimizer.found_inf = (~norm[0].isfinite()).float()  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(optim, step, train.steps)
         self.optimizer.step()
@@ -87,13 +93,14 @@ class Trainer:
         for start in range(0, len(mine), train.micro_batch_size):
             indices = mine[start : start + train.micro_batch_size]
             total += self.loss_sum(np.stack([held_out.sequence(index) for index in indices]))
+            self.mesh.box.touch()
         all_reduce_(total, self.mesh.dp_group)
         return total.item() / (count * train.seq_len)
 
 
 def build(config: Config, mesh: Mesh) -> Trainer:
     """Data, model with step-0 weights, gradients and optimizer."""
-    folder = mesh.main_first(lambda: prepare(config.data, _printer(mesh)))
+    folder = mesh.main_first(lambda: prepare(config.data, _printer(mesh), mesh.box.touch))
     data = TokenData(folder, config.train.seq_len, config.train.seed)
     torch.manual_seed(config.train.seed)
     model = Decoder(config.model, mesh)
@@ -101,18 +108,18 @@ def build(config: Config, mesh: Mesh) -> Trainer:
     return Trainer(config, mesh, data, model, Gradients(model, mesh), build_optimizer(model, config.optim))
 
 
-def train(config: Config, mesh: Mesh, stop: Callable[[], str | None]) -> None:
+def train(config: Config, mesh: Mesh, stop: Stop | None = None) -> Agreement | None:
     """Train to `train.steps`, from the newest good checkpoint on. Every rank calls it.
 
-    `stop` says why this rank was asked to stop, if it was; all ranks then save the same step and return. Raises
-    UserError for data that cannot be trained on, CheckpointError and Diverged.
+    Returns None at the end, or what was agreed on where a rank wanted to stop before (`stop`); all ranks then stand at
+    the same step. Raises UserError for data that cannot be trained on, CheckpointError and Diverged.
     """
     trainer = build(config, mesh)
     say = _printer(mesh)
     say(_introduction(trainer))
     folder = Path(config.run.dir or ".") / "checkpoints"
     found = checkpoint.load_newest(folder, trainer.model, trainer.optimizer, mesh, say)
-    start = found.step if found else 0
+    start = mesh.box.state.step = found.step if found else 0
     if found and found.data != trainer.data.digest:
         raise UserError(
             f"run.dir={config.run.dir}: its data has changed since it was checkpointed (other texts or another "
@@ -122,53 +129,79 @@ def train(config: Config, mesh: Mesh, stop: Callable[[], str | None]) -> None:
         say(f"resuming from {checkpoint.step_folder(folder, start).name} (saved by {found.world} ranks, tp={found.tp})")
     if start >= config.train.steps:
         say(f"already finished: step {start}, whose checkpoint is whole. A larger train.steps goes on from there")
-        return
+        return None
     recorder = Recorder(config, start) if mesh.is_main else None
+    mesh.box.touch("first_step")
     try:
-        last = _loop(trainer, start, folder, stop, recorder)
+        agreed = _loop(trainer, start, folder, stop or Stop(mesh), recorder)
     finally:
         if recorder is not None:
             recorder.close()
-    done = last == config.train.steps
-    say(f"finished: step {last}" if done else f"stopped at step {last}, saved; launch again to go on")
+    last = mesh.box.state.step
+    if agreed is None:
+        say(f"finished: step {last}")
+    else:
+        saved = "saved" if agreed.save else "no time to save: the steps since the last checkpoint are lost"
+        say(f"stopped at step {last} ({agreed.reason}), {saved}; launch again to go on")
+    return agreed
 
 
-def _loop(trainer: Trainer, start: int, folder: Path, stop: Callable[[], str | None], recorder: Recorder | None) -> int:
-    """Run steps start + 1 and on; the number of the last one done."""
+def _loop(trainer: Trainer, start: int, folder: Path, stop: Stop, recorder: Recorder | None) -> Agreement | None:
+    """Run steps start + 1 and on, to the last or to the one after which all agreed to stop."""
     config, mesh = trainer.config, trainer.mesh
     steps, since, began = config.train.steps, start, time.perf_counter()
     for step in range(start + 1, steps + 1):
-        loss, norm = trainer.step(step)
-        stopping = mesh.any(stop() is not None)
-        last = step == steps or stopping
-        save_due = last or _due(step, config.checkpoint.every)
-        eval_due = step == steps or _due(step, config.train.eval_every)
-        row_due = last or eval_due or _due(step, config.logging.every)
+        started = time.perf_counter()
+        loss, norm = trainer.step(step, stop.wanted)
+        norm_value, stopping = stop.read(norm)
+        agreed = stop.agree() if stopping and step < steps else None
+        save_due = step == steps or _due(step, config.checkpoint.every) or agreed is not None
+        save_due = save_due and (agreed is None or agreed.save)
+        eval_due = step == steps or (_due(step, config.train.eval_every) and agreed is None)
+        row_due = step == steps or agreed is not None or eval_due or _due(step, config.logging.every)
         if row_due or save_due:
             all_reduce_(loss, mesh.dp_group)
-            if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-                raise Diverged(
-                    f"step {step}: loss {loss.item()}, gradient norm {norm.item()}. Nothing of it was saved."
-                )
+            norm_value = norm[0].item()
+            _check_finite(config, step, loss.item(), norm_value)
+        elif not math.isfinite(norm_value):
+            _check_finite(config, step, math.nan, norm_value)
         if row_due:
             seconds = (time.perf_counter() - began) / (step - since)
-            row = _row(trainer, step, loss.item(), norm.item(), seconds)
+            row = _row(trainer, step, loss.item(), norm_value, seconds)
             if eval_due:
                 row["val_loss"] = trainer.validation_loss()
             if recorder is not None:
                 recorder.record(row)
             since, began = step, time.perf_counter()
+        if step > start + 1:  # the first one compiles and allocates
+            stop.step_s = max(stop.step_s, time.perf_counter() - started)
         if save_due:
             before = time.perf_counter()
-            samples = step * config.train.global_batch_size
-            digest = trainer.data.digest
-            checkpoint.save(folder, step, samples, digest, trainer.model, trainer.optimizer, config, mesh)
-            began += time.perf_counter() - before  # tokens_per_second is that of the training steps
+            _save(trainer, step, folder, recorder)
+            stop.save_s = time.perf_counter() - before
+            began += stop.save_s  # tokens_per_second is that of the training steps
+        mesh.box.state.step = step
+        mesh.box.touch("step")
         if recorder is not None:
             recorder.tick(step)
-        if stopping:
-            return step
-    return steps
+        if agreed is not None:
+            return agreed
+    return None
+
+
+def _save(trainer: Trainer, step: int, folder: Path, recorder: Recorder | None) -> None:
+    config, mesh = trainer.config, trainer.mesh
+    mesh.box.touch("checkpoint")
+    if recorder is not None:
+        recorder.sync()  # a checkpoint must not outlive the rows up to it
+    samples = step * config.train.global_batch_size
+    checkpoint.save(folder, step, samples, trainer.data.digest, trainer.model, trainer.optimizer, config, mesh)
+
+
+def _check_finite(config: Config, step: int, loss: float, norm: float) -> None:
+    """Raises Diverged where either is no number and that is to end the run."""
+    if config.train.on_nan == "stop" and not (math.isfinite(loss) and math.isfinite(norm)):
+        raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}. Nothing of it was saved.")
 
 
 def _due(step: int, every: int) -> bool:

@@ -70,6 +70,7 @@ class ModelConfig:
 class ParallelConfig:
     tp: int = size(1)
     backend: str = choice("auto", "auto", "nccl", "gloo")  # auto: nccl on cuda, gloo on cpu
+    tp_across_nodes: bool = False  # whether a TP group may span nodes, its all-reduces crossing the network
 
 
 @dataclass
@@ -108,6 +109,7 @@ class TrainConfig:
     precision: str = choice("fp32", "fp32", "bf16")
     seed: int = number(0, least=0, most=2**63 - 1)
     device: str = choice("auto", "auto", "cpu", "cuda")
+    on_nan: str = choice("stop", "stop", "skip")  # a loss that is no number: end the run, or leave that update out
     eval_every: int = number(100, least=0)  # steps between validations; 0: only after the last step
     eval_sequences: int = size(64)  # held-out sequences a validation reads
 
@@ -128,6 +130,18 @@ class WandbConfig:
     mode: str = choice("auto", "auto", "online", "offline", "disabled")  # auto: online with a login, else offline
     project: str = "tptrain"
     entity: str | None = None
+    group: str | None = None  # None: the sweep's name, for a run of a sweep
+
+
+@dataclass
+class WatchdogConfig:
+    """Longest silence of a rank, in seconds, before the run is ended with a report of who hangs where."""
+
+    rendezvous_s: float = number(300.0, above=0)  # until all ranks have met
+    build_s: float = number(1800.0, above=0)  # data, model and the loading of a checkpoint
+    first_step_s: float = number(1800.0, above=0)
+    step_s: float = number(600.0, above=0)  # of a step, also within a validation
+    checkpoint_s: float = number(1800.0, above=0)
 
 
 @dataclass
@@ -145,6 +159,9 @@ class ClusterConfig:
     mem: str | None = None  # a node's memory, e.g. 200G
     setup: list[str] = field(default_factory=list)  # shell lines before the trainer starts (module load ...)
     env: dict[str, str] = field(default_factory=dict)  # environment variables of every rank; no secrets
+    max_restarts: int = number(3, least=0)  # in a row without a new checkpoint, after preemption, time limit or failure
+    grace_s: int = number(120, least=1)  # before the time limit at which Slurm's signal asks for a stop
+    dry_run: bool = False  # print the sbatch script and submit nothing
     sbatch: dict[str, Any] = field(default_factory=dict)  # any further sbatch option, e.g. {exclude: n7, requeue: true}
 
 
@@ -159,6 +176,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 

@@ -1,0 +1,65 @@
+"""The Slurm job as seen from inside it: when it ends, and why it is being stopped. Every answer is one `scontrol`."""
+
+import os
+import subprocess
+import time
+from datetime import datetime
+
+
+def ask(*command: str) -> str:
+    """What a Slurm command prints; empty where Slurm does not answer in time."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def fields(job: str) -> dict[str, str]:
+    """`scontrol show job`, as far as its values hold no blanks. Empty where Slurm does not answer."""
+    words = ask("scontrol", "show", "job", "--oneliner", job).split()
+    pairs = (word.partition("=") for word in words if "=" in word)
+    found: dict[str, str] = {}
+    for name, _, value in pairs:
+        found.setdefault(name, value)
+    return found
+
+
+class Allocation:
+    """The job that this process runs in."""
+
+    def __init__(self) -> None:
+        self.job = os.environ["SLURM_JOB_ID"]
+
+    def end_time(self) -> float | None:
+        """Unix time at which Slurm kills the job, or None."""
+        return _unix(fields(self.job).get("EndTime", ""))
+
+    def reason(self, signals: set[str]) -> tuple[str, bool, float | None]:
+        """Why these signals came, whether the job should go on later, and when Slurm kills it."""
+        shown = fields(self.job)
+        state, end = shown.get("JobState", ""), _unix(shown.get("EndTime", ""))
+        if "SIGINT" in signals:
+            return "interrupted", False, end
+        if state and state != "RUNNING":  # Slurm has ended it already, and requeues it by itself where it should
+            limit = shown.get("Reason") == "TimeLimit"
+            return "the time limit" if limit else "cancelled", limit, time.time() + _kill_wait()
+        if shown.get("PreemptTime", "None") not in ("None", ""):
+            return "preempted", True, end
+        if signals & {"SIGUSR2", "SIGUSR1"}:
+            return "the time limit is near", True, end
+        return " and ".join(sorted(signals)), True, end
+
+
+def _kill_wait() -> float:
+    """Seconds between Slurm's SIGTERM and its SIGKILL."""
+    for line in ask("scontrol", "show", "config").splitlines():
+        if line.startswith("KillWait"):
+            return float(line.split("=")[1].split()[0])
+    return 30.0
+
+
+def _unix(text: str) -> float | None:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:  # Unknown, N/A
+        return None

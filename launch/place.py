@@ -1,0 +1,101 @@
+"""Where this process stands in the run: told by srun, torchrun, submitit's local executor, or alone.
+
+Whoever started it, afterwards the environment has torchrun's variables, which is all that the mesh reads.
+"""
+
+import os
+import socket
+import subprocess
+import time
+import zlib
+from dataclasses import dataclass
+
+from tptrain.config import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    rank: int
+    world: int
+    node: str  # as Slurm calls it
+    job: str  # who started it: the same for all attempts of a requeued job
+    restart: int  # how often the job was restarted before
+
+    @property
+    def attempt(self) -> str:
+        """Names this try to run the job: ranks of two attempts never meet, and what they leave lies apart."""
+        return f"{self.job}-{self.restart}"
+
+    @property
+    def on_slurm(self) -> bool:
+        return "SLURM_JOB_ID" in os.environ and "SUBMITIT_LOCAL_NTASKS" not in os.environ
+
+
+def find_place() -> Place:
+    """Raises UserError where Slurm started several tasks and this process takes itself for the only one."""
+    env = os.environ
+    node = env.get("SLURMD_NODENAME") or socket.gethostname()
+    restart = 0
+    if "SUBMITIT_LOCAL_NTASKS" in env:
+        job = env["TPTRAIN_JOB"]  # a process id comes again
+        env["RANK"] = env["LOCAL_RANK"] = env["SUBMITIT_LOCAL_GLOBALID"]
+        env["WORLD_SIZE"] = env["LOCAL_WORLD_SIZE"] = env["SUBMITIT_LOCAL_NTASKS"]
+        env["MASTER_ADDR"] = "127.0.0.1"
+    elif "TORCHELASTIC_RUN_ID" in env:
+        job = f"torchrun-{env['TORCHELASTIC_RUN_ID']}.{env['MASTER_PORT']}"
+        restart = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+        env.setdefault("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])
+    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or ("SLURM_STEP_NODELIST" in env and "RANK" not in env):
+        job, restart = f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}", int(env.get("SLURM_RESTART_COUNT", 0))
+        _take_slurm_variables(f"{job}-{restart}")
+    elif "RANK" in env and "WORLD_SIZE" in env:  # somebody's own launcher
+        job = f"{env.get('MASTER_ADDR')}-{env.get('MASTER_PORT')}"
+        env.setdefault("LOCAL_WORLD_SIZE", env["WORLD_SIZE"])
+        env.setdefault("LOCAL_RANK", str(int(env["RANK"]) % int(env["LOCAL_WORLD_SIZE"])))
+    else:
+        job = f"{node}-{os.getpid()}.{time.time():.0f}"
+        _check_alone()
+        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        env["MASTER_PORT"] = str(free_port())
+    place = Place(int(env["RANK"]), int(env["WORLD_SIZE"]), node, job, restart)
+    env["TPTRAIN_ATTEMPT"], env["TPTRAIN_NODE"] = place.attempt, node
+    return place
+
+
+def _take_slurm_variables(attempt: str) -> None:
+    env = os.environ
+    rank, world = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+    if (said := (env.get("RANK", rank), env.get("WORLD_SIZE", world))) != (rank, world):
+        raise UserError(
+            f"RANK={said[0]} WORLD_SIZE={said[1]}: so says the environment, and Slurm says that this is rank {rank} of "
+            f"{world}. Unset RANK and WORLD_SIZE (in your shell, cluster.env or cluster.setup)."
+        )
+    nodes = subprocess.run(
+        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+    )
+    tasks = env["SLURM_STEP_TASKS_PER_NODE"].replace("(", ",").split(",")  # "4(x2)" or "2,1"
+    env |= {
+        "RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": tasks[0],
+        "MASTER_ADDR": nodes.stdout.split()[0],
+        # A restarted job keeps its id, and a dead attempt may still hold its port: the restart count moves it.
+        "MASTER_PORT": str(20000 + zlib.crc32(attempt.encode()) % 12000),
+    }
+
+
+def _check_alone() -> None:
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if tasks > 1:
+        raise UserError(
+            f"this process is a world of one, and Slurm's job has {tasks} tasks. Start the ranks with "
+            "`srun python -m tptrain train ...` (or unset SLURM_NTASKS to run one rank alone)."
+        )
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on just now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

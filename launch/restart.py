@@ -1,0 +1,136 @@
+"""After a Slurm job's ranks have ended: does the job go back into the queue? The job script asks when srun returns.
+
+    python -m launch.restart RUN_DIR SRUN_EXIT_CODE
+
+One process decides, once, whatever happened to the ranks: preemption, the time limit and failures of machines are tried
+again, up to `cluster.max_restarts` times in a row without a new checkpoint; a mistake of the user, a loss that is no
+number, a full disk, and an error that came twice at the same step are not.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch import verdict
+from launch.allocation import ask, fields
+from launch.run_dir import newest_checkpoint
+from tptrain.config import Config, read_config
+
+DOWN = ("down", "drain", "drng", "fail", "maint")
+DOWN = ("down", "drain", "drng", "fail", "maint")
+FINAL = {
+    "user": "the mistake would repeat itself",
+    "diverged": "the loss would be no number again",
+    "disk": "the disk is full",
+    "cancelled": "the user stopped it",
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    requeue: bool
+    why: str
+    exclude: str | None = None  # a node to keep away from
+
+
+def decide(config: Config, history: list[dict[str, Any]], ended: dict[str, Any], state: str) -> Decision:
+    """What to do after an attempt ended as `ended` says (kind, step, checkpoint, message, node).
+
+    `history`: the ends of earlier attempts, oldest first; `state`: what Slurm says of the job.
+    """
+    kind = ended["kind"]
+    if kind == "done":
+        return Decision(False, "the run is finished")
+    if kind in FINAL:
+        return Decision(False, FINAL[kind])
+    if state not in ("RUNNING", "TIMEOUT", "") and not (state == "COMPLETING" and kind == "timeout"):
+        return Decision(False, f"Slurm says {state.lower()}")
+    if kind == "bug" and any(
+        before["kind"] == "bug" and (before["step"], before["message"]) == (ended["step"], ended["message"])
+        for before in history
+    ):
+        return Decision(False, f"the same error came before at step {ended['step']}")
+    in_a_row = 0  # tries before this one that, like this one, left no new checkpoint
+    for before in reversed(history):
+        if before["checkpoint"] != ended["checkpoint"]:
+            break
+        in_a_row += 1
+    if in_a_row >= config.cluster.max_restarts:
+        limit = config.cluster.max_restarts
+        return Decision(False, f"{limit} restarts in a row brought no new checkpoint (cluster.max_restarts={limit})")
+    node = ended.get("node") if kind in ("died", "gone", "hang", "mismatch") else None
+    return Decision(True, ended["message"], exclude=node)
+
+
+def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
+    """The end of an attempt, by what its ranks left in the run directory."""
+    newest = newest_checkpoint(run_dir)
+    base = {"event": "end", "attempt": attempt, "time": time.time(), "checkpoint": newest, "node": None}
+    said = [event for event in verdict.events(run_dir) if (event["event"], event["attempt"]) == ("last", attempt)]
+    if code == 0 and said:
+        return base | {key: said[-1][key] for key in ("kind", "message", "step")}
+    reports = verdict.read(run_dir / "logs" / f"attempt-{attempt}")
+    if not reports:
+        kind = "done" if code == 0 else ("user" if code == 2 else "infra")
+        return base | {"kind": kind, "message": f"srun ended with {code}", "step": 0}
+    world = next(iter(reports.values()))["world"]
+    judged = verdict.judge(reports, world, verdict.nodes(run_dir, attempt))
+    return base | {"kind": judged.kind, "message": judged.text, "step": judged.step, "node": judged.node}
+
+
+def main(run_dir: Path, code: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue begins with it, and it must not cut off what follows
+    config = read_config(run_dir / "config.yaml")
+    job, restart = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    attempt = f"{job}.0-{restart}"
+    ended = how_it_ended(run_dir, attempt, code)
+    shown = fields(job)
+    if ended["kind"] in ("infra", "stopped", "gone") and shown.get("Reason") == "TimeLimit":
+        ended |= {"kind": "timeout", "message": "the time limit"}
+    ends = [event for event in verdict.events(run_dir) if event["event"] == "end"]
+    history = [event for event in ends if event["attempt"].split(".")[0] == job]
+    decision = decide(config, history, ended, shown.get("JobState", ""))
+    if decision.requeue and not _requeue(job):
+        decision = Decision(False, "Slurm refuses to requeue it")
+    told = {"requeued": decision.requeue, "why": decision.why, "excluded": None}
+    if decision.requeue and decision.exclude:
+        told["excluded"] = _exclude(job, decision.exclude, shown)
+    with (run_dir / "logs" / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps(ended | told) + "\n")
+    if decision.requeue:
+        kept_away = f", without {told['excluded']}" if told["excluded"] else ""
+        print(f"requeued{kept_away}: {decision.why}", flush=True)
+    elif ended["kind"] != "done":
+        print(f"not requeued: {decision.why}", flush=True)
+
+
+def _requeue(job: str) -> bool:
+    return subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
+
+
+def _exclude(job: str, node: str, shown: dict[str, str]) -> str | None:
+    """Keep the job away from a node, unless too few would be left. Returns all nodes it is now kept away from."""
+    away = {name for name in _expand(shown.get("ExcNodeList", "(null)"))} | {node}
+    states = ask("sinfo", "--noheader", "--Node", "--format=%N %t", f"--partition={shown.get('Partition', '')}")
+    up = {name for name, state in map(str.split, states.splitlines()) if state.strip("*~#") not in DOWN}
+    left, needed = len(up - away), int(shown.get("NumNodes", "1").split("-")[0])
+    if left < needed:
+        print(f"{node} is not excluded: only {left} other nodes are up, and the job needs {needed}", flush=True)
+        return None
+    names = ",".join(sorted(away))
+    done = subprocess.run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={names}"], check=False)
+    return names if done.returncode == 0 else None
+
+
+def _expand(names: str) -> list[str]:
+    return [] if names in ("(null)", "") else ask("scontrol", "show", "hostnames", names).split()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

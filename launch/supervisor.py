@@ -1,0 +1,247 @@
+"""The process that Slurm starts for a rank: it runs the trainer as a child, hears signals, and sees how the child ends.
+
+It needs neither torch nor the interpreter of a trainer that hangs in C++. Where a trainer dies, stops, or is silent for
+longer than its phase allows, the supervisor writes what the black box holds into the run directory; the other ranks'
+supervisors see that, write theirs, and the first of them prints one verdict (launch/verdict.py).
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch import verdict
+from launch.allocation import Allocation
+from launch.place import Place
+from tptrain.blackbox import BlackBox
+from tptrain.config import Config
+from tptrain.config.load import write_atomically
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STACKS = signal.SIGRTMIN + 3  # asks a trainer for the Python stacks of its threads
+TICK_S = 0.1
+GATHER_S = 6  # for the reports of the other ranks, once one is there
+CLOCK_SKEW_S = 60  # between nodes; what is older than this process is another run's
+Trainer = Callable[[BlackBox], int]
+
+
+class Supervisor:
+    """One rank's."""
+
+    def __init__(self, config: Config, place: Place, allocation: Allocation | None) -> None:
+        self.config, self.place, self.allocation = config, place, allocation
+        self.run_dir = Path(config.run.dir or ".")
+        self.reports = self.run_dir / "logs" / f"attempt-{place.attempt}"
+        self.box = BlackBox()
+        self.box.rank = place.rank
+        self.stacks = os.memfd_create("stacks")
+        self.child = 0
+        self.started = time.time()
+        self.resumed = 0.0  # monotonic clock when this rank was last woken from a suspension
+
+    def run(self, trainer: Trainer) -> int:
+        """Returns the rank's exit code."""
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # who started us wants it ignored
+                signal.signal(number, self.box.on_signal)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        self.child = os.fork()
+        if self.child == 0:
+            self._be_trainer(trainer, parent)
+        if self.place.rank == 0 and self.allocation is not None:
+            threading.Thread(target=self._follow_end_time, daemon=True).start()
+        cause, code = self._watch()
+        if cause is None:
+            return 0
+        if cause["kind"] in ("died", "hang", "infra", "bug"):
+            self._report(cause)
+            self._conclude()
+        elif cause["kind"] != "superseded":
+            self._report(cause)
+        return code
+
+    def _be_trainer(self, trainer: Trainer, parent: int) -> None:
+        """In the child: does not return."""
+        code = 1
+        try:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no trainer outlives its supervisor
+            if os.getppid() != parent:
+                os._exit(1)
+            faulthandler.register(STACKS, file=self.stacks, all_threads=True)
+            code = trainer(self.box)
+        except BaseException:  # what the trainer itself does not expect
+            traceback.print_exc()
+            self.box.end("bug", traceback.format_exc().strip().splitlines()[-1])
+        finally:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os.kill(parent, signal.SIGCONT)  # where somebody stopped it
+            os._exit(code)
+
+    # ---------------------------------------------------------------------------------------------------- watching
+
+    def _watch(self) -> tuple[dict[str, Any] | None, int]:
+        """Wait for the trainer's end, or bring it about. Returns the cause, None for a good end, and an exit code."""
+        before, looked = time.monotonic(), 0.0
+        while True:
+            pid, status = os.waitpid(self.child, os.WNOHANG)
+            if pid:
+                return self._after_exit(os.waitstatus_to_exitcode(status))
+            now = time.monotonic()
+            if (
+                now - before > 20 * TICK_S
+            ):  # this process was suspended, and so was the trainer, as `scontrol suspend` does
+                self.resumed = now
+            before = now
+            if cause := self._must_end(now):
+                return cause, 1
+            if now - looked > 1:
+                looked = now
+                if self._superseded():
+                    self._kill()
+                    print("a later attempt of this job has taken over the run: this one ends", flush=True)
+                    return {"kind": "superseded"}, 1
+                if self._others_reported():
+                    return self._join_in(), 1
+            time.sleep(TICK_S)
+
+    def _must_end(self, now: float) -> dict[str, Any] | None:
+        """Ends the trainer on a signal that cannot wait for a step boundary, or dumps and ends it when it hangs."""
+        state, phase = self.box.state, self.box.phase
+        if self.box.signal and phase in ("rendezvous", "build"):
+            self._kill()
+            print(
+                f"{self._name()}{self.box.signal} before the first step: nothing was trained, nothing to save",
+                flush=True,
+            )
+            return {"kind": "stopped", "message": f"{self.box.signal} before the first step", "signal": self.box.signal}
+        if state.signalled_again:
+            self._kill()
+            print(f"{self._name()}a second signal: stopping at once, without a checkpoint", flush=True)
+            return {"kind": "stopped", "message": f"a second signal after {self.box.signal}", "signal": self.box.signal}
+        if phase == "end":  # wandb has its own time-outs
+            return None
+        silent = now - max(state.since, self.resumed)
+        limit = getattr(self.config.watchdog, f"{phase}_s") + (GATHER_S if phase == "rendezvous" else 0)
+        if silent <= limit:
+            return None
+        return self._dump({"kind": "hang", "message": f"silent for {silent:.0f} s in the phase `{phase}`"})
+
+    def _join_in(self) -> dict[str, Any]:
+        """Another rank has failed: give its trainer a moment to end by itself, then say what it was doing."""
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.child, os.WNOHANG)
+            if pid:
+                return self._after_exit(os.waitstatus_to_exitcode(status))[0] or {"kind": "done"}
+            time.sleep(TICK_S)
+        return self._dump({"kind": "waiting", "message": "ended because another rank failed"})
+
+    def _dump(self, cause: dict[str, Any]) -> dict[str, Any]:
+        """The trainer's stacks, then its end."""
+        with contextlib.suppress(OSError, IndexError):
+            cause["stopped"] = Path(f"/proc/{self.child}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        if not cause.get("stopped"):  # a stopped process does not answer
+            os.kill(self.child, STACKS)
+            time.sleep(0.3)
+        self._kill()
+        size = os.fstat(self.stacks).st_size
+        cause["stacks"] = os.pread(self.stacks, size, 0).decode(errors="replace")
+        return cause
+
+    def _kill(self) -> None:
+        os.kill(self.child, signal.SIGKILL)
+        os.waitpid(self.child, 0)
+
+    def _after_exit(self, code: int) -> tuple[dict[str, Any] | None, int]:
+        kind, message = self.box.ending()
+        if code == 0:
+            return None, 0
+        if code < 0:
+            name = signal.Signals(-code).name
+            return {"kind": "died", "message": f"killed by {name}", "signal": name}, 1
+        return {"kind": kind or "bug", "message": message or f"exit code {code}"}, code
+
+    def _superseded(self) -> bool:
+        """Whether Slurm has restarted this job elsewhere, while a dead node's ranks were left alive."""
+        if self.place.rank:
+            return False
+        try:
+            job, _, restart = (self.run_dir / "logs" / "attempt").read_text().rpartition("-")
+        except OSError:
+            return False
+        return job == self.place.job and restart.isdigit() and int(restart) > self.place.restart
+
+    def _follow_end_time(self) -> None:
+        """Keep the trainer told of the time at which Slurm kills the job; an operator may move it."""
+        assert self.allocation is not None
+        while True:
+            self.box.state.end_time = self.allocation.end_time() or self.box.state.end_time
+            time.sleep(60)
+
+    # --------------------------------------------------------------------------------------------------- reporting
+
+    def _others_reported(self) -> bool:
+        return self.reports.exists() and bool(verdict.read(self.reports, self.started - CLOCK_SKEW_S))
+
+    def _report(self, cause: dict[str, Any]) -> None:
+        """What this rank was doing, into the run directory; a disk that is full or gone is no reason to hang."""
+        with contextlib.suppress(OSError):
+            if not self.run_dir.exists():  # `train` was refused before it was made
+                return
+            self.reports.mkdir(parents=True, exist_ok=True)
+            name = self.reports / f"rank-{self.place.rank:05d}"
+            stacks = cause.pop("stacks", "")
+            if stacks:
+                name.with_suffix(".stacks").write_text(stacks)
+            report = {
+                "rank": self.place.rank,
+                "world": self.place.world,
+                "node": self.place.node,
+                "time": time.time(),
+                "phase": self.box.phase,
+                "step": self.box.state.step,
+                "entered": self.box.state.entered,
+                "cause": cause,
+                "top": _innermost(stacks),
+                "collectives": self.box.collectives(),
+            }
+            write_atomically(name.with_suffix(".json"), json.dumps(report))
+
+    def _conclude(self) -> None:
+        """Wait for the other ranks' reports; the first that reported judges, once, for all."""
+        deadline = time.monotonic() + GATHER_S
+        while True:
+            reports = verdict.read(self.reports, self.started - CLOCK_SKEW_S)
+            if len(reports) == self.place.world or time.monotonic() > deadline:
+                break
+            time.sleep(TICK_S)
+        if not reports or min(reports) != self.place.rank:
+            return
+        judged = verdict.judge(reports, self.place.world, verdict.nodes(self.run_dir, self.place.attempt))
+        print(f"verdict: {judged.text}\n  every rank's last collectives and stacks: {self.reports}", flush=True)
+        with contextlib.suppress(OSError):
+            write_atomically(self.reports / "verdict.json", json.dumps(vars(judged)))
+
+    def _name(self) -> str:
+        return f"[rank {self.place.rank}] " if self.place.rank else ""
+
+
+def _innermost(stacks: str) -> str:
+    """The main thread's innermost line of tptrain, out of faulthandler's text."""
+    main = stacks.rpartition("Current thread")[2] or stacks
+    lines = [line.strip() for line in main.splitlines() if "/tptrain/" in line]
+    return lines[0] if lines else ""

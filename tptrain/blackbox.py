@@ -1,0 +1,139 @@
+"""What a rank is doing, in memory that outlives it: phase, step, stop signals and the last collectives it entered.
+
+The trainer writes, its supervisor (another process on the same node, see launch/supervisor.py) reads: the record is
+whole even where the trainer was killed, stopped, or aborted by gloo in the middle of a collective. Imports no torch.
+"""
+
+import ctypes
+import mmap
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from types import CodeType, FrameType
+from typing import Any
+
+PHASES = ("rendezvous", "build", "first_step", "step", "checkpoint", "end")
+SLOTS, SLOT_BYTES = 4096, 256  # the last collectives: some steps of a deep model, 1 MiB
+TEXT_BYTES = 2000
+SAME_SIGNAL_S = 3  # Slurm signals every process of a rank, some of them twice: within this time it is one signal
+
+
+class _State(ctypes.Structure):
+    _fields_ = (
+        ("phase", ctypes.c_int32),
+        ("step", ctypes.c_int64),  # the last that was finished
+        ("since", ctypes.c_double),  # monotonic clock at the last sign of life
+        ("entered", ctypes.c_int64),  # collectives, over the whole life of the trainer
+        ("signal", ctypes.c_int32),  # the first that asked for a stop; 0 for none
+        ("signalled", ctypes.c_double),  # monotonic clock, then
+        ("signalled_again", ctypes.c_int32),
+        ("end_time", ctypes.c_double),  # unix time at which Slurm kills the job, on rank 0; 0 where not known
+        ("ending", ctypes.c_char * TEXT_BYTES),  # kind, newline, message: how the trainer ended, in its own words
+    )
+
+
+class BlackBox:
+    """Shared between a trainer and its supervisor by being made before the fork."""
+
+    def __init__(self) -> None:
+        size = ctypes.sizeof(_State)
+        self.memory = mmap.mmap(-1, size + SLOTS * SLOT_BYTES)
+        self.state = _State.from_buffer(self.memory)
+        self.slots = size
+        self.rank = 0
+        self.touch()
+
+    # ------------------------------------------------------------------------------------------------ signs of life
+
+    @property
+    def phase(self) -> str:
+        return PHASES[self.state.phase]
+
+    def touch(self, phase: str | None = None) -> None:
+        """The trainer is alive, and in this phase from now on (None: still in the same)."""
+        if phase is not None:
+            self.state.phase = PHASES.index(phase)
+        self.state.since = time.monotonic()
+
+    def end(self, kind: str, message: str = "") -> None:
+        """How the trainer ends: one of done, stopped, user, diverged, bug, lost, disk; and why, for people."""
+        self.state.ending = f"{kind}\n{message}".encode()[: TEXT_BYTES - 1]
+
+    def ending(self) -> tuple[str, str]:
+        """Kind and message; empty where the trainer had no time to say."""
+        kind, _, message = self.state.ending.decode(errors="replace").partition("\n")
+        return kind, message
+
+    # ---------------------------------------------------------------------------------------------------- signals
+
+    def on_signal(self, number: int, frame: FrameType | None = None) -> None:
+        """A handler: notes the first signal, and whether another followed. Safe in both processes."""
+        now = time.monotonic()
+        if not self.state.signal:
+            self.state.signalled = now
+            self.state.signal = number
+        elif now - self.state.signalled > SAME_SIGNAL_S:
+            self.state.signalled_again = 1
+
+    @property
+    def signal(self) -> str | None:
+        """The name of the signal that asked for a stop, if one did."""
+        return signal.Signals(self.state.signal).name if self.state.signal else None
+
+    # ------------------------------------------------------------------------------------------------- collectives
+
+    def enter(self, op: str, shape: Any, dtype: str, axis: str, ranks: Sequence[int]) -> int:
+        """Note that a collective is entered; returns the number to `leave` it by, the first being 1."""
+        number = self.state.entered + 1
+        members = f"{ranks[0]}:{ranks[-1] + 1}:{ranks[1] - ranks[0] if len(ranks) > 1 else 1}"
+        text = f"{number}\t{op}\t{shape}\t{dtype}\t{axis}\t{members}\t{_call_site(sys._getframe(2))}".encode()
+        text = text[: SLOT_BYTES - 3]
+        start = self.slots + number % SLOTS * SLOT_BYTES
+        self.memory[start : start + 3 + len(text)] = b"\0" + len(text).to_bytes(2, "big") + text
+        self.state.entered = number
+        self.touch()
+        return number
+
+    def leave(self, number: int) -> None:
+        """The collective has returned (over NCCL: has been handed to the device)."""
+        self.memory[self.slots + number % SLOTS * SLOT_BYTES] = 1
+        self.touch()
+
+    def collectives(self) -> list[dict[str, Any]]:
+        """The last collectives, oldest first."""
+        found = []
+        last = self.state.entered
+        for number in range(max(1, last - SLOTS + 2), last + 1):
+            start = self.slots + number % SLOTS * SLOT_BYTES
+            length = int.from_bytes(self.memory[start + 1 : start + 3], "big")
+            fields = self.memory[start + 3 : start + 3 + length].decode(errors="replace").split("\t")
+            if len(fields) == 7 and fields[0] == str(number):
+                low, high, stride = (int(n) for n in fields[5].split(":"))
+                call = dict(zip(("op", "shape", "dtype", "axis"), fields[1:5], strict=True))
+                ranks = list(range(low, high, stride))
+                found.append(
+                    {"number": number, **call, "ranks": ranks, "site": fields[6], "left": bool(self.memory[start])}
+                )
+        return found
+
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_SITES: dict[tuple[tuple[CodeType, int], ...], str] = {}
+
+
+def _call_site(frame: FrameType | None) -> str:
+    """Who called, innermost first: `layers.py:141 row_parallel < model.py:79 forward`. Frames of torch are left out."""
+    places = []
+    while frame is not None and len(places) < 3:
+        code = frame.f_code
+        inside = code.co_filename.startswith(_PACKAGE) and not code.co_filename.endswith(("collectives.py", "mesh.py"))
+        if inside or (code.co_name == "backward" and code.co_filename.endswith("collectives.py")):
+            places.append((code, frame.f_lineno))
+        frame = frame.f_back
+    key = tuple(places)
+    if key not in _SITES:
+        parts = [f"{os.path.basename(code.co_filename)}:{line} {code.co_name}" for code, line in places]
+        _SITES[key] = " < ".join(parts)
+    return _SITES[key]
