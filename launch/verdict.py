@@ -78,11 +78,10 @@ def judge(reports: dict[int, Report], world: int, placed: list[str]) -> Verdict:
     died = [report for report in by_kind.get("died", []) if report["cause"]["signal"] == "SIGKILL"]
     died = died or by_kind.get("died", [])
     if died:
-        return blame("died", died[0]["rank"], _died(died[0], reports))
+        return blame("died", died[0]["rank"], _left_off(died[0], f"was {died[0]['cause']['message']}", reports))
     halted = [report for report in reports.values() if report["cause"].get("stopped")]
     if halted:
-        how = f"was stopped (SIGSTOP) after step {halted[0]['step']} and {_never_entered(halted[0], reports)}"
-        return blame("hang", halted[0]["rank"], how)
+        return blame("hang", halted[0]["rank"], _left_off(halted[0], "was stopped (SIGSTOP)", reports))
     if missing:
         awaited = _awaited(missing[0], reports)
         which = f", without entering {awaited}" if awaited else ""
@@ -105,12 +104,11 @@ def _hang(reports: dict[int, Report], blame: Any) -> Verdict:
     return blame("hang", last["rank"], f"and all others entered {_describe(call)} and none came out: the network")
 
 
-def _died(report: Report, reports: dict[int, Report]) -> str:
+def _left_off(report: Report, how: str, reports: dict[int, Report]) -> str:
     call = _call(report, report["entered"])
-    how = f"was {report['cause']['message']} after step {report['step']}"
     if call is not None and not call["left"]:
-        return f"{how}, inside {_describe(call)}"
-    return f"{how} and {_never_entered(report, reports)}"
+        return f"{how} after step {report['step']}, inside {_describe(call)}"
+    return f"{how} after step {report['step']} and {_never_entered(report, reports)}"
 
 
 def _never_entered(report: Report, reports: dict[int, Report]) -> str:

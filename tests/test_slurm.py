@@ -138,12 +138,12 @@ def test_train_under_a_bare_srun(folder: Path) -> None:
     ("change", "words"),
     [
         ("cluster.partition=gpus", ["cluster.partition=gpus", "high, low"]),
-        ("cluster.nodes=3", ["Slurm refuses"]),
+        ("cluster.nodes=9", ["Slurm refuses"]),
         ("cluster.sbatch.no_such_option=1", ["Slurm refuses", "no-such-option"]),
     ],
 )
 def test_what_slurm_would_refuse_is_a_users_error(folder: Path, change: str, words: list[str]) -> None:
-    refused = tptrain("launch", *overrides(folder, "refused"), *JOB, "train.global_batch_size=24", change)
+    refused = tptrain("launch", *overrides(folder, "refused"), *JOB, "train.global_batch_size=72", change)
     assert refused.returncode == 2, refused.stdout
     assert refused.stdout.count("\n") == 1
     for word in words:
