@@ -24,6 +24,11 @@ def fields(job: str) -> dict[str, str]:
     return found
 
 
+def requeued_by_slurm(shown: dict[str, str]) -> bool:
+    """Whether Slurm has put the job back into the queue while we still run, as after a node's failure."""
+    return int(shown.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
 class Allocation:
     """The job that this process runs in."""
 
@@ -40,9 +45,12 @@ class Allocation:
         state, end = shown.get("JobState", ""), _unix(shown.get("EndTime", ""))
         if "SIGINT" in signals:
             return "interrupted", False, end
-        if state and state != "RUNNING":  # Slurm has ended it already, and requeues it by itself where it should
+        if state and state != "RUNNING":  # Slurm has ended it already
+            end = time.time() + _kill_wait()
+            if requeued_by_slurm(shown):
+                return "requeued by Slurm: a node failed, or the job was preempted", True, end
             limit = shown.get("Reason") == "TimeLimit"
-            return "the time limit" if limit else "cancelled", limit, time.time() + _kill_wait()
+            return "the time limit" if limit else "cancelled", limit, end
         if shown.get("PreemptTime", "None") not in ("None", ""):
             return "preempted", True, end
         if signals & {"SIGUSR2", "SIGUSR1"}:

@@ -48,7 +48,7 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
         job = executor.submit(run_rank, entry, str(run_dir), variables)
     finally:
         signal.signal(signal.SIGINT, before)
-    record_job(run_dir, kind="local", id=job.job_id)
+    record_job(run_dir, kind="local", id=job.job_id, logs=str(run_dir / "logs" / job.job_id))
     return job
 
 
@@ -105,13 +105,8 @@ class Follower:
         return self.controller.is_running() and self.controller.status() != psutil.STATUS_ZOMBIE
 
     def _running(self) -> list[psutil.Process]:
-        """The ranks that live, by their supervisors: the first of the controller's descendants in submitit's entry."""
-        found = []
-        with contextlib.suppress(psutil.Error):  # one that ends while we look
-            for child in self.controller.children(recursive=True):
-                if child.status() != psutil.STATUS_ZOMBIE and _is_supervisor(child):
-                    found.append(child)
-        return found
+        """The ranks that live, by their supervisors."""
+        return supervisors(self.controller)
 
     def _signal(self, number: int) -> None:
         for rank in self._running():
@@ -120,8 +115,6 @@ class Follower:
 
     def _show(self) -> None:
         for line in self.log.lines():
-            if line.startswith("submitit INFO"):
-                continue
             if self.bar is None:
                 print(line, flush=True)
             elif not self._advance(line):
@@ -174,14 +167,20 @@ def _complain(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def _is_supervisor(process: psutil.Process) -> bool:
-    parent = process.parent()
-    entry = "submitit.core._submit"
-    return entry in process.cmdline() and parent is not None and entry not in parent.cmdline()
+def supervisors(controller: psutil.Process) -> list[psutil.Process]:
+    """Of the ranks that live: the processes that submitit's controller started, not the trainers below them."""
+    entry, found = "submitit.core._submit", []
+    with contextlib.suppress(psutil.Error):  # one that ends while we look
+        for child in controller.children(recursive=True):
+            if child.status() != psutil.STATUS_ZOMBIE and entry in child.cmdline():
+                parent = child.parent()
+                if parent is not None and entry not in parent.cmdline():
+                    found.append(child)
+    return found
 
 
 class Tail:
-    """Whole lines of a growing file, as they come."""
+    """Whole lines of a growing log, as they come, without submitit's own."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.offset = path, 0
@@ -194,4 +193,5 @@ class Tail:
             whole = file.read()
         whole = whole[: whole.rfind(b"\n") + 1]
         self.offset += len(whole)
-        return whole.decode(errors="replace").splitlines()
+        lines = whole.decode(errors="replace").splitlines()
+        return [line for line in lines if not line.startswith("submitit INFO")]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import verdict
-from launch.allocation import ask, fields
+from launch.allocation import ask, fields, requeued_by_slurm
 from launch.run_dir import newest_checkpoint
 from tptrain.config import Config, read_config
 
@@ -96,6 +96,8 @@ def main(run_dir: Path, code: int) -> None:
     ends = [event for event in verdict.events(run_dir) if event["event"] == "end"]
     history = [event for event in ends if event["attempt"].split(".")[0] == job]
     decision = decide(config, history, ended, shown.get("JobState", ""))
+    if requeued_by_slurm(shown):
+        decision = Decision(False, "Slurm has requeued it by itself")
     if decision.requeue and not _requeue(job):
         decision = Decision(False, "Slurm refuses to requeue it")
     told = {"requeued": decision.requeue, "why": decision.why, "excluded": None}

@@ -46,23 +46,44 @@ def check_not_queued(run_dir: Path) -> None:
         )
 
 
-def submit(config: Config, entry: Entry) -> submitit.Job[int]:
-    """Submit with sbatch. Raises UserError with Slurm's own words where it refuses."""
-    run_dir = Path(config.run.dir or ".")
-    executor = submitit.SlurmExecutor(run_dir / "logs")
-    executor.update_parameters(**_parameters(config))
+def submit(configs: list[Config], base: Path, entry: Entry) -> str:
+    """Submit one run, or several as one job array with its logs in `base`; returns the job's id.
+
+    Raises UserError with Slurm's own words where it refuses.
+    """
+    executor = _executor(configs, base)
+    dirs = [config.run.dir or "." for config in configs]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
-            job = executor.submit(run_rank, entry, str(run_dir), {})
+            if len(configs) == 1:
+                jobs = [executor.submit(run_rank, entry, dirs[0], {})]
+            else:
+                jobs = executor.map_array(run_rank, [entry] * len(dirs), dirs, [{}] * len(dirs))
     except (FailedJobError, subprocess.CalledProcessError) as error:
         lines = [line.strip() for line in (getattr(error, "stderr", None) or str(error)).splitlines() if line.strip()]
         reason = next((line for line in lines if "error:" in line), lines[0])
         raise UserError(f"cluster: Slurm refuses the job: {reason.removeprefix('sbatch: error: ')}") from error
-    record_job(run_dir, kind="slurm", id=job.job_id)
-    return job
+    for folder, job in zip(dirs, jobs, strict=True):
+        record_job(Path(folder), kind="slurm", id=job.job_id, logs=str(base / "logs" / job.job_id))
+    return jobs[0].job_id.partition("_")[0]
 
 
-def _parameters(config: Config) -> dict[str, Any]:
+def script(configs: list[Config], base: Path) -> str:
+    """The sbatch script that `submit` would hand to Slurm, to the letter."""
+    executor = _executor(configs, base)
+    if len(configs) > 1:
+        executor.parameters["map_count"] = len(configs)
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def _executor(configs: list[Config], base: Path) -> submitit.SlurmExecutor:
+    executor = submitit.SlurmExecutor(base / "logs")
+    run_dir = shlex.quote(str(base)) + ("/$SLURM_ARRAY_TASK_ID" if len(configs) > 1 else "")
+    executor.update_parameters(**_parameters(configs[0], base.name, run_dir))
+    return executor
+
+
+def _parameters(config: Config, name: str, run_dir: str) -> dict[str, Any]:
     cluster = config.cluster
     further: dict[str, Any] = {
         key.replace("_", "-"): ",".join(map(str, value)) if isinstance(value, list) else value
@@ -79,7 +100,7 @@ def _parameters(config: Config) -> dict[str, Any]:
     if cluster.cpus_per_task:  # since Slurm 22.05 srun does not take it over from sbatch
         srun_args.append(f"--cpus-per-task={cluster.cpus_per_task}")
     return {
-        "job_name": config.run.name,
+        "job_name": name,
         "nodes": cluster.nodes,
         "ntasks_per_node": cluster.tasks_per_node,
         "gpus_per_node": cluster.gpus_per_node,
@@ -95,7 +116,7 @@ def _parameters(config: Config) -> dict[str, Any]:
         "setup": ["set -e", *shell_lines(config), "set +e", "trap : TERM"],
         "teardown": [
             "code=$?",
-            f"{shlex.quote(sys.executable)} -m launch.restart {shlex.quote(config.run.dir or '.')} $code",
+            f"{shlex.quote(sys.executable)} -m launch.restart {run_dir} $code",
             "exit $code",
         ],
         "signal_delay_s": cluster.grace_s,

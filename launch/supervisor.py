@@ -121,17 +121,17 @@ class Supervisor:
     def _must_end(self, now: float) -> dict[str, Any] | None:
         """Ends the trainer on a signal that cannot wait for a step boundary, or dumps and ends it when it hangs."""
         state, phase = self.box.state, self.box.phase
+        # A user's Ctrl-C or `cancel` is for good; all other signals are Slurm's, and the job may go on later.
+        stop = {"kind": "cancelled" if self.box.signal == "SIGINT" else "stopped", "signal": self.box.signal}
         if self.box.signal and phase in ("rendezvous", "build"):
             self._kill()
-            print(
-                f"{self._name()}{self.box.signal} before the first step: nothing was trained, nothing to save",
-                flush=True,
-            )
-            return {"kind": "stopped", "message": f"{self.box.signal} before the first step", "signal": self.box.signal}
+            what = f"{self.box.signal} before the first step"
+            print(f"{self._name()}{what}: nothing was trained, nothing to save", flush=True)
+            return stop | {"message": what}
         if state.signalled_again:
             self._kill()
             print(f"{self._name()}a second signal: stopping at once, without a checkpoint", flush=True)
-            return {"kind": "stopped", "message": f"a second signal after {self.box.signal}", "signal": self.box.signal}
+            return stop | {"message": f"a second signal after {self.box.signal}"}
         if phase == "end":  # wandb has its own time-outs
             return None
         silent = now - max(state.since, self.resumed)

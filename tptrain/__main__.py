@@ -1,8 +1,9 @@
-"""The commands: `python -m tptrain VERB [hydra overrides]`. The one file that knows both the trainer and `launch`."""
+"""The commands: `python -m tptrain VERB ...`. The one file that knows both the trainer and `launch`."""
 
 import argparse
 import errno
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,35 +13,52 @@ if TYPE_CHECKING:
 HELP = """\
 Tensor-parallel training of transformer language models on Slurm clusters.
 
-verbs:
-  launch   check the config, submit the run to this machine or to Slurm, follow it if it is local
-  train    run one rank here, under torchrun, under srun, or alone
-  config   print the resolved, checked config
+  python -m tptrain VERB [arguments]        python -m tptrain VERB --help
+
+runs:
+  launch [-m] [key=value ...]   check the config, submit the run to this machine or to Slurm; -m: a sweep, a=1,2 b=3,4
+  status [RUN ...]              how runs stand: job, state, step, loss, tokens/s, restarts, last checkpoint
+  logs RUN [-f] [--rank N]      what a rank of the run's last job printed; -f follows it
+  cancel RUN                    stop a run for good, with a checkpoint
+without a job:
+  config [key=value ...]        print the resolved, checked config
+  plan [key=value ...]          legal TP degrees, memory a rank, traffic and operations of a step; needs no GPU
+  train [key=value ...]         run one rank here, under torchrun, under srun, or alone
 
 overrides are Hydra's:
   python -m tptrain launch parallel.tp=2
   python -m tptrain launch model=llama3_8b parallel.tp=8 train=pretrain cluster=slurm cluster.gpus_per_node=8
   python -m tptrain launch data=files 'data.files=[corpus/*.jsonl]' run.name=mine
+  python -m tptrain launch -m optim.lr=1e-4,3e-4 parallel.tp=2 run.name=rates
   torchrun --nproc-per-node 2 -m tptrain train parallel.tp=2 run.name=mine
-  python -m tptrain config model=qwen3_8b
 
-`launch` again with the same run.name or run.dir resumes the run.
+`launch` again with the same run.name or run.dir resumes the run. RUN is a run's name below runs/, or its directory.
 exit codes: 0 done, 2 a mistake in what was asked for, 1 anything else
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tptrain", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    verbs = {"launch": launch, "train": train, "config": show_config}
-    parser.add_argument("verb", choices=verbs, metavar="VERB", help=" | ".join(verbs))
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    asked = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    verbs = {
+        "launch": launch,
+        "status": status,
+        "logs": logs,
+        "cancel": cancel,
+        "config": show_config,
+        "plan": show_plan,
+        "train": train,
+    }
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if given else 2
+    if given[0] not in verbs:
+        print(f"error: {given[0]}: no such verb. Known: {', '.join(verbs)}.", file=sys.stderr)
+        return 2
+    asked = _parser(given[0]).parse_intermixed_args(given[1:])
     from tptrain.config import UserError
 
     try:
-        return verbs[asked.verb](asked.overrides)
+        return verbs[given[0]](asked)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -52,49 +70,125 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def show_config(overrides: list[str]) -> int:
-    from tptrain.config.load import to_yaml
+def _parser(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tptrain {verb}", epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if verb in ("logs", "cancel"):
+        parser.add_argument("run", metavar="RUN")
+    elif verb == "status":
+        parser.add_argument("runs", nargs="*", metavar="RUN", help="default: all below runs/")
+    else:
+        parser.add_argument("overrides", nargs="*", metavar="key=value")
+    if verb == "launch":
+        parser.add_argument(
+            "-m", "--multirun", action="store_true", help="one run for every combination of a=1,2 b=3,4"
+        )
+    if verb == "logs":
+        parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until the job ends")
+        parser.add_argument("--rank", type=int, default=0, help="default: 0, the one that tells progress")
+    return parser
 
-    print(to_yaml(_launchable(overrides)), end="")
-    return 0
 
-
-def launch(overrides: list[str]) -> int:
-    from launch import local, run_dir, slurm
+def launch(asked: argparse.Namespace) -> int:
+    from launch import run_dir, slurm, sweep
+    from tptrain.config import UserError
     from tptrain.rank import run
 
-    config = _launchable(overrides)
-    on_slurm = config.cluster.kind == "slurm"
-    if on_slurm:
-        slurm.check(config)
-    folder = Path(config.run.dir or ".")
-    slurm.check_not_queued(folder)
-    _check_free(folder)
-    with run_dir.claimed(config):
-        if not on_slurm:
-            job = local.submit(config, run)
-            print(f"job {job.job_id} on this machine, run directory {folder}", flush=True)
-            code = local.Follower(config, job).follow()
-            if code == 0:
-                print(f"checkpoints: {folder}/checkpoints\nmetrics:     {folder}/metrics.jsonl")
-            return code
-        job = slurm.submit(config, run)
+    if asked.multirun:
+        base, configs = sweep.configs(asked.overrides)
+        for config in configs:
+            _check(config)
+    else:
+        configs = [_launchable(asked.overrides)]
+        base = Path(configs[0].run.dir or ".")
+    cluster = configs[0].cluster
+    if cluster.kind == "slurm":
+        slurm.check(configs[0])
+        if cluster.dry_run:
+            print(slurm.script(configs, base))
+            return 0
+    elif cluster.dry_run:
+        raise UserError("cluster.dry_run: shows the sbatch script, and cluster=local has none. Use cluster=slurm.")
+    for config in configs:
+        slurm.check_not_queued(Path(config.run.dir or "."))
+        _check_free(Path(config.run.dir or "."))
+    if cluster.kind == "local":
+        return max([_launch_here(config) for config in configs])
+    with ExitStack() as stack:
+        for config in configs:
+            stack.enter_context(run_dir.claimed(config))
+        job = slurm.submit(configs, base, run)
+    if len(configs) > 1:
+        print(f"submitted Slurm job array {job} of {len(configs)} runs, in {base}/0 to {base}/{len(configs) - 1}")
+    else:
+        print(f"submitted Slurm job {job}, run directory {base}")
+    command, name = "python -m tptrain", base if len(configs) == 1 else f"{base}/0"
     print(
-        f"submitted Slurm job {job.job_id}, run directory {folder}\n"
-        f"  its place in the queue:  squeue -j {job.job_id}\n"
-        f"  its output, once it runs: tail -F {folder}/logs/{job.job_id}_0_log.out\n"
-        f"  stop it:                 scancel {job.job_id}\n"
-        f"  resume it afterwards:    the same launch with run.dir={folder}"
+        f"  how it stands:        {command} status{'' if len(configs) == 1 else f' {base}/*'}\n"
+        f"  its output:           {command} logs -f {name}\n"
+        f"  stop it:              {command} cancel {name}\n"
+        f"  resume it afterwards: the same launch with run.dir={base}"
     )
     return 0
 
 
-def train(overrides: list[str]) -> int:
+def _launch_here(config: "Config") -> int:
+    from launch import local, run_dir
+    from tptrain.rank import run
+
+    folder = Path(config.run.dir or ".")
+    with run_dir.claimed(config):
+        job = local.submit(config, run)
+    print(f"job {job.job_id} on this machine, run directory {folder}", flush=True)
+    code = local.Follower(config, job).follow()
+    if code == 0:
+        print(f"checkpoints: {folder}/checkpoints\nmetrics:     {folder}/metrics.jsonl")
+    return code
+
+
+def status(asked: argparse.Namespace) -> int:
+    from launch import runs
+
+    runs.status([runs.find(name) for name in asked.runs] or runs.all_runs(Path("runs")))
+    return 0
+
+
+def logs(asked: argparse.Namespace) -> int:
+    from launch import runs
+
+    runs.logs(runs.find(asked.run), asked.rank, asked.follow)
+    return 0
+
+
+def cancel(asked: argparse.Namespace) -> int:
+    from launch import runs
+
+    return runs.cancel(runs.find(asked.run))
+
+
+def show_config(asked: argparse.Namespace) -> int:
+    from tptrain.config.load import to_yaml
+
+    print(to_yaml(_launchable(asked.overrides)), end="")
+    return 0
+
+
+def show_plan(asked: argparse.Namespace) -> int:
+    from tptrain.config import load_config
+    from tptrain.plan import plan
+
+    print(plan(load_config(asked.overrides)))
+    return 0
+
+
+def train(asked: argparse.Namespace) -> int:
     from launch import run_dir
     from launch.job import supervised
     from tptrain.config import UserError, load_config, read_config, validate
     from tptrain.rank import run
 
+    overrides: list[str] = asked.overrides
     if len(overrides) == 1 and overrides[0].startswith("run.dir="):
         snapshot = Path(overrides[0].removeprefix("run.dir=")) / "config.yaml"
         if snapshot.exists():
@@ -113,12 +207,18 @@ def train(overrides: list[str]) -> int:
 
 def _launchable(overrides: list[str]) -> "Config":
     """The composed config, with every check that needs no machine. Raises UserError."""
-    from tptrain.config import check_cluster, load_config, validate
+    from tptrain.config import load_config
 
     config = load_config(overrides)
+    _check(config)
+    return config
+
+
+def _check(config: "Config") -> None:
+    from tptrain.config import check_cluster, validate
+
     validate(config)
     check_cluster(config)
-    return config
 
 
 def _check_free(folder: Path) -> None:

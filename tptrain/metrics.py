@@ -196,6 +196,7 @@ class Wandb:
             mode=mode,
             project=self.config.wandb.project,
             entity=self.config.wandb.entity,
+            group=self.config.wandb.group,
             name=self.config.run.name,
             id=identity,
             resume="allow" if mode == "online" else None,

@@ -142,7 +142,8 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None) -> Agreement | N
         say(f"finished: step {last}")
     else:
         saved = "saved" if agreed.save else "no time to save: the steps since the last checkpoint are lost"
-        say(f"stopped at step {last} ({agreed.reason}), {saved}; launch again to go on")
+        then = "the job goes back into the queue" if agreed.requeue else "launch again to go on"
+        say(f"stopped at step {last} ({agreed.reason}), {saved}; {then}")
     return agreed
 
 

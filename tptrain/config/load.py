@@ -133,7 +133,7 @@ def _checked(override: Override) -> str:
     """The override's text for Hydra, once its key is known to exist. Raises UserError otherwise."""
     key, text = override.key_or_group, cast(str, override.input_line)
     if override.is_sweep_override():
-        raise UserError(f"{text}: a sweep over several values is not supported; launch one run for each value.")
+        raise UserError(f"{text}: a sweep over several values. Launch it with `launch -m`.")
     groups = _groups()
     if key in groups:
         value = override.value()

@@ -68,6 +68,13 @@ def check_cluster(config: Config) -> None:
             "Set it to the number of ranks (GPUs) a node runs."
         )
     check_topology(config, cluster.nodes * cluster.tasks_per_node)
+    tp = config.parallel.tp
+    if cluster.nodes > 1 and cluster.tasks_per_node % tp and not config.parallel.tp_across_nodes:
+        raise UserError(
+            f"parallel.tp={tp}: does not divide cluster.tasks_per_node={cluster.tasks_per_node}, so a TP group would "
+            "span nodes and each layer's 4 all-reduces cross the network. Change one of them, or allow it with "
+            "parallel.tp_across_nodes=true (`python -m tptrain plan` shows the cost)."
+        )
 
 
 def minutes(limit: str) -> int:

@@ -1,0 +1,234 @@
+"""The daily commands: what runs there are and how they stand, their logs, and how to stop one."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from launch import verdict
+from launch.allocation import fields
+from launch.local import Tail, supervisors
+from launch.run_dir import newest_checkpoint, read_job
+from tptrain.config import Config, UserError, read_config
+
+ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "SIGNALING")
+CANCEL_S = 60  # beyond the grace period, for a job to leave the queue
+
+
+@dataclass(frozen=True)
+class State:
+    """How a run's last job stands."""
+
+    word: str  # Slurm's, in lower case, or ours for a job of this machine
+    reason: str = ""
+
+    @property
+    def alive(self) -> bool:
+        return self.word.upper() in ALIVE
+
+
+def find(name: str) -> Path:
+    """A run by its directory or by its name below runs/. Raises UserError."""
+    for folder in (Path(name), Path("runs") / name):
+        if (folder / "config.yaml").exists():
+            return folder.absolute()
+    raise UserError(f"{name}: no run of that name or directory (it has no config.yaml). `status` lists the runs.")
+
+
+def all_runs(root: Path) -> list[Path]:
+    """Run directories below a folder, a sweep's among them, the last launched last."""
+    found = [path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/config.yaml")]
+    return sorted((path.absolute() for path in found), key=lambda path: (path / "config.yaml").stat().st_mtime)
+
+
+# --------------------------------------------------------------------------------------------------------------- states
+
+
+def states(runs: list[Path]) -> dict[Path, State]:
+    """The state of every run's last job: one `squeue`, and one `sacct` where Slurm keeps accounts."""
+    jobs = {run: read_job(run) for run in runs}
+    ids = {job["id"] for job in jobs.values() if job.get("kind") == "slurm"}
+    slurm = _slurm_states(ids) if ids else {}
+    return {run: _state(run, job, slurm) for run, job in jobs.items()}
+
+
+def _state(run: Path, job: dict[str, Any], slurm: dict[str, State]) -> State:
+    if job.get("kind") == "slurm" and job["id"] in slurm:
+        return slurm[job["id"]]
+    if job.get("kind") == "local" and (controller := _controller(job)) is not None:
+        return State("running", f"process {controller.pid}")
+    ended = [event for event in verdict.events(run) if event["event"] in ("last", "end")]
+    words = {"done": "completed", "stopped": "stopped", "cancelled": "cancelled"}
+    if not ended:
+        return State("unknown" if job else "not launched")
+    kind = ended[-1]["kind"]
+    return State(words.get(kind, "failed"), "" if kind == "done" else ended[-1]["message"])
+
+
+def _slurm_states(ids: set[str]) -> dict[str, State]:
+    found: dict[str, State] = {}
+    if shutil.which("sacct"):
+        for words in _lines("sacct", "-X", "-n", "-P", f"--jobs={','.join(ids)}", "--format=JobID,State"):
+            found[words[0]] = State(words[1].split()[0].lower())
+    for words in _lines("squeue", "-h", "-r", f"--jobs={','.join(ids)}", "--format=%i|%T|%r"):
+        reason = "" if words[2] == "None" else words[2]
+        found[words[0]] = State(words[1].lower(), reason)
+    for job in ids - found.keys():  # no accounting: Slurm itself remembers an ended job for some minutes
+        if state := fields(job).get("JobState"):
+            found[job] = State(state.lower())
+    return found
+
+
+def _lines(*command: str) -> list[list[str]]:
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.split("|") for line in shown.stdout.splitlines() if line]
+
+
+def _controller(job: dict[str, Any]) -> psutil.Process | None:
+    """The process that runs a local job, if it lives; its id may be another's by now."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(int(job["id"]))
+        alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        if alive and "submitit" in " ".join(process.cmdline()):
+            return process
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------- status
+
+
+def status(runs: list[Path]) -> None:
+    """Print the table."""
+    found = states(runs)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("run", "job", "state", "step", "loss", "tokens/s", "eta", "restarts", "checkpoint"):
+        table.add_column(name, justify="right" if name in ("step", "loss", "tokens/s", "eta", "restarts") else "left")
+    for run in runs:
+        with contextlib.suppress(UserError):  # a snapshot of another version
+            table.add_row(*_cells(run, read_config(run / "config.yaml"), found[run]))
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, soft_wrap=True).print(table if runs else "no runs here; `launch` makes one below runs/")
+
+
+def _cells(run: Path, config: Config, state: State) -> list[str]:
+    row = last_row(run)
+    left = (config.train.steps - row["step"]) * row["step_time_s"] if row else 0
+    starts = [event for event in verdict.events(run) if event["event"] == "start"]
+    job = read_job(run).get("id", "")
+    word = state.word + (f" ({state.reason})" if state.reason else "")
+    return [
+        config.run.name or run.name,
+        job,
+        word if len(word) < 60 else word[:57] + "...",
+        f"{row['step'] if row else 0}/{config.train.steps}",
+        f"{row['loss']:.4f}" if row and row["loss"] is not None else "",
+        f"{row['tokens_per_second']:,.0f}" if row else "",
+        str(timedelta(seconds=round(left))) if row and state.word == "running" else "",
+        str(max(0, len(starts) - 1)),
+        newest_checkpoint(run) or "",
+    ]
+
+
+def last_row(run: Path) -> dict[str, Any] | None:
+    """The newest row of metrics.jsonl, out of the file's tail."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            return json.loads(line)
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------- logs
+
+
+def logs(run: Path, rank: int, follow: bool) -> None:
+    """Print the log of a rank of the run's last job; with `follow`, go on until the job ends. Raises UserError."""
+    job = read_job(run)
+    if not job:
+        raise UserError(f"{run}: was not launched by `launch`, so its output went to whoever started it.")
+    path = Path(f"{job['logs']}_{rank}_log.out")
+    tail, told = Tail(path), False
+    while True:
+        for line in tail.lines():
+            print(line, flush=True)
+        if not follow:
+            break
+        state = states([run])[run]
+        if not state.alive:
+            for line in tail.lines():
+                print(line, flush=True)
+            print(f"-- {state.word}", file=sys.stderr)
+            return
+        if not path.exists() and not told:
+            print(f"-- {state.word}{f' ({state.reason})' if state.reason else ''}; waiting for {path}", file=sys.stderr)
+            told = True
+        time.sleep(1)
+    if not path.exists():
+        ranks = sorted(run.glob("logs/*_log.out"))
+        raise UserError(f"--rank={rank}: no log yet at {path}. There are {len(ranks)} logs in {path.parent}.")
+
+
+# --------------------------------------------------------------------------------------------------------------- cancel
+
+
+def cancel(run: Path) -> int:
+    """Stop a run for good, with a checkpoint where it was training. Returns the exit code."""
+    job, state = read_job(run), states([run])[run]
+    if not state.alive:
+        raise UserError(f"{run}: nothing to cancel, its last job is {state.word}.")
+    if job["kind"] == "local":
+        _cancel_local(job)
+    elif state.word in ("running", "suspended"):
+        _cancel_slurm(job["id"], run)
+    else:
+        subprocess.run(["scancel", job["id"]], check=True)
+    newest = newest_checkpoint(run)
+    print(f"cancelled; {f'checkpoint {newest}' if newest else 'no checkpoint yet'}. `launch` again goes on from there")
+    return 0
+
+
+def _cancel_slurm(job: str, run: Path) -> None:
+    """SIGINT to the ranks: they save, and end; the job script sees that it was the user. Then, if need be, force."""
+    print(f"asking job {job} to save and stop ...", flush=True)
+    subprocess.run(["scancel", "--signal=INT", job], check=True)
+    deadline = time.monotonic() + read_config(run / "config.yaml").cluster.grace_s + CANCEL_S
+    while states([run])[run].word in ("running", "completing"):
+        if time.monotonic() > deadline:
+            print(f"it did not; scancel {job}", flush=True)
+            subprocess.run(["scancel", job], check=True)
+            return
+        time.sleep(0.5)
+    if states([run])[run].alive:  # requeued by somebody in between
+        subprocess.run(["scancel", job], check=True)
+
+
+def _cancel_local(job: dict[str, Any]) -> None:
+    controller = _controller(job)
+    if controller is None:
+        return
+    print(f"asking process {controller.pid} to save and stop ...", flush=True)
+    for process in supervisors(controller):
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    with contextlib.suppress(psutil.Error):
+        controller.wait(CANCEL_S * 2)
