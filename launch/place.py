@@ -6,6 +6,7 @@ Whoever started it, afterwards the environment has torchrun's variables, which i
 import os
 import socket
 import subprocess
+import sys
 import time
 import zlib
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ def _take_slurm_variables(attempt: str) -> None:
     env = os.environ
     rank, world = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     if (said := (env.get("RANK", rank), env.get("WORLD_SIZE", world))) != (rank, world):
+        if rank != "0":  # one message
+            sys.exit(2)
         raise UserError(
             f"RANK={said[0]} WORLD_SIZE={said[1]}: so says the environment, and Slurm says that this is rank {rank} of "
             f"{world}. Unset RANK and WORLD_SIZE (in your shell, cluster.env or cluster.setup)."

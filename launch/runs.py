@@ -65,15 +65,17 @@ def states(runs: list[Path]) -> dict[Path, State]:
 
 
 def _state(run: Path, job: dict[str, Any], slurm: dict[str, State]) -> State:
+    ended = [event for event in verdict.events(run) if event["event"] in ("last", "end")]
+    kind = ended[-1]["kind"] if ended else ""
     if job.get("kind") == "slurm" and job["id"] in slurm:
-        return slurm[job["id"]]
+        found = slurm[job["id"]]
+        stopped = found.word == "completed" and kind in ("cancelled", "stopped")  # before its last step
+        return State(kind, ended[-1]["message"]) if stopped else found
     if job.get("kind") == "local" and (controller := _controller(job)) is not None:
         return State("running", f"process {controller.pid}")
-    ended = [event for event in verdict.events(run) if event["event"] in ("last", "end")]
     words = {"done": "completed", "stopped": "stopped", "cancelled": "cancelled"}
     if not ended:
         return State("unknown" if job else "not launched")
-    kind = ended[-1]["kind"]
     return State(words.get(kind, "failed"), "" if kind == "done" else ended[-1]["message"])
 
 

@@ -13,6 +13,7 @@ from tptrain.metrics import read_rows
 
 TPTRAIN = [sys.executable, "-m", "tptrain"]
 TIMEOUT_S = 150
+ENTRY = "submitit.core._submit"  # in the command line of every process of a rank
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -21,12 +22,14 @@ def environment(**variables: str) -> dict[str, str]:
     return kept | {"NETRC": "/dev/null", "OMP_NUM_THREADS": "1"} | variables
 
 
-def tptrain(verb: str, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def tptrain(
+    verb: str, *overrides: str, timeout_s: float = TIMEOUT_S, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run a verb to its end."""
-    return run(*TPTRAIN, verb, *overrides, **variables)
+    return run(*TPTRAIN, verb, *overrides, timeout_s=timeout_s, **variables)
 
 
-def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, timeout_s: float = TIMEOUT_S, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; stdout and stderr come together in `stdout`."""
     return subprocess.run(
         command,
@@ -34,7 +37,7 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=timeout_s,
         check=False,
     )
 
@@ -57,9 +60,18 @@ def finish(launch: subprocess.Popen[str]) -> str:
 
 
 def ranks_of(launch: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The rank processes of a local launch, in rank order."""
-    found = [p for p in psutil.Process(launch.pid).children(recursive=True) if "submitit.core._submit" in p.cmdline()]
+    """The ranks of a local launch, in rank order: of each the supervisor, whose one child is the trainer."""
+    started = psutil.Process(launch.pid).children(recursive=True)
+    found = [p for p in started if ENTRY in p.cmdline() and ENTRY not in _command_of(p.parent())]
     return sorted(found, key=lambda p: int(p.environ()["SUBMITIT_LOCAL_GLOBALID"]))
+
+
+def trainer_of(supervisor: psutil.Process) -> psutil.Process:
+    return supervisor.children()[0]
+
+
+def _command_of(process: psutil.Process | None) -> list[str]:
+    return process.cmdline() if process else []
 
 
 def wait_until(condition: Callable[[], bool], what: str, process: subprocess.Popen[str] | None = None) -> None:

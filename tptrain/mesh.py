@@ -147,7 +147,7 @@ def build_mesh(config: Config, box: BlackBox, claim: Callable[[], None] = lambda
     patience, hosted = config.watchdog.rendezvous_s, env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = env["TPTRAIN_ATTEMPT"]
     store = preflight.join(env["MASTER_ADDR"], int(env["MASTER_PORT"]), mine, world, hosted, patience, attempt)
-    reports = preflight.check(store, mine, world, config, claim, patience)
+    reports = preflight.check(store, mine, world, config, claim, box.touch)
     longest = max(vars(config.watchdog).values())
     dist.init_process_group(
         backend,

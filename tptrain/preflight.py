@@ -5,6 +5,7 @@ Every rank reports over the rendezvous store; rank 0 judges, and its one message
 
 import json
 import shutil
+import socket
 import sys
 import time
 import uuid
@@ -24,6 +25,10 @@ from tptrain.config import Config, UserError
 from tptrain.config.sizes import checkpoint_bytes
 
 SHARED_FS_S = 10  # until a new file must be seen on every node
+
+
+class Told(UserError):
+    """A UserError that rank 0 tells for all."""
 
 
 class RendezvousError(Exception):
@@ -57,18 +62,16 @@ def join(address: str, port: int, mine: Report, world: int, hosted: bool, patien
 
     Raises RendezvousError where rank 0 cannot be reached.
     """
+    host = mine.rank == 0 and not hosted
     try:
+        if not host:
+            _knock(address, port, patience_s)
         store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            address,
-            port,
-            world,
-            is_master=mine.rank == 0 and not hosted,
-            timeout=timedelta(seconds=patience_s),
-            wait_for_workers=False,
+            address, port, world, is_master=host, timeout=timedelta(seconds=patience_s), wait_for_workers=False
         )
-    except (dist.DistError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         said = str(error).splitlines()[0]
-        if mine.rank == 0:
+        if host:
             raise RendezvousError(f"rank 0 on {mine.node} cannot open port {port}: {said}") from error
         raise RendezvousError(
             f"rank {mine.rank} on {mine.node} cannot reach rank 0 at {address}:{port} in {patience_s:.0f} s ({said})"
@@ -76,17 +79,31 @@ def join(address: str, port: int, mine: Report, world: int, hosted: bool, patien
     return dist.PrefixStore(f"tptrain/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def _knock(address: str, port: int, patience_s: float) -> None:
+    """Wait until somebody listens there: torch's own waiting fills the log with C++ frames. Raises OSError."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
+
+
 def check(
-    store: Any, mine: Report, world: int, config: Config, claim: Callable[[], None], patience_s: float
+    store: Any, mine: Report, world: int, config: Config, claim: Callable[[], None], alive: Callable[[], None]
 ) -> list[Report]:
     """Meet, let rank 0 `claim` the run directory, and see that it is one and the same. Returns all reports.
 
     Raises UserError with the same message on every rank, or RendezvousError where ranks are missing.
     """
+    meeting = _Meeting(store, mine, world, config.watchdog.rendezvous_s, alive)
     reports: list[Report] = []
 
     def first() -> str:
-        reports.extend(_collect(store, "report", world, patience_s, Report))
+        reports.extend(Report(**entry) for entry in meeting.collect("report"))
         if said := problem(reports, config):
             raise UserError(said)
         claim()
@@ -94,14 +111,13 @@ def check(
         (Path(config.run.dir or ".") / token).touch()
         return token
 
-    token = _by_main(store, "report", mine, world, json.dumps(asdict(mine)), first, patience_s)
-    path = Path(config.run.dir or ".") / token
-    seen = mine.node if _appears(path) else ""
+    path = Path(config.run.dir or ".") / meeting.by_main("report", asdict(mine), first)
+    seen = _appears(path)
 
     def second() -> str:
-        nodes = _collect(store, "seen", world, patience_s + SHARED_FS_S, str)
+        sights = meeting.collect("seen")
         path.unlink(missing_ok=True)
-        blind = [report for report, node in zip(reports, nodes, strict=True) if not node]
+        blind = [report for report, sight in zip(reports, sights, strict=True) if not sight]
         if blind:
             raise UserError(
                 f"run.dir={config.run.dir}: rank {blind[0].rank} on {blind[0].node} does not see what rank 0 on "
@@ -109,8 +125,7 @@ def check(
             )
         return json.dumps([asdict(report) for report in reports])
 
-    text = _by_main(store, "seen", mine, world, json.dumps(seen), second, patience_s + SHARED_FS_S)
-    return [Report(**entry) for entry in json.loads(text)]
+    return [Report(**entry) for entry in json.loads(meeting.by_main("seen", seen, second))]
 
 
 def problem(reports: list[Report], config: Config) -> str | None:
@@ -162,54 +177,57 @@ def _disk_problem(config: Config) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- the store
 
 
-def _by_main(
-    store: Any, stage: str, mine: Report, world: int, value: str, judge: Callable[[], str], patience_s: float
-) -> str:
-    """Hand in `value`; what rank 0 makes of everybody's, or its failure, is every rank's."""
-    said, heard = f"{stage}/answer", f"{stage}/heard"
-    store.set(f"{stage}/{mine.rank}", value)
-    if mine.rank == 0:
-        try:
-            answer = judge()
-        except BaseException as error:
-            kind = type(error).__name__ if isinstance(error, UserError | RendezvousError) else "OSError"
-            store.set(said, json.dumps([kind, str(error)]))
-            _wait(store, [f"{heard}/{rank}" for rank in range(1, world)], 5)  # the store ends with this process
-            raise
-        store.set(said, json.dumps(["", answer]))
+@dataclass(frozen=True)
+class _Meeting:
+    """All ranks around the store."""
+
+    store: Any
+    mine: Report
+    world: int
+    patience_s: float
+    alive: Callable[[], None]  # tells the supervisor, while this rank waits with a deadline of its own
+
+    def by_main(self, stage: str, value: Any, judge: Callable[[], str]) -> str:
+        """Hand in `value`; what rank 0 makes of everybody's, or its failure, is every rank's."""
+        store, said, heard = self.store, f"{stage}/answer", f"{stage}/heard"
+        store.set(f"{stage}/{self.mine.rank}", json.dumps(value))
+        if self.mine.rank == 0:
+            try:
+                answer = judge()
+            except BaseException as error:
+                kind = "UserError" if isinstance(error, UserError) else "RendezvousError"
+                store.set(said, json.dumps([kind, str(error)]))
+                self.wait([f"{heard}/{rank}" for rank in range(1, self.world)], 5)  # the store ends with this process
+                raise
+            store.set(said, json.dumps(["", answer]))
+            return answer
+        if self.wait([said], 2 * (self.patience_s + SHARED_FS_S)):  # rank 0 gives up before, and says who is missing
+            raise RendezvousError(f"rank 0 gave rank {self.mine.rank} on {self.mine.node} no answer")
+        kind, answer = json.loads(store.get(said))
+        if kind:
+            store.set(f"{heard}/{self.mine.rank}", "")
+            raise Told(answer) if kind == "UserError" else RendezvousError(answer)
         return answer
-    deadline = time.monotonic() + 2 * patience_s + 5  # rank 0 gives up first, and says who is missing
-    while not store.check([said]):
-        if time.monotonic() > deadline:
-            raise RendezvousError(f"rank 0 gave rank {mine.rank} on {mine.node} no answer")
-        time.sleep(0.05)
-    kind, answer = json.loads(store.get(said))
-    if kind:
-        store.set(f"{heard}/{mine.rank}", "")
-        raise UserError(answer) if kind == "UserError" else RendezvousError(answer)
-    return answer
 
+    def collect(self, stage: str) -> list[Any]:
+        """What every rank handed in, in rank order. Rank 0 only. Raises RendezvousError where some did not."""
+        keys, patience_s = [f"{stage}/{rank}" for rank in range(self.world)], self.patience_s + SHARED_FS_S
+        missing = self.wait(keys, min(10, self.patience_s))
+        if missing and self.patience_s > 10:
+            print(f"still waiting for {_list(missing)} of {self.world}", flush=True)
+            missing = self.wait(keys, patience_s - 10)
+        if missing:
+            raise RendezvousError(f"{_list(missing)} of {self.world} did not come in {self.patience_s:.0f} s")
+        return [json.loads(self.store.get(key)) for key in keys]
 
-def _collect(store: Any, stage: str, world: int, patience_s: float, make: Any) -> list[Any]:
-    """What every rank handed in, in rank order. Rank 0 only. Raises RendezvousError where some did not."""
-    keys = [f"{stage}/{rank}" for rank in range(world)]
-    missing = _wait(store, keys, min(10, patience_s))
-    if missing and patience_s > 10:
-        print(f"still waiting for {_list(missing)} of {world}", flush=True)
-        missing = _wait(store, keys, patience_s - 10)
-    if missing:
-        raise RendezvousError(f"{_list(missing)} of {world} did not come in {patience_s:.0f} s")
-    loaded = [json.loads(store.get(key)) for key in keys]
-    return [make(**entry) if isinstance(entry, dict) else make(entry) for entry in loaded]
-
-
-def _wait(store: Any, keys: list[str], seconds: float) -> list[int]:
-    """Indices of the keys that are still not there when all are or the time is up."""
-    deadline = time.monotonic() + seconds
-    missing = list(range(len(keys)))
-    while (missing := [i for i in missing if not store.check([keys[i]])]) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return missing
+    def wait(self, keys: list[str], seconds: float) -> list[int]:
+        """Indices of the keys that are still not there when all are or the time is up."""
+        deadline = time.monotonic() + seconds
+        missing = list(range(len(keys)))
+        while (missing := [i for i in missing if not self.store.check([keys[i]])]) and time.monotonic() < deadline:
+            self.alive()
+            time.sleep(0.02)
+        return missing
 
 
 def _list(ranks: list[int]) -> str:

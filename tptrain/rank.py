@@ -28,7 +28,7 @@ def run(config: Config, box: BlackBox, allocation: Any, attempt: str, claim: Cal
 
     from tptrain.checkpoint import CheckpointError
     from tptrain.mesh import build_mesh
-    from tptrain.preflight import RendezvousError
+    from tptrain.preflight import RendezvousError, Told
     from tptrain.stop import Stop
     from tptrain.train import Diverged, train
 
@@ -64,6 +64,9 @@ def run(config: Config, box: BlackBox, allocation: Any, attempt: str, claim: Cal
                 )
             mesh.close()
         return 0
+    except Told as error:
+        box.end("user", f"{error}")
+        return 2
     except UserError as error:
         return fail("user", f"{error}", 2)
     except Diverged as error:

@@ -1,0 +1,127 @@
+"""Signals at random moments on single ranks of a run on this machine, until it has had enough; then it must be whole.
+
+    python -m tests.soak FOLDER --ranks 4 --signals 50
+
+Each round launches (or resumes) the run, signals one process of one rank at a random moment of its start-up, training,
+saving or validation, and waits for the launch to end by itself. Nothing may hang, no committed step may be lost, no
+process may stay. At the end the losses must be those of a run that nothing disturbed, bit for bit.
+"""
+
+import argparse
+import contextlib
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.commands import finish, losses, ranks_of, start_launch, tptrain, trainer_of
+from tests.corpus import overrides
+from tptrain.checkpoint import committed, step_of
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+LONGEST_S = 60  # that a launch may take to end after its signal
+
+
+@dataclass
+class Tally:
+    """What was seen."""
+
+    rounds: int = 0
+    ends: Counter[str] = field(default_factory=Counter)
+    slowest_s: float = 0.0  # from signal to end
+
+
+def lines_for(folder: Path, name: str, ranks: int, steps: int) -> list[str]:
+    return [
+        *overrides(folder, name),
+        "parallel.tp=2",
+        f"cluster.tasks_per_node={ranks}",
+        f"train.steps={steps}",
+        "train.micro_batch_size=1",
+        "train.eval_every=5",
+        "checkpoint.every=3",
+        "optim=constant",
+        "train.seq_len=128",  # longer steps: fewer are needed to outlast the signals
+    ]
+
+
+def soak(folder: Path, ranks: int, signals: int, steps: int, seed: int = 0, start_up_s: float = 6.0) -> Tally:
+    """Returns the tally; raises AssertionError for anything that must not be."""
+    draw, tally = random.Random(seed), Tally()
+    lines = lines_for(folder, f"soaked-{ranks}", ranks, steps)
+    run_dir = folder / f"soaked-{ranks}"
+    newest = 0
+    while tally.rounds < signals:
+        launch = start_launch(*lines)
+        moment = time.monotonic() + draw.uniform(0.5, 2 * start_up_s)
+        while time.monotonic() < moment and launch.poll() is None:
+            time.sleep(0.01)
+        everybody = psutil.Process(launch.pid).children(recursive=True) if launch.poll() is None else []
+        signalled = time.monotonic()
+        what = _signal_one(launch, draw, ranks) if everybody else None
+        output = finish(launch)
+        tally.slowest_s = max(tally.slowest_s, time.monotonic() - signalled)
+        assert time.monotonic() - signalled < LONGEST_S, f"{what}: took too long\n{output}"
+        _, alive = psutil.wait_procs(everybody, timeout=5)
+        assert not alive, f"{what}: left behind {alive}"
+        assert "Traceback" not in output, f"{what}:\n{output}"
+        saved = [step_of(path) for path in committed(run_dir / "checkpoints")]
+        assert max(saved, default=0) >= newest, f"{what}: lost step {newest}, has {saved}"
+        newest = max(saved, default=0)
+        if what is None:
+            assert "finished" in output, output
+            break
+        tally.rounds += 1
+        tally.ends[_how(output)] += 1
+        print(f"{tally.rounds:3d}  {what}: {_how(output)}; checkpoint {newest}", flush=True)
+    last = tptrain("launch", *lines)
+    assert last.returncode == 0, last.stdout
+    return tally
+
+
+def _signal_one(launch, draw: random.Random, ranks: int) -> str | None:
+    """Signal the supervisor or the trainer of one rank; None where there was no rank yet or any more."""
+    with contextlib.suppress(psutil.Error, IndexError, KeyError):
+        rank, number = draw.randrange(ranks), draw.choice(SIGNALS)
+        found = {int(process.environ()["SUBMITIT_LOCAL_GLOBALID"]): process for process in ranks_of(launch)}
+        if not found:
+            return "nobody yet"
+        rank = rank if rank in found else draw.choice(sorted(found))
+        process = draw.choice([found[rank], trainer_of(found[rank])])
+        process.send_signal(number)
+        return f"{number.name} to rank {rank} ({'trainer' if process != found[rank] else 'supervisor'})"
+    return "nobody yet"
+
+
+def _how(output: str) -> str:
+    for words in ("finished: step", "saved; launch again", "before the first step", "a second signal"):
+        if words in output:
+            return words
+    return output.strip().splitlines()[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--signals", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    tally = soak(asked.folder, asked.ranks, asked.signals, asked.steps, asked.seed)
+    assert tally.rounds == asked.signals, f"the run was done after {tally.rounds} signals: give more --steps"
+    calm = lines_for(asked.folder, f"calm-{asked.ranks}", asked.ranks, asked.steps)
+    assert tptrain("launch", *calm, timeout_s=3600).returncode == 0
+    same = losses(asked.folder / f"calm-{asked.ranks}") == losses(asked.folder / f"soaked-{asked.ranks}")
+    print(f"{tally}\nlosses equal bit for bit: {same}")
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()
