@@ -54,8 +54,8 @@ def start_launch(*overrides: str, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(launch: subprocess.Popen[str]) -> str:
-    output, _ = launch.communicate(timeout=TIMEOUT_S)
+def finish(launch: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> str:
+    output, _ = launch.communicate(timeout=timeout_s)
     return output
 
 

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -61,12 +62,18 @@ def soak(folder: Path, ranks: int, signals: int, steps: int, seed: int = 0, star
         moment = time.monotonic() + draw.uniform(0.5, 2 * start_up_s)
         while time.monotonic() < moment and launch.poll() is None:
             time.sleep(0.01)
-        everybody = psutil.Process(launch.pid).children(recursive=True) if launch.poll() is None else []
+        what = None
+        while what is None and launch.poll() is None:  # there may be no rank yet
+            what = _signal_one(launch, draw, ranks)
         signalled = time.monotonic()
-        what = _signal_one(launch, draw, ranks) if everybody else None
-        output = finish(launch)
+        everybody = psutil.Process(launch.pid).children(recursive=True) if launch.poll() is None else []
+        try:
+            output = finish(launch, LONGEST_S)
+        except subprocess.TimeoutExpired:
+            for process in everybody:
+                process.kill()
+            raise AssertionError(f"{what}: did not end in {LONGEST_S} s") from None
         tally.slowest_s = max(tally.slowest_s, time.monotonic() - signalled)
-        assert time.monotonic() - signalled < LONGEST_S, f"{what}: took too long\n{output}"
         _, alive = psutil.wait_procs(everybody, timeout=5)
         assert not alive, f"{what}: left behind {alive}"
         assert "Traceback" not in output, f"{what}:\n{output}"
@@ -88,14 +95,12 @@ def _signal_one(launch, draw: random.Random, ranks: int) -> str | None:
     """Signal the supervisor or the trainer of one rank; None where there was no rank yet or any more."""
     with contextlib.suppress(psutil.Error, IndexError, KeyError):
         rank, number = draw.randrange(ranks), draw.choice(SIGNALS)
-        found = {int(process.environ()["SUBMITIT_LOCAL_GLOBALID"]): process for process in ranks_of(launch)}
-        if not found:
-            return "nobody yet"
-        rank = rank if rank in found else draw.choice(sorted(found))
-        process = draw.choice([found[rank], trainer_of(found[rank])])
+        supervisor = ranks_of(launch)[rank]
+        process = draw.choice([supervisor, trainer_of(supervisor)])
         process.send_signal(number)
-        return f"{number.name} to rank {rank} ({'trainer' if process != found[rank] else 'supervisor'})"
-    return "nobody yet"
+        return f"{number.name} to rank {rank} ({'trainer' if process != supervisor else 'supervisor'})"
+    time.sleep(0.01)
+    return None
 
 
 def _how(output: str) -> str:

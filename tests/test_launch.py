@@ -1,6 +1,5 @@
 """`launch` on this machine, end to end: what it leaves behind, what it survives, and how it goes on."""
 
-import json
 import os
 import re
 import shutil
@@ -8,13 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.commands import finish, losses, ranks_of, rows_in, run, start_launch, tptrain, wait_until
 from tests.corpus import overrides
+from tests.wandb_files import wandb_rows
 from tptrain.checkpoint import COMMIT, committed, damage, read_commit
 from tptrain.metrics import read_rows
 
@@ -35,39 +34,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout
     (folder / "output").write_text(done.stdout)
     return folder
-
-
-def wandb_rows(run_dir: Path) -> dict[int, dict]:
-    """The rows of every offline wandb run below a run directory, by step, read back from wandb's own files."""
-    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
-
-    rows: dict[int, dict] = {}
-    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
-        for data in leveldb_log(file.read_bytes()):
-            record = Record()
-            record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "history":
-                items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-                row = {key: json.loads(value) for key, value in items.items()}
-                rows[row["step"]] = row
-    return rows
-
-
-def leveldb_log(content: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file: a 7-byte header, then LevelDB's log format (its doc/log_format.md)."""
-    assert content.startswith(b":W&B")
-    place, parts = 7, b""
-    while place + 7 <= len(content):
-        left_in_block = 32768 - place % 32768
-        if left_in_block < 7:
-            place += left_in_block
-            continue
-        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
-        parts += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield parts
-            parts = b""
 
 
 def test_leaves_committed_sharded_checkpoints(finished: Path) -> None:

@@ -1,5 +1,6 @@
-"""`cluster=slurm` on a real Slurm of two nodes: the same losses, the right end in the accounting, a dead rank."""
+"""`cluster=slurm` on a real Slurm of four nodes: the same losses as here, and what a disturbed run comes to."""
 
+import json
 import signal
 import subprocess
 import time
@@ -10,11 +11,14 @@ import pytest
 
 from tests.commands import TPTRAIN, losses, run, tptrain, wait_until
 from tests.corpus import overrides
+from tests.wandb_files import wandb_rows
 from tptrain.checkpoint import committed
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
 JOB = ["cluster=slurm", "cluster.nodes=2", "cluster.tasks_per_node=2", "parallel.tp=2", "checkpoint.every=5"]
+STEPS = 80
+LONG = [*JOB, f"train.steps={STEPS}", "train.seq_len=64", "optim=constant", "wandb.mode=offline", "watchdog.step_s=6"]
 
 
 def submit(*lines: str) -> str:
@@ -24,22 +28,84 @@ def submit(*lines: str) -> str:
     return done.stdout.split("submitted Slurm job ")[1].split(",")[0]
 
 
+def ask(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
 def state(job: str) -> str:
-    shown = subprocess.run(
-        ["sacct", "-X", "-n", "-P", "-o", "State", "-j", job], capture_output=True, text=True, check=True
-    )
-    return shown.stdout.strip()
+    return ask("sacct", "-X", "-n", "-P", "-o", "State", "-j", job)
 
 
 def wait_for_end(job: str) -> str:
-    ended = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY")
-    wait_until(lambda: (time.sleep(0.3), state(job).startswith(ended))[1], f"the end of job {job}")
+    """The job's last state."""
+    ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY")
+
+    wait_until(lambda: not in_queue(job) and state(job).startswith(ended), f"the end of job {job}")
     return state(job)
+
+
+def in_queue(job: str) -> bool:
+    """Whether the job waits or runs. Slurm holds a requeued job back for two minutes: not here."""
+    time.sleep(0.3)
+    shown = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T %r"], capture_output=True, text=True, check=False)
+    if shown.stdout.strip() == "PENDING BeginTime":
+        ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+    return bool(shown.stdout.strip())
+
+
+def events(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "logs" / "attempts.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def processes_of(run_dir: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if f"{run_dir}/logs" in process.cmdline() and process.name().startswith("python"):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def trainer(run_dir: Path, rank: int) -> psutil.Process:
+    """The process that trains, not the supervisor above it."""
+    mine = [p for p in processes_of(run_dir) if p.environ().get("SLURM_PROCID") == str(rank)]
+    return next(process for process in mine if process.parent() in mine)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("slurm")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> list[float]:
+    """Losses of the long run that nothing disturbs."""
+    assert wait_for_end(submit(*overrides(folder, "undisturbed"), *LONG)) == "COMPLETED"
+    found = losses(folder / "undisturbed")
+    assert len(found) == STEPS
+    return found
+
+
+def start_long(folder: Path, name: str, *changes: str, steps: int = 12) -> tuple[str, Path]:
+    """A long run that has come some way; its job and directory."""
+    run_dir = folder / name
+    job = submit(*overrides(folder, name), *LONG, *changes)
+    wait_until(lambda: len(losses(run_dir)) >= steps, f"{steps} steps")
+    return job, run_dir
+
+
+def assert_as_if_nothing_happened(run_dir: Path, undisturbed: list[float]) -> None:
+    assert losses(run_dir) == undisturbed
+    logged = wandb_rows(run_dir)
+    assert sorted(logged) == list(range(1, STEPS + 1))
+    assert len({file.name for file in run_dir.glob("wandb/offline-run-*/*.wandb")}) == 1, "one wandb run"
+    assert not processes_of(run_dir)
+
+
+# ------------------------------------------------------------------------------------------------------------- running
 
 
 def test_same_losses_as_on_this_machine(folder: Path) -> None:
@@ -56,7 +122,7 @@ def test_same_losses_as_on_this_machine(folder: Path) -> None:
 
 
 def test_options_set_up_lines_and_variables_reach_the_job(folder: Path) -> None:
-    job = submit(
+    lines = [
         *overrides(folder, "options"),
         *JOB[:1],
         "parallel.tp=1",
@@ -64,16 +130,23 @@ def test_options_set_up_lines_and_variables_reach_the_job(folder: Path) -> None:
         "cluster.gpus_per_node=2",
         "cluster.tasks_per_node=1",
         "cluster.partition=high",
+        "cluster.grace_s=77",
         "cluster.env.GREETING='two words'",
         "cluster.setup=['echo set-up says $GREETING on $(hostname)']",
         "cluster.sbatch.nodelist=n2",
         "cluster.sbatch.comment=hello",
-    )
+    ]
+    dry = tptrain("launch", *lines, "cluster.dry_run=true")
+    assert dry.returncode == 0
+    assert not (folder / "options").exists()
+    job = submit(*lines)
+    assert (folder / "options" / "logs" / f"{job}_submission.sh").read_text().strip() == dry.stdout.strip()
+    assert "--signal=USR2@77" in dry.stdout
     assert wait_for_end(job) == "COMPLETED"
     log = (folder / "options" / "logs" / f"{job}_0_log.out").read_text()
     assert "set-up says two words on" in log
-    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
-    for word in ("Partition=high", "NodeList=n2", "TresPerNode=gres:gpu:2", "Comment=hello"):
+    shown = ask("scontrol", "show", "job", job)
+    for word in ("Partition=high", "NodeList=n2", "TresPerNode=gres:gpu:2", "Comment=hello", "Requeue=1"):
         assert word in shown
 
 
@@ -99,34 +172,6 @@ def test_a_failing_set_up_line_ends_the_job(folder: Path) -> None:
     assert not (folder / "no-module" / "metrics.jsonl").exists()
 
 
-def test_a_dead_rank_ends_the_job_and_a_second_launch_goes_on(folder: Path) -> None:
-    lines = [*overrides(folder, "dead"), *JOB]
-    run_dir = folder / "dead"
-    job = submit(*lines)
-    refused = tptrain("launch", *lines)
-    assert refused.returncode == 2
-    assert f"job {job} is" in refused.stdout
-    wait_until(lambda: len(losses(run_dir)) >= 7, "seven steps")
-    ranks = [p for p in psutil.process_iter(["cmdline"]) if f"{run_dir}/logs" in (p.info["cmdline"] or [])]
-    victim = next(p for p in ranks if p.name().startswith("python") and p.environ().get("SLURM_PROCID") == "3")
-    victim.send_signal(signal.SIGKILL)
-    assert wait_for_end(job) == "FAILED"
-    wait_until(lambda: not any(p.is_running() for p in ranks), "the end of every rank")
-    assert wait_for_end(submit(*lines)) == "COMPLETED"
-    assert losses(run_dir) == losses(folder / "slurm")
-
-
-def test_scancel_signals_leave_a_checkpoint(folder: Path) -> None:
-    """SIGUSR2 is what submitit asks Slurm to send before the time limit."""
-    run_dir = folder / "signalled"
-    job = submit(*overrides(folder, "signalled"), *JOB, "train.steps=5000", "checkpoint.every=0")
-    wait_until(lambda: len(losses(run_dir)) >= 3, "three steps")
-    subprocess.run(["scancel", "--signal=USR2", job], check=True)
-    assert wait_for_end(job) == "COMPLETED"
-    (saved,) = committed(run_dir / "checkpoints")
-    assert saved.name == f"step-{len(losses(run_dir)):08d}"
-
-
 def test_train_under_a_bare_srun(folder: Path) -> None:
     lines = [*overrides(folder, "srun"), "parallel.tp=2", "checkpoint.every=5"]
     done = run("srun", "--nodes=2", "--ntasks-per-node=2", *TPTRAIN, "train", *lines)
@@ -149,3 +194,160 @@ def test_what_slurm_would_refuse_is_a_users_error(folder: Path, change: str, wor
     for word in words:
         assert word in refused.stdout
     assert not (folder / "refused").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ disturbed
+
+
+def test_a_killed_rank_is_named_its_node_left_out_and_the_run_goes_on(folder: Path, undisturbed: list[float]) -> None:
+    job, run_dir = start_long(folder, "killed")
+    refused = tptrain("launch", *overrides(folder, "killed"), *LONG)
+    assert refused.returncode == 2
+    assert f"job {job} is" in refused.stdout
+    trainer(run_dir, 3).send_signal(signal.SIGKILL)
+    assert wait_for_end(job) == "COMPLETED"
+    first, last = events(run_dir, "end")
+    assert "rank 3 on n2 was killed by SIGKILL" in first["message"]
+    assert (first["requeued"], first["excluded"], last["kind"]) == (True, "n2", "done")
+    assert "n2" not in events(run_dir, "start")[1]["nodes"]
+    assert_as_if_nothing_happened(run_dir, undisturbed)
+
+
+def test_a_stopped_rank_is_noticed_and_the_run_goes_on(folder: Path, undisturbed: list[float]) -> None:
+    job, run_dir = start_long(folder, "stopped")
+    trainer(run_dir, 1).send_signal(signal.SIGSTOP)
+    assert wait_for_end(job) == "COMPLETED"
+    assert "rank 1 on n1 was stopped (SIGSTOP)" in events(run_dir, "end")[0]["message"]
+    assert_as_if_nothing_happened(run_dir, undisturbed)
+
+
+def test_preempted_by_a_higher_partition(folder: Path, undisturbed: list[float]) -> None:
+    job, run_dir = start_long(folder, "preempted", "checkpoint.every=0")
+    other = ask("sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
+    assert wait_for_end(job) == "COMPLETED"
+    first, last = events(run_dir, "end")
+    assert (first["kind"], first["message"], first["requeued"]) == ("stopped", "preempted", True)
+    assert first["checkpoint"] == f"step-{first['step']:08d}"
+    assert last["kind"] == "done"
+    assert wait_for_end(other) == "COMPLETED"
+    assert_as_if_nothing_happened(run_dir, undisturbed)
+
+
+def test_the_time_limits_signal_requeues(folder: Path, undisturbed: list[float]) -> None:
+    """SIGUSR2 is what Slurm is asked to send before the limit; three times here."""
+    job, run_dir = start_long(folder, "limited", "checkpoint.every=0", "cluster.max_restarts=1")
+    for attempt in range(1, 4):
+        ask("scancel", "--signal=USR2", job)
+        wait_until(lambda n=attempt: len(events(run_dir, "end")) == n, f"end {attempt}")
+        if attempt < 3:
+            step = events(run_dir, "end")[-1]["step"]
+            wait_until(lambda n=step: in_queue(job) and len(losses(run_dir)) >= n + 5, "five more steps")
+    assert wait_for_end(job) == "COMPLETED"
+    ends = events(run_dir, "end")
+    assert [end["kind"] for end in ends] == ["stopped"] * 3 + ["done"]
+    assert all("time limit" in end["message"] for end in ends[:3])
+    assert_as_if_nothing_happened(run_dir, undisturbed)
+
+
+def test_cancel_leaves_a_checkpoint_and_no_process(folder: Path) -> None:
+    job, run_dir = start_long(folder, "cancelled", "train.steps=5000", "checkpoint.every=0")
+    done = tptrain("cancel", str(run_dir))
+    assert done.returncode == 0, done.stdout
+    (saved,) = committed(run_dir / "checkpoints")
+    assert saved.name in done.stdout
+    assert saved.name == f"step-{len(losses(run_dir)):08d}"
+    assert not processes_of(run_dir)
+    assert not in_queue(job)
+    (end,) = events(run_dir, "end")
+    assert (end["kind"], end["requeued"]) == ("cancelled", False)
+    again = tptrain("cancel", str(run_dir))
+    assert again.returncode == 2
+    assert "nothing to cancel" in again.stdout
+    assert "cancelled" in tptrain("status", str(run_dir)).stdout
+    assert f"stopped at step {int(saved.name[5:])} (interrupted)" in tptrain("logs", str(run_dir)).stdout
+
+
+def test_a_loss_that_is_no_number_is_not_tried_again(folder: Path) -> None:
+    job = submit(*overrides(folder, "diverged"), *JOB, "optim=constant", "optim.lr=1e30")
+    assert wait_for_end(job) == "FAILED"
+    (end,) = events(folder / "diverged", "end")
+    assert (end["kind"], end["requeued"]) == ("diverged", False)
+
+
+def test_a_sweep_of_four_is_one_job_array(folder: Path) -> None:
+    lines = [line for line in overrides(folder, "sweep") if not line.startswith("train.steps")]
+    sweep = ["-m", "optim.lr=1e-3,2e-3", "train.seed=1,2", "train.steps=8", "wandb.mode=offline"]
+    done = tptrain("launch", *lines, "cluster=slurm", "cluster.tasks_per_node=2", "parallel.tp=2", *sweep)
+    assert done.returncode == 0, done.stdout
+    array = done.stdout.split("job array ")[1].split(" ")[0]
+    assert "of 4 runs" in done.stdout
+    wait_until(lambda: (time.sleep(0.3), state(array).split() == ["COMPLETED"] * 4)[1], "four ends")
+    assert sorted(ask("sacct", "-X", "-n", "-P", "-o", "JobID", "-j", array).split()) == [
+        f"{array}_{index}" for index in range(4)
+    ]
+    runs = [folder / "sweep" / str(index) for index in range(4)]
+    assert len({tuple(losses(run_dir)) for run_dir in runs}) == 4
+    for index, run_dir in enumerate(runs):
+        config = (run_dir / "config.yaml").read_text()
+        assert "group: sweep" in config
+        assert f"name: sweep-{index}" in config
+        assert len(wandb_rows(run_dir)) == 8
+    table = tptrain("status", *map(str, runs)).stdout
+    assert table.count("completed") == 4
+    assert f"{array}_3" in table
+
+
+# ------------------------------------------------------------------------------------------------------------ preflight
+
+
+FAULTS = {
+    "a world of one": (["env", "RANK=0", "WORLD_SIZE=1"], "", [], "Slurm says that this is rank 0 of 2"),
+    "ranks missing": (
+        [],
+        "[ $SLURM_PROCID = 1 ] && sleep 60",
+        ["watchdog.rendezvous_s=3"],
+        "rank 1 of 2 did not come in 3 s",
+    ),
+    "rank 0 missing": (
+        [],
+        "[ $SLURM_PROCID = 0 ] && sleep 60",
+        ["watchdog.rendezvous_s=3"],
+        "rank 1 on n1 cannot reach rank 0 at n1:",
+    ),
+    "mixed versions": ([], "[ $SLURM_PROCID = 1 ] && export PYTHONPATH=OTHER", [], "mixed versions of torch: "),
+    "a folder that is not shared": (
+        [],
+        "cd OTHER/$SLURM_PROCID",
+        ["run.dir=/proc/self/cwd/run"],
+        "rank 1 on n1 does not see what rank 0 on n1 wrote there",
+    ),
+    "a full disk": (
+        [],
+        "",
+        ["model.num_hidden_layers=100000", "model.hidden_size=4096", "model.intermediate_size=16384"],
+        "one checkpoint of tiny takes",
+    ),
+    "a TP group over nodes": (["-N2"], "", [], "the TP group of ranks 0 to 1 spans the nodes"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_preflight_finds_each_fault_in_one_message(folder: Path, tmp_path: Path, fault: str) -> None:
+    before, shell, changes, words = FAULTS[fault]
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+    # What one rank imports at its start: another torch, as far as its version tells.
+    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.__version__ = '2.0.1'\n")
+    lines = [*overrides(folder, "faulty"), "parallel.tp=2", *changes]
+    command = " ".join(f"'{word}'" for word in [*TPTRAIN, "train", *lines])
+    nodes = ["-N2", "--ntasks-per-node=1"] if before == ["-N2"] else ["-N1"]
+    prefix = [] if before == ["-N2"] else before
+    script = f"{shell.replace('OTHER', str(tmp_path))}\nexec {command}"
+    began = time.monotonic()
+    done = run(*prefix, "srun", "-K1", *nodes, "-n2", "bash", "-c", script)
+    assert time.monotonic() - began < 20
+    assert done.returncode != 0
+    told = [line for line in done.stdout.splitlines() if "error: " in line and not line.startswith(("srun", "slurmst"))]
+    assert len(told) == 1, done.stdout
+    assert words in told[0]
+    assert not (folder / "faulty").exists()

@@ -76,7 +76,7 @@ class Recorder:
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=start, unit="step", desc=config.run.name, dynamic_ncols=True)
-        self.wandb = Wandb(config, self.say)
+        self.wandb = Wandb(config, self.say, kept)
 
     def say(self, text: str) -> None:
         if self.bar is not None:
@@ -130,15 +130,21 @@ def describe(row: Row, steps: int) -> str:
 class Wandb:
     """Weights & Biases, fed from a thread of its own: a slow or absent server costs the training loop nothing.
 
-    One wandb run for a run directory, however often it is resumed. A failure is said once and ends the logging, not the
-    training: all rows are in metrics.jsonl in any case.
+    One wandb run for a run directory, however often it is resumed; rows that an attempt had no time to hand over are
+    handed over by the next. A failure is said once and ends the logging, not the training: all rows are in
+    metrics.jsonl in any case.
     """
 
     TIMEOUT_S = 5  # for the server to answer, at the start and at the end
 
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, say: Callable[[str], None], earlier: list[Row]) -> None:
         self.config, self.say = config, say
         self.rows: queue.Queue[Row | None] = queue.Queue()
+        self.handed_over = Path(config.run.dir or ".") / "wandb" / "handed-over"  # the last step that wandb surely has
+        last = int(self.handed_over.read_text()) if self.handed_over.exists() else 0
+        for row in earlier:
+            if row["step"] > last:
+                self.rows.put(row)
         self.thread = threading.Thread(target=self._work, daemon=True)
         if config.wandb.mode != "disabled":
             self.thread.start()
@@ -158,10 +164,13 @@ class Wandb:
     def _work(self) -> None:
         try:
             run = self._start()
+            last = 0
             while (row := self.rows.get()) is not None:
                 run.log(row, step=row["step"])
+                last = row["step"]
             folder, offline = run.dir, run.offline
             run.finish()
+            write_atomically(self.handed_over, str(last))
             if offline:
                 self.say(f"wandb: offline; to upload: wandb sync {Path(folder).parent}")
         except Exception as error:  # whatever wandb raises, training goes on

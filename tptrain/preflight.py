@@ -115,7 +115,7 @@ def check(
     seen = _appears(path)
 
     def second() -> str:
-        sights = meeting.collect("seen")
+        sights = meeting.collect("seen", SHARED_FS_S)
         path.unlink(missing_ok=True)
         blind = [report for report, sight in zip(reports, sights, strict=True) if not sight]
         if blind:
@@ -209,15 +209,16 @@ class _Meeting:
             raise Told(answer) if kind == "UserError" else RendezvousError(answer)
         return answer
 
-    def collect(self, stage: str) -> list[Any]:
+    def collect(self, stage: str, extra_s: float = 0) -> list[Any]:
         """What every rank handed in, in rank order. Rank 0 only. Raises RendezvousError where some did not."""
-        keys, patience_s = [f"{stage}/{rank}" for rank in range(self.world)], self.patience_s + SHARED_FS_S
-        missing = self.wait(keys, min(10, self.patience_s))
-        if missing and self.patience_s > 10:
+        keys, patience_s = [f"{stage}/{rank}" for rank in range(self.world)], self.patience_s + extra_s
+        soon = min(patience_s, 10 + extra_s)
+        missing = self.wait(keys, soon)
+        if missing and patience_s > soon:
             print(f"still waiting for {_list(missing)} of {self.world}", flush=True)
-            missing = self.wait(keys, patience_s - 10)
+            missing = self.wait(keys, patience_s - soon)
         if missing:
-            raise RendezvousError(f"{_list(missing)} of {self.world} did not come in {self.patience_s:.0f} s")
+            raise RendezvousError(f"{_list(missing)} of {self.world} did not come in {patience_s:.0f} s")
         return [json.loads(self.store.get(key)) for key in keys]
 
     def wait(self, keys: list[str], seconds: float) -> list[int]:
