@@ -23,7 +23,6 @@ from launch.run_dir import newest_checkpoint
 from tptrain.config import Config, read_config
 
 DOWN = ("down", "drain", "drng", "fail", "maint")
-DOWN = ("down", "drain", "drng", "fail", "maint")
 FINAL = {
     "user": "the mistake would repeat itself",
     "diverged": "the loss would be no number again",
@@ -40,7 +39,7 @@ class Decision:
 
 
 def decide(config: Config, history: list[dict[str, Any]], ended: dict[str, Any], state: str) -> Decision:
-    """What to do after an attempt ended as `ended` says (kind, step, checkpoint, message, node).
+    """What to do after an attempt ended as `ended` says (kind, step, checkpoint, message, node, error).
 
     `history`: the ends of earlier attempts, oldest first; `state`: what Slurm says of the job.
     """
@@ -52,7 +51,7 @@ def decide(config: Config, history: list[dict[str, Any]], ended: dict[str, Any],
     if state not in ("RUNNING", "TIMEOUT", "") and not (state == "COMPLETING" and kind == "timeout"):
         return Decision(False, f"Slurm says {state.lower()}")
     if kind == "bug" and any(
-        before["kind"] == "bug" and (before["step"], before["message"]) == (ended["step"], ended["message"])
+        before["kind"] == "bug" and (before["step"], before.get("error")) == (ended["step"], ended.get("error"))
         for before in history
     ):
         return Decision(False, f"the same error came before at step {ended['step']}")
@@ -81,7 +80,10 @@ def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
         return base | {"kind": kind, "message": f"srun ended with {code}", "step": 0}
     world = next(iter(reports.values()))["world"]
     judged = verdict.judge(reports, world, verdict.nodes(run_dir, attempt))
-    return base | {"kind": judged.kind, "message": judged.text, "step": judged.step, "node": judged.node}
+    told = {"kind": judged.kind, "message": judged.text, "step": judged.step, "node": judged.node}
+    if judged.rank in reports:  # the same error may come first on another rank the next time
+        told["error"] = reports[judged.rank]["cause"]["message"]
+    return base | told
 
 
 def main(run_dir: Path, code: int) -> None:

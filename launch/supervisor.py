@@ -22,6 +22,7 @@ from typing import Any
 from launch import verdict
 from launch.allocation import Allocation
 from launch.place import Place
+from tptrain import blackbox
 from tptrain.blackbox import BlackBox
 from tptrain.config import Config
 from tptrain.config.load import write_atomically
@@ -31,6 +32,9 @@ STACKS = signal.SIGRTMIN + 3  # asks a trainer for the Python stacks of its thre
 TICK_S = 0.1
 GATHER_S = 6  # for the reports of the other ranks, once one is there
 CLOCK_SKEW_S = 60  # between nodes; what is older than this process is another run's
+APART_S = 5  # the starts of the ranks of one node, whose clock is one
+PACKAGE = str(Path(blackbox.__file__).parent) + os.sep
+CONCLUDING = ("died", "hang", "infra", "bug", "waiting")  # ranks that end so judge; all others have said why they end
 Trainer = Callable[[BlackBox], int]
 
 
@@ -65,11 +69,10 @@ class Supervisor:
         cause, code = self._watch()
         if cause is None:
             return 0
-        if cause["kind"] in ("died", "hang", "infra", "bug"):
+        if cause["kind"] != "superseded":
             self._report(cause)
+        if cause["kind"] in CONCLUDING:
             self._conclude()
-        elif cause["kind"] != "superseded":
-            self._report(cause)
         return code
 
     def _be_trainer(self, trainer: Trainer, parent: int) -> None:
@@ -79,6 +82,7 @@ class Supervisor:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no trainer outlives its supervisor
             if os.getppid() != parent:
                 os._exit(1)
+            self.box.counts_signals = False
             faulthandler.register(STACKS, file=self.stacks, all_threads=True)
             code = trainer(self.box)
         except BaseException:  # what the trainer itself does not expect
@@ -156,7 +160,7 @@ class Supervisor:
             cause["stopped"] = Path(f"/proc/{self.child}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
         if not cause.get("stopped"):  # a stopped process does not answer
             os.kill(self.child, STACKS)
-            time.sleep(0.3)
+        time.sleep(0.3)  # also for a stopped one: its end would cut short the stacks of those that wait for it
         self._kill()
         size = os.fstat(self.stacks).st_size
         cause["stacks"] = os.pread(self.stacks, size, 0).decode(errors="replace")
@@ -171,7 +175,7 @@ class Supervisor:
         if code == 0:
             return None, 0
         if code < 0:
-            name = signal.Signals(-code).name
+            name = signal.strsignal(-code) if -code >= signal.SIGRTMIN else signal.Signals(-code).name
             return {"kind": "died", "message": f"killed by {name}", "signal": name}, 1
         return {"kind": kind or "bug", "message": message or f"exit code {code}"}, code
 
@@ -195,7 +199,13 @@ class Supervisor:
     # --------------------------------------------------------------------------------------------------- reporting
 
     def _others_reported(self) -> bool:
-        return self.reports.exists() and bool(verdict.read(self.reports, self.started - CLOCK_SKEW_S))
+        return self.reports.exists() and bool(self._read())
+
+    def _read(self) -> dict[int, verdict.Report]:
+        """This run's reports; where an earlier run had the same name, as under torchrun, its own may still be there."""
+        found = verdict.read(self.reports, self.started - CLOCK_SKEW_S)
+        here, since = self.place.node, self.started - APART_S
+        return {rank: report for rank, report in found.items() if report["node"] != here or report["time"] >= since}
 
     def _report(self, cause: dict[str, Any]) -> None:
         """What this rank was doing, into the run directory; a disk that is full or gone is no reason to hang."""
@@ -225,13 +235,16 @@ class Supervisor:
         """Wait for the other ranks' reports; the first that reported judges, once, for all."""
         deadline = time.monotonic() + GATHER_S
         while True:
-            reports = verdict.read(self.reports, self.started - CLOCK_SKEW_S)
+            reports = self._read()
             if len(reports) == self.place.world or time.monotonic() > deadline:
                 break
             time.sleep(TICK_S)
-        if not reports or min(reports) != self.place.rank:
+        judges = [rank for rank, report in reports.items() if report["cause"]["kind"] in CONCLUDING]
+        if not judges or min(judges) != self.place.rank:
             return
         judged = verdict.judge(reports, self.place.world, verdict.nodes(self.run_dir, self.place.attempt))
+        if judged.kind in ("cancelled", "stopped", "user", "diverged", "disk"):
+            return
         print(f"verdict: {judged.text}\n  every rank's last collectives and stacks: {self.reports}", flush=True)
         with contextlib.suppress(OSError):
             write_atomically(self.reports / "verdict.json", json.dumps(vars(judged)))
@@ -243,5 +256,5 @@ class Supervisor:
 def _innermost(stacks: str) -> str:
     """The main thread's innermost line of tptrain, out of faulthandler's text."""
     main = stacks.rpartition("Current thread")[2] or stacks
-    lines = [line.strip() for line in main.splitlines() if "/tptrain/" in line]
+    lines = [line.strip() for line in main.splitlines() if PACKAGE in line]
     return lines[0] if lines else ""

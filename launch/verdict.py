@@ -59,6 +59,7 @@ def nodes(run_dir: Path, attempt: str) -> list[str]:
 
 def judge(reports: dict[int, Report], world: int, placed: list[str]) -> Verdict:
     """Who is to blame, out of at least one report; `placed`: the node of each rank, where known."""
+    reports = dict(sorted(reports.items()))  # a folder is listed in any order
     step = max(report["step"] for report in reports.values())
     by_kind: dict[str, list[Report]] = {}
     for report in sorted(reports.values(), key=lambda report: report["time"]):
@@ -101,7 +102,8 @@ def _hang(reports: dict[int, Report], blame: Any) -> Verdict:
     silent = next(report for report in reports.values() if report["cause"]["kind"] == "hang")["cause"]["message"]
     if call is None or call["left"]:
         return blame("hang", last["rank"], f"was {silent}{where}")
-    return blame("hang", last["rank"], f"and all others entered {_describe(call)} and none came out: the network")
+    text = f"all ranks entered {_describe(call)} and none came out: the network between them"
+    return Verdict(text, "hang", None, None, last["step"])
 
 
 def _left_off(report: Report, how: str, reports: dict[int, Report]) -> str:
@@ -112,13 +114,14 @@ def _left_off(report: Report, how: str, reports: dict[int, Report]) -> str:
 
 
 def _never_entered(report: Report, reports: dict[int, Report]) -> str:
-    number = report["entered"] + 1
-    for other in reports.values():
-        if (call := _call(other, number)) is not None:
-            waiting = [r["rank"] for r in reports.values() if (c := _call(r, r["entered"])) and not c["left"]]
-            waiting = [rank for rank in waiting if rank != report["rank"]]
-            waits = f", while {_ranks(waiting)} waited" if waiting else ""
-            return f"never entered {_describe(call)}{waits}"
+    rank, number = report["rank"], report["entered"] + 1
+    calls = [call for other in reports.values() if (call := _call(other, number)) is not None]
+    if calls:
+        call = next((call for call in calls if rank in call["ranks"]), calls[0])
+        waiting = [r["rank"] for r in reports.values() if (c := _call(r, r["entered"])) and not c["left"]]
+        waiting = sorted(other for other in waiting if other != rank)
+        waits = f", while {_ranks(waiting)} waited" if waiting else ""
+        return f"never entered {_describe(call)}{waits}"
     last = _call(report, report["entered"])
     return f"entered no collective after {_describe(last)}" if last else "never entered a collective"
 
@@ -139,28 +142,44 @@ def _odd_one_out(reports: dict[int, Report]) -> tuple[int, str] | None:
             continue
         ranks = _suspects(kinds, calls, number)
         rank = ranks[0]
-        usual = next(other for other, kind in kinds.items() if kind != kinds[rank])
+        others = [other for other, kind in kinds.items() if kind != kinds[rank]]
+        usual = next((other for other in others if rank in calls[other][number]["ranks"]), others[0])
         did, expected = calls[rank][number], calls[usual][number]
-        following = calls[usual].get(number + 1)
-        if following is not None and _kind(following) == kinds[rank]:
+        following = _kind(calls[usual].get(number + 1)) or _usual([*_kinds_before(calls[usual], number), kinds[usual]])
+        if following == kinds[rank]:
             return rank, f"skipped {_describe(expected)} and went on to {_describe(did)}"
         return rank, f"entered {_describe(did)} where rank {usual} entered {_describe(expected)}"
     return None
 
 
 def _suspects(kinds: dict[int, tuple], calls: dict[int, dict[int, Any]], number: int) -> list[int]:
-    """Ranks that are not with the majority; in a tie, those that do what neither they nor anyone did before there."""
+    """Ranks that are not with the majority; in a tie, those that do not go on as the steps before did."""
     count = Counter(kinds.values())
     (most, times), *rest = count.most_common()
     if not rest or times > rest[0][1]:
         return [rank for rank, kind in kinds.items() if kind != most]
-    before = {rank: {_kind(call) for n, call in own.items() if n < number} for rank, own in calls.items()}
-    new = [rank for rank, kind in kinds.items() if kind not in before[rank]]
-    if new and len(new) < len(kinds):
-        return new
+    usual = _usual(_kinds_before(max(calls.values(), key=len), number))
+    if usual in kinds.values():
+        return [rank for rank, kind in kinds.items() if kind != usual]
     # Both are usual calls: whoever does next what the other does now has skipped nothing.
     ahead = [r for r, kind in kinds.items() if any(_kind(calls[o].get(number + 1)) == kind for o in kinds if o != r)]
     return ahead or list(kinds)
+
+
+def _kinds_before(own: dict[int, Any], number: int) -> list[tuple]:
+    return [_kind(own[n]) for n in sorted(own) if n < number]
+
+
+def _usual(before: list[tuple]) -> tuple:
+    """What followed, earlier in these calls, the longest stretch that is like their end: of a step before, the same."""
+    best, found = 0, ()
+    for i in range(len(before) - 1, 0, -1):
+        length = 0
+        while length < i and before[i - 1 - length] == before[-1 - length]:
+            length += 1
+        if length > best:
+            best, found = length, before[i]
+    return found
 
 
 def _kind(call: Any) -> tuple:

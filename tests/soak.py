@@ -24,7 +24,7 @@ from tests.commands import finish, losses, ranks_of, start_launch, tptrain, trai
 from tests.corpus import overrides
 from tptrain.checkpoint import committed, step_of
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGHUP)  # a local rank ignores SIGINT
 LONGEST_S = 60  # that a launch may take to end after its signal
 
 

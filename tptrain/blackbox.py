@@ -43,6 +43,7 @@ class BlackBox:
         self.state = _State.from_buffer(self.memory)
         self.slots = size
         self.rank = 0
+        self.counts_signals = True  # not in the trainer: its handler may run long after the signal came
         self.touch()
 
     # ------------------------------------------------------------------------------------------------ signs of life
@@ -69,12 +70,12 @@ class BlackBox:
     # ---------------------------------------------------------------------------------------------------- signals
 
     def on_signal(self, number: int, frame: FrameType | None = None) -> None:
-        """A handler: notes the first signal, and whether another followed. Safe in both processes."""
+        """A handler: notes the first signal, and whether it came again. Safe in both processes."""
         now = time.monotonic()
         if not self.state.signal:
             self.state.signalled = now
             self.state.signal = number
-        elif now - self.state.signalled > SAME_SIGNAL_S:
+        elif self.counts_signals and number == self.state.signal and now - self.state.signalled > SAME_SIGNAL_S:
             self.state.signalled_again = 1
 
     @property

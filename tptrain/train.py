@@ -47,14 +47,14 @@ class Trainer:
         ids = torch.from_numpy(tokens).to(self.mesh.device, non_blocking=True)
         return ids[:, :-1], ids[:, 1:]
 
-    def loss_sum(self, tokens: NDArray[np.int64]) -> Tensor:
-        """Cross entropy in nats, summed over the tokens of a micro-batch: a scalar."""
+    def loss_sum(self, tokens: NDArray[np.int64], first: int | None = None) -> Tensor:
+        """Cross entropy in nats, summed over the tokens of a micro-batch (of its first sequences): a scalar."""
         inputs, targets = self.to_device(tokens)
         logits = self.model(inputs, DTYPES[self.config.train.precision])  # (b, T, V/tp)
         losses = vocab_parallel_cross_entropy(
             logits.flatten(0, 1), targets.flatten(), self.config.model.vocab_size, self.mesh
         )
-        return losses.sum()
+        return losses.view(len(tokens), -1)[:first].sum()
 
     def step(self, step: int, wants_stop: Callable[[], bool] = lambda: False) -> tuple[Tensor, Tensor]:
         """Do optimizer step number `step`, the first being 1.
@@ -89,10 +89,11 @@ class Trainer:
         train, held_out = self.config.train, self.data.validation
         count = min(train.eval_sequences, len(held_out))
         total = torch.zeros((), device=self.mesh.device)
-        mine = range(self.mesh.dp_rank, count, self.mesh.dp)
-        for start in range(0, len(mine), train.micro_batch_size):
+        mine = range(self.mesh.dp_rank, self.mesh.dp_rank + -(-count // self.mesh.dp) * self.mesh.dp, self.mesh.dp)
+        for start in range(0, len(mine), train.micro_batch_size):  # as many and as large on every rank
             indices = mine[start : start + train.micro_batch_size]
-            total += self.loss_sum(np.stack([held_out.sequence(index) for index in indices]))
+            tokens = np.stack([held_out.sequence(min(index, count - 1)) for index in indices])
+            total += self.loss_sum(tokens, sum(index < count for index in indices))
             self.mesh.box.touch()
         all_reduce_(total, self.mesh.dp_group)
         return total.item() / (count * train.seq_len)

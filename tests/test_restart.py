@@ -1,0 +1,181 @@
+"""Whether a job goes back into the queue: the decision, and what it reads out of a run directory."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.restart import decide, how_it_ended
+from tests.test_verdict import KILLED, STEP, report
+from tptrain.config import Config
+
+ATTEMPT = "7.0-0"
+FAILURES = ("bug", "died", "gone", "hang", "mismatch", "infra")
+RETRIED = (*FAILURES, "stopped", "timeout")
+
+
+def ended(kind: str = "died", checkpoint: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"kind": kind, "step": 4, "checkpoint": checkpoint, "message": f"made-up {kind}", "node": "n3"} | more
+
+
+def config(max_restarts: int = 3) -> Config:
+    made = Config()
+    made.cluster.max_restarts = max_restarts
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------------- decide
+
+
+@pytest.mark.parametrize("kind", RETRIED)
+@pytest.mark.parametrize("state", ["RUNNING", ""])  # empty: Slurm does not answer
+def test_failures_preemption_and_the_time_limit_are_tried_again(kind: str, state: str) -> None:
+    decision = decide(config(), [], ended(kind), state)
+    assert decision.requeue
+    assert decision.why == f"made-up {kind}"
+
+
+@pytest.mark.parametrize("kind", ["done", "user", "diverged", "disk", "cancelled"])
+def test_an_end_that_another_try_would_not_change(kind: str) -> None:
+    decision = decide(config(), [], ended(kind), "RUNNING")
+    assert not decision.requeue
+    assert decision.why
+    assert decision.exclude is None
+
+
+@pytest.mark.parametrize("kind", RETRIED)
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "FAILED", "PREEMPTED"])
+def test_a_job_that_slurm_ends_itself_is_left_to_it(kind: str, state: str) -> None:
+    """But for a time limit that was reached: the job completes, and is to go on."""
+    assert decide(config(), [], ended(kind), state).requeue == (kind == "timeout" and state == "COMPLETING")
+
+
+def test_a_time_limit_is_tried_again_in_its_own_state() -> None:
+    assert decide(config(), [], ended("timeout"), "TIMEOUT").requeue
+
+
+@pytest.mark.parametrize("kind", [*RETRIED, "user"])
+def test_only_a_machine_to_blame_is_kept_away_from(kind: str) -> None:
+    decision = decide(config(), [], ended(kind), "RUNNING")
+    assert decision.exclude == ("n3" if kind in ("died", "gone", "hang", "mismatch") else None)
+    assert decide(config(), [], ended(kind, node=None), "RUNNING").exclude is None
+
+
+@pytest.mark.parametrize("checkpoint", [None, "step-00000010"])
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_as_many_restarts_in_a_row_as_allowed(checkpoint: str | None, limit: int) -> None:
+    history: list[dict[str, Any]] = []
+    while (decision := decide(config(limit), history, ended(checkpoint=checkpoint), "RUNNING")).requeue:
+        history.append(ended(checkpoint=checkpoint))
+    assert len(history) == limit
+    assert f"cluster.max_restarts={limit}" in decision.why
+
+
+def test_a_new_checkpoint_starts_the_count_again() -> None:
+    history: list[dict[str, Any]] = []
+    for checkpoint, tries in (("step-00000010", 3), ("step-00000020", 2), ("step-00000030", 4)):
+        for _ in range(tries):
+            history.append(ended(checkpoint=checkpoint))
+    assert not decide(config(3), history, ended(checkpoint="step-00000030"), "RUNNING").requeue
+    assert decide(config(3), history, ended(checkpoint="step-00000040"), "RUNNING").requeue
+
+
+def test_preemptions_that_each_saved_may_be_any_number() -> None:
+    history = [ended("stopped", f"step-{step:08}") for step in range(10, 500, 10)]
+    assert decide(config(3), history, ended("stopped", "step-00000500"), "RUNNING").requeue
+
+
+# ------------------------------------------------------------------------------------------------------- how it ended
+
+
+def write(
+    run_dir: Path, reports: Iterable[dict[str, Any]] = (), *events: dict[str, Any], attempt: str = ATTEMPT
+) -> None:
+    folder = run_dir / "logs" / f"attempt-{attempt}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in reports:
+        (folder / f"rank-{one['rank']:05d}.json").write_text(json.dumps(one))
+    with (run_dir / "logs" / "attempts.jsonl").open("a") as file:
+        for event in events:
+            file.write(json.dumps({"attempt": attempt} | event) + "\n")
+
+
+def save(run_dir: Path, step: int, committed: bool = True) -> None:
+    folder = run_dir / "checkpoints" / f"step-{step:08}"
+    folder.mkdir(parents=True)
+    if committed:
+        (folder / "commit.json").write_text("{}")
+
+
+def test_a_good_end_is_told_by_rank_0s_last_word(tmp_path: Path) -> None:
+    last = {"event": "last", "kind": "done", "message": "step 20", "step": 20}
+    write(tmp_path, [], last | {"attempt": "7.0-1", "step": 10, "kind": "stopped"}, last)
+    save(tmp_path, 20)
+    save(tmp_path, 30, committed=False)
+    got = how_it_ended(tmp_path, ATTEMPT, 0)
+    assert (got["kind"], got["step"], got["checkpoint"], got["node"]) == ("done", 20, "step-00000020", None)
+    assert (got["event"], got["attempt"]) == ("end", ATTEMPT)
+    other = how_it_ended(tmp_path, "7.0-1", 0)
+    assert (other["kind"], other["step"]) == ("stopped", 10)
+    assert decide(config(), [], other, "RUNNING").requeue
+
+
+@pytest.mark.parametrize(("code", "kind"), [(0, "done"), (2, "user"), (1, "infra"), (137, "infra")])
+def test_without_a_word_the_exit_code_tells(tmp_path: Path, code: int, kind: str) -> None:
+    """Nothing of the run directory need be there."""
+    got = how_it_ended(tmp_path, ATTEMPT, code)
+    assert (got["kind"], got["step"], got["checkpoint"], got["node"]) == (kind, 0, None, None)
+
+
+def test_reports_are_judged_with_the_nodes_of_this_attempt(tmp_path: Path) -> None:
+    write(tmp_path, [], {"event": "start", "nodes": ["old"] * 4}, attempt="7.0-9")
+    reports = [report(rank, STEP + "E", "infra") for rank in (0, 1, 2)]
+    write(tmp_path, reports, {"event": "start", "nodes": ["n0", "n0", "n1", "n1"]})
+    got = how_it_ended(tmp_path, ATTEMPT, 1)
+    assert (got["kind"], got["node"], got["step"]) == ("gone", "n1", 1)
+    assert decide(config(), [], got, "RUNNING").exclude == "n1"
+
+
+def test_a_last_word_does_not_hide_a_failure_after_it(tmp_path: Path) -> None:
+    last = {"event": "last", "kind": "done", "message": "step 20", "step": 20}
+    write(tmp_path, [report(0, STEP, **KILLED, world=1)], last)
+    assert how_it_ended(tmp_path, ATTEMPT, 1)["kind"] == "died"
+
+
+def test_another_attempts_reports_are_not_this_ones(tmp_path: Path) -> None:
+    write(tmp_path, [report(0, STEP, "bug", world=1)], attempt="7.0-1")
+    assert how_it_ended(tmp_path, ATTEMPT, 1)["kind"] == "infra"
+
+
+# ------------------------------------------------------------------------------------------------ the same error again
+
+
+def attempt_with_error(run_dir: Path, attempt: str, first: int, step: int, message: str) -> dict[str, Any]:
+    """How an attempt ended whose two ranks, on two nodes, raised the same error, one a moment before the other."""
+    both = [
+        report(rank, kind="bug", tp=1, world=2, step=step, message=message, time=100.0 + (rank != first))
+        for rank in (0, 1)
+    ]
+    write(run_dir, both, attempt=attempt)
+    return how_it_ended(run_dir, attempt, 1)
+
+
+@pytest.mark.parametrize(
+    ("again", "requeued"),
+    [
+        ({"first": 0, "step": 7, "message": "KeyError: 'x'"}, False),
+        ({"first": 1, "step": 7, "message": "KeyError: 'x'"}, False),  # first on another rank and node: the same
+        ({"first": 0, "step": 8, "message": "KeyError: 'x'"}, True),
+        ({"first": 0, "step": 7, "message": "KeyError: 'y'"}, True),
+    ],
+)
+def test_an_error_that_came_twice_at_the_same_step_is_final(tmp_path: Path, again: Any, requeued: bool) -> None:
+    before = attempt_with_error(tmp_path, "7.0-0", 0, 7, "KeyError: 'x'")
+    assert decide(config(), [], before, "RUNNING").requeue
+    between = ended("stopped")
+    now = attempt_with_error(tmp_path, "7.0-1", **again)
+    decision = decide(config(), [before, between], now, "RUNNING")
+    assert decision.requeue == requeued, decision.why
+    assert requeued or "step 7" in decision.why

@@ -1,0 +1,127 @@
+"""Stopping before the end, on real ranks: whoever is asked, whenever, all stop at one step, and nothing is lost."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.commands import losses
+from tests.corpus import overrides
+from tests.distributed import run_ranks
+from tptrain.checkpoint import committed, step_of
+from tptrain.config import load_config
+from tptrain.config.schema import kv_heads
+from tptrain.mesh import Mesh, make_mesh
+from tptrain.stop import Agreement, Stop
+from tptrain.train import train
+
+WORLD, STEPS = 4, 110
+
+
+def _train(
+    folder: str, name: str, asked: Callable[[Mesh], Any] | None = None, *changes: str, allocation: Any = None
+) -> Any:
+    lines = [*overrides(Path(folder), name), "parallel.tp=2", f"train.steps={STEPS}", "optim=constant", *changes]
+    config = load_config(lines)
+    Path(config.run.dir or "").mkdir(parents=True, exist_ok=True)
+    mesh = make_mesh(2, kv_heads(config.model), torch.device("cpu"))
+    stop = Stop(mesh, allocation, asked(mesh)) if asked else Stop(mesh, allocation)
+    return train(config, mesh, stop), mesh.box.state.step
+
+
+def _soak(folder: str) -> list[tuple[int, int, Agreement | None]]:
+    """Stop over and over, each time by a random rank after a random number of steps: (rank, step, what was agreed)."""
+    draw, stops = random.Random(1), []
+    agreed: Agreement | None = Agreement("", True, False)
+    while agreed is not None:
+        rank, after = draw.randrange(WORLD), draw.randint(1, 3)
+
+        def asked(mesh: Mesh, rank: int = rank, after: int = after) -> Callable[[], str | None]:
+            calls = iter(range(1, 10**6))
+            return lambda: "SIGTERM" if mesh.rank == rank and next(calls) >= after else None
+
+        agreed, step = _train(
+            folder, "soaked", asked, "checkpoint.every=4", "checkpoint.keep=1000", "train.eval_every=5"
+        )
+        stops.append((rank, step, agreed))
+    _train(folder, "calm", None, "train.eval_every=5")
+    return stops
+
+
+def test_fifty_stops_by_random_ranks_change_nothing(tmp_path: Path) -> None:
+    everywhere = run_ranks(WORLD, _soak, str(tmp_path))
+    assert all(stops == everywhere[0] for stops in everywhere), "all ranks stop at the same steps, for the same reason"
+    stops = everywhere[0]
+    assert len(stops) >= 50
+    assert {rank for rank, _, _ in stops} == set(range(WORLD))
+    steps = [step for _, step, _ in stops]
+    assert steps == sorted(set(steps)), "each attempt gets further, and none does a step again"
+    saved = [step_of(path) for path in committed(tmp_path / "soaked" / "checkpoints")]
+    assert set(steps) <= set(saved)
+    assert losses(tmp_path / "soaked") == losses(tmp_path / "calm")
+
+
+class _TimeIsUp:
+    """A scheduler that will kill the job at once."""
+
+    def reason(self, signals: set[str]) -> tuple[str, bool, float | None]:
+        return f"preempted by {sorted(signals)}", True, time.time() - 1
+
+
+def _without_time(folder: str) -> list[Any]:
+    def asked(mesh: Mesh) -> Callable[[], str | None]:
+        calls = iter(range(1, 10**6))
+        return lambda: "SIGUSR2" if mesh.rank == 3 and next(calls) >= 7 else None
+
+    def near_the_end(mesh: Mesh) -> Callable[[], str | None]:
+        if mesh.is_main:
+            mesh.box.state.end_time = time.time() + 3  # a step and a save fit now, and soon will not
+        return lambda: None
+
+    return [
+        _train(folder, "killed-soon", asked, allocation=_TimeIsUp()),
+        _train(folder, "limited", near_the_end, "train.steps=100000"),
+    ]
+
+
+def test_the_time_that_is_left_decides(tmp_path: Path) -> None:
+    for (agreed, step), (limited, last) in run_ranks(WORLD, _without_time, str(tmp_path)):
+        assert agreed == Agreement("preempted by ['SIGUSR2']", save=False, requeue=True)
+        assert step == 7
+        assert committed(tmp_path / "killed-soon" / "checkpoints") == []
+        assert limited == Agreement("the time limit is near", save=True, requeue=True)
+        assert [step_of(path) for path in committed(tmp_path / "limited" / "checkpoints")][-1] == last
+
+
+def _skip(folder: str) -> Any:
+    """A step whose gradient is no number, left out: what follows is as good as before, also after a resume."""
+    from tptrain.optim import Gradients
+
+    norm, calls = Gradients.norm, iter(range(1, 10**6))
+
+    def spoiled(self: Gradients) -> torch.Tensor:
+        found = norm(self)
+        return torch.stack([found[0] * float("nan"), found[1]]) if next(calls) == 6 else found
+
+    Gradients.norm = spoiled
+    try:
+        return _train(folder, "skip", None, "train.on_nan=skip", "train.steps=20")
+    finally:
+        Gradients.norm = norm
+
+
+@pytest.mark.parametrize("world", [2])
+def test_on_nan_skip_leaves_the_update_out(tmp_path: Path, world: int) -> None:
+    assert [found for found in run_ranks(world, _skip, str(tmp_path))] == [(None, 20)] * world
+    rows = losses(tmp_path / "skip")
+    assert len(rows) == 20
+    assert rows[-1] < rows[4]
+    from tptrain.checkpoint import read_commit
+
+    commit = read_commit(committed(tmp_path / "skip" / "checkpoints")[-1])
+    assert not isinstance(commit, str)
+    assert (commit.step, commit.updates) == (20, 19)

@@ -1,0 +1,343 @@
+"""Ranks that stop, hang, die or go astray, and ranks that are signalled: real processes, each under its supervisor."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+import pytest
+import torch
+
+from launch.place import Place, free_port
+from launch.supervisor import Supervisor
+from tptrain import collectives, loss
+from tptrain.blackbox import SAME_SIGNAL_S, BlackBox
+from tptrain.config import Config, ModelConfig
+from tptrain.layers import init_weights
+from tptrain.loss import vocab_parallel_cross_entropy
+from tptrain.mesh import Mesh
+from tptrain.model import Decoder
+from tptrain.optim import Gradients
+from tptrain.rank import run
+
+TP, STEP_S, FAULT_STEP, STEPS = 2, 3, 3, 20
+BOUND_S = STEP_S + 10  # from the fault to the end of the last process
+B, T = 2, 8
+MODEL = ModelConfig(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
+
+EVERYWHERE = ((2, 0), (2, 1), (4, 0), (4, 3))  # worlds, and the rank in each that has the fault
+FAULTS = {  # the verdict's kind and text; {tp} and {dp} stand for the rank's groups, and {tp} for both without dp
+    "stops": ("hang", r"stopped \(SIGSTOP\) .* never entered .* of \(2, 8, 16\) float32 over {tp} \(layers.py"),
+    "hangs": ("hang", r"never entered .* all_reduce of \(\d+,\) float32 over {dp} \(optim.py"),
+    "dies": ("died", r"killed by SIGKILL .* never entered .* of \(2, 8, 16\) float32 over {tp} \(layers.py"),
+    "dies-alone": ("died", r"killed by SIGKILL after step 2"),
+    "raises": ("bug", r"ended after step 2: ValueError: made up$"),
+    "vanishes": ("gone", r"does not answer.* without entering .* of \(\d+,\) float32 over {dp} \(optim.py"),
+    "skips-a-layer": ("mismatch", r"all_reduce of \(2, 8, 16\) float32 over {tp} \(layers.py:\d+ row_parallel"),
+    "skips-in-the-loss": ("mismatch", r"all_reduce of \(2, 16\) float32 over {tp} \(loss.py"),
+    "sends-less": ("mismatch", r"of \(15,\) float32 over {tp} .* where rank \d .* of \(16,\) float32 over {tp}"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    fault: str  # one of FAULTS; empty for none
+    world: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.fault}-{self.rank}-of-{self.world}"
+
+
+CASES = [
+    Case(fault, world, rank)
+    for fault in FAULTS
+    for world, rank in {"vanishes": ((2, 1), (4, 0)), "dies-alone": ((2, 1),)}.get(fault, EVERYWHERE)
+]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a lone rank is sent while it is in a phase, and how it ends."""
+
+    phase: str
+    numbers: tuple[int, ...]
+    pause_s: float = 0.005  # between the first and the second
+    deaf_s: float = 0  # after the first, in which Python runs no handlers, as in a long call into C++
+    stays_s: float = 0.5  # in the phase after the first, where it is let
+    kind: str = ""  # of the report; empty where the rank ends well
+    id: str = field(default="", compare=False)
+
+
+SIGNALS = [
+    *(
+        Signals(phase, (number,), kind=kind, id=f"{number.name}-in-{phase}")
+        for phase in ("rendezvous", "build")
+        for number, kind in ((signal.SIGTERM, "stopped"), (signal.SIGINT, "cancelled"))
+    ),
+    Signals("step", (signal.SIGTERM,), id="SIGTERM-in-step"),
+    Signals("step", (signal.SIGTERM, signal.SIGTERM), id="twice-at-once"),
+    Signals("step", (signal.SIGTERM,) * 2, SAME_SIGNAL_S + 0.3, stays_s=60, kind="stopped", id="two"),
+    Signals("step", (signal.SIGTERM,), deaf_s=SAME_SIGNAL_S + 0.3, id="heard-late"),
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    codes: list[int | None]
+    seconds: float  # since the fault
+    output: str
+    reports: dict[int, Any]
+    stacks: dict[int, str]
+    verdict: dict[str, Any] | None
+    folder: Path
+    left: list[str]  # processes
+
+
+# ------------------------------------------------------------------------------------------------------- in the ranks
+
+
+def be_rank(folder: Path, rank: int, world: int, port: int, trainer: Callable[..., int], asked: Any) -> None:
+    """What a process of a world does."""
+    output = os.open(folder / f"output-{rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests run
+    place = Place(rank, world, f"node{rank // 2}", "job", 0)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in numbers.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TPTRAIN_ATTEMPT": place.attempt, "TPTRAIN_NODE": place.node}
+    config = Config(model=MODEL)
+    config.run.dir, config.watchdog.step_s = str(folder), STEP_S
+    config.parallel.tp, config.train.device, config.train.micro_batch_size = TP, "cpu", 1
+
+    def noted(box: BlackBox) -> int:
+        (folder / f"trainer-{rank}").write_text(str(os.getpid()))
+        return trainer(config, box, asked)
+
+    sys.exit(Supervisor(config, place, None).run(noted))
+
+
+def tiny_run(config: Config, box: BlackBox, case: Case) -> int:
+    """A real rank from the rendezvous to its end, but for the training loop."""
+    with patch("tptrain.train.train", lambda config, grid, stop: tiny_train(config, grid, case)):
+        return run(config, box, None, os.environ["TPTRAIN_ATTEMPT"], lambda: None)
+
+
+def tiny_train(config: Config, grid: Mesh, case: Case) -> None:
+    """Steps of a tiny model, without data or checkpoints, in one of which a rank has its fault."""
+    torch.set_num_threads(1)
+    model = Decoder(MODEL, grid)
+    init_weights(model, 0, grid.tp_rank)
+    gradients = Gradients(model, grid)
+    tokens = torch.arange(B * T).view(B, T)
+    grid.box.touch("step")
+    for step in range(1, STEPS + 1):
+        fault = case.fault if (step, grid.rank) == (FAULT_STEP, case.rank) else ""
+        if fault:
+            (Path(config.run.dir or ".") / "fault").touch()
+        if fault == "stops":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if fault.startswith("dies"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if case.fault == "dies-alone" and step == FAULT_STEP:
+            time.sleep(20)  # the others notice nothing: they are not in a collective
+        with astray(fault):
+            logits = model(tokens)
+            vocab_parallel_cross_entropy(logits.flatten(0, 1), tokens.flatten(), 100, grid).sum().backward()
+        if fault == "raises":
+            raise ValueError("made up")
+        if fault == "vanishes":
+            os.kill(os.getppid(), signal.SIGKILL)
+        if fault in ("hangs", "vanishes"):
+            sleep_forever()
+        gradients.reduce()
+        gradients.norm()
+        grid.box.state.step = step
+        grid.box.touch("step")
+
+
+def sleep_forever() -> None:
+    while True:
+        time.sleep(60)
+
+
+@contextlib.contextmanager
+def astray(fault: str) -> Iterator[None]:
+    """One collective is left out (of a layer, the second: the first attention's), or sends another shape."""
+    right, calls = collectives.all_reduce_, 0
+
+    def wrong(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if fault.startswith("skips") and calls == 2:
+            return None
+        if fault == "sends-less" and calls == 1:
+            return right(x[:-1].clone(), *arguments, **options)
+        return right(x, *arguments, **options)
+
+    module = collectives if fault == "skips-a-layer" else loss
+    with patch.object(module, "all_reduce_", wrong if fault.startswith(("skips", "sends")) else right):
+        yield
+
+
+def wait_for_signal(config: Config, box: BlackBox, asked: Signals) -> int:
+    if asked.deaf_s:
+        signal.pthread_sigmask(signal.SIG_BLOCK, asked.numbers)
+    box.touch(asked.phase)
+    (Path(config.run.dir or ".") / "fault").touch()
+    while not box.signal:
+        time.sleep(0.01)
+    heard = time.monotonic()
+    while (waited := time.monotonic() - heard) < asked.deaf_s + asked.stays_s:
+        if waited > asked.deaf_s:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, asked.numbers)
+        time.sleep(0.05)
+        box.touch()
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- around the ranks
+
+
+def start(folder: Path, world: int, trainer: Callable[..., int], asked: Any) -> list[Any]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_supervisor", "tptrain.train"])
+    port = free_port()
+    ranks = range(world)
+    processes = [context.Process(target=be_rank, args=(folder, r, world, port, trainer, asked)) for r in ranks]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(folder: Path, processes: list[Any]) -> Outcome:
+    """Wait for the end, by force where it does not come in time, and look at what is left."""
+    fault = folder / "fault"
+    since, patience = time.time(), 60.0  # seconds
+    while any(process.is_alive() for process in processes) and time.time() < since + patience:
+        if fault.exists():
+            since, patience = fault.stat().st_mtime, BOUND_S + 2
+        time.sleep(0.02)
+    seconds = time.time() - since
+    codes = [process.exitcode for process in processes]
+    left = []
+    for pid in [p.pid for p in processes] + [int(path.read_text()) for path in folder.glob("trainer-*")]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if process.status() != psutil.STATUS_ZOMBIE:
+                left.append(f"{process}")
+                process.kill()
+    for process in processes:
+        process.join()
+        process.close()
+    reports = folder / "logs" / "attempt-job-0"
+    return Outcome(
+        codes,
+        seconds,
+        "".join(path.read_text() for path in sorted(folder.glob("output-*"))),
+        {int(path.stem[5:]): json.loads(path.read_text()) for path in reports.glob("rank-*.json")},
+        {int(path.stem[5:]): path.read_text() for path in reports.glob("rank-*.stacks")},
+        json.loads((reports / "verdict.json").read_text()) if (reports / "verdict.json").exists() else None,
+        folder,
+        left,
+    )
+
+
+def signalled(folder: Path, asked: Signals) -> Outcome:
+    """The outcome of a lone rank both of whose processes are signalled, as Slurm does."""
+    (process,) = processes = start(folder, 1, wait_for_signal, asked)
+    while not (folder / "fault").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    for index, number in enumerate(asked.numbers):
+        time.sleep(asked.pause_s if index else 0)
+        for pid in (process.pid, int((folder / "trainer-0").read_text())):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    return finish(folder, processes)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Future[Outcome]]]:
+    """Of all cases, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        found: dict[Any, Future[Outcome]] = {}
+        for case in [*CASES, *(Case("", world, 0) for world in (2, 4))]:
+            folder = tmp_path_factory.mktemp("ranks")
+            found[case] = pool.submit(lambda f, c: finish(f, start(f, c.world, tiny_run, c)), folder, case)
+        for asked in SIGNALS:
+            found[asked] = pool.submit(signalled, tmp_path_factory.mktemp("signals"), asked)
+        yield found
+        pool.shutdown(cancel_futures=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_fault_ends_all_ranks_and_is_named(case: Case, outcomes: dict[Any, Future[Outcome]]) -> None:
+    got = outcomes[case].result()
+    assert not got.left
+    assert got.seconds < BOUND_S
+    assert all(got.codes), got.codes
+    assert got.output.count("verdict:") == 1, got.output
+    reachable = set(range(case.world)) - ({case.rank} if case.fault == "vanishes" else set())
+    assert got.reports.keys() == reachable
+    kind, pattern = FAULTS[case.fault]
+    assert got.verdict is not None
+    assert (got.verdict["kind"], got.verdict["rank"]) == (kind, case.rank), got.verdict["text"]
+    assert (got.verdict["node"], got.verdict["step"]) == (f"node{case.rank // 2}", FAULT_STEP - 1)
+    row, column = case.rank // TP * TP, case.rank % TP
+    tp, dp = f"tp [{row}, {row + 1}]", f"dp [{column}, {column + TP}]"
+    pattern = pattern.replace("{tp}", re.escape(tp)).replace("{dp}", re.escape(dp if case.world > TP else tp))
+    assert re.search(pattern, got.verdict["text"]), got.verdict["text"]
+    assert got.verdict["text"] in got.output
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if FAULTS[case.fault][0] == "hang"], ids=str)
+def test_a_hang_leaves_stacks(case: Case, outcomes: dict[Any, Future[Outcome]]) -> None:
+    stacks = outcomes[case].result().stacks
+    if case.fault == "stops":  # a stopped process cannot tell its own
+        assert any("all_reduce" in text for text in stacks.values()), stacks
+    else:
+        assert "sleep_forever" in stacks[case.rank]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_good_end_leaves_no_report(world: int, outcomes: dict[Any, Future[Outcome]]) -> None:
+    got = outcomes[Case("", world, 0)].result()
+    assert (got.codes, got.left) == ([0] * world, [])
+    assert not (got.folder / "logs" / "attempt-job-0").exists()
+    assert "verdict" not in got.output
+
+
+@pytest.mark.parametrize("asked", SIGNALS, ids=lambda asked: asked.id)
+def test_signals(asked: Signals, outcomes: dict[Any, Future[Outcome]]) -> None:
+    got = outcomes[asked].result()
+    assert not got.left
+    assert got.codes == [1 if asked.kind else 0], got.output
+    assert [report["cause"]["kind"] for report in got.reports.values()] == ([asked.kind] if asked.kind else [])
+    assert got.seconds < asked.pause_s * (len(asked.numbers) - 1) + asked.deaf_s + 5
+    assert "verdict" not in got.output
+
+
+def test_a_report_of_an_earlier_run_of_the_same_name_is_not_heeded(tmp_path: Path) -> None:
+    """As under torchrun, where a second start has the first one's name and port."""
+    folder = tmp_path / "logs" / "attempt-job-0"
+    folder.mkdir(parents=True)
+    earlier = {"rank": 1, "node": "node0", "time": time.time() - 10, "cause": {"kind": "bug", "message": "long ago"}}
+    (folder / "rank-00001.json").write_text(json.dumps(earlier))
+    asked = Signals("step", (signal.SIGTERM,), stays_s=3)
+    assert signalled(tmp_path, asked).codes == [0]

@@ -1,0 +1,278 @@
+"""Who is to blame, out of made-up reports: what `verdict.judge` may and may not conclude."""
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock, Mock, patch
+
+import numpy as np
+import pytest
+import torch
+
+from launch.verdict import Report, Verdict, judge, nodes, read
+from tptrain.blackbox import SLOTS, BlackBox
+from tptrain.config import Config, ModelConfig
+from tptrain.layers import init_weights
+from tptrain.mesh import Group, Mesh
+from tptrain.model import Decoder
+from tptrain.train import Trainer
+
+# The collectives of a step of two layers, by letter: operation, shape, axis and call site.
+CALLS = {
+    "E": ("all_reduce", "(2, 8, 16)", "tp", "layers.py:161 forward"),
+    "A": ("all_reduce", "(2, 8, 16)", "tp", "layers.py:141 row_parallel < model.py:67 forward"),
+    "F": ("all_reduce", "(2, 8, 16)", "tp", "layers.py:141 row_parallel < model.py:92 forward"),
+    "L": ("all_reduce", "(2, 16)", "tp", "loss.py:28 forward"),
+    "B": ("all_reduce", "(16, 16)", "tp", "collectives.py:80 backward"),
+    "G": ("all_reduce", "(4097,)", "dp", "optim.py:61 reduce"),
+    "N": ("all_reduce", "(2,)", "tp", "optim.py:73 norm"),
+    "s": ("all_reduce", "(15,)", "tp", "loss.py:28 forward"),  # another shape than L's
+}
+STEP = "EAFAFLBBBGN"
+
+
+def report(
+    rank: int, calls: str = "", kind: str = "hang", *, tp: int = 2, world: int = 4, inside: bool = True, **more: Any
+) -> Report:
+    """Of a rank that entered these calls, all but the last of which returned; `more`: its `time`, `step` and cause."""
+    groups = {"tp": list(range(rank // tp * tp, rank // tp * tp + tp)), "dp": list(range(rank % tp, world, tp))}
+    noted = []
+    for number, letter in enumerate(calls, 1):
+        op, shape, axis, site = CALLS[letter]
+        call = {"number": number, "op": op, "shape": shape, "dtype": "float32", "axis": axis, "ranks": groups[axis]}
+        noted.append(call | {"site": site, "left": number < len(calls) or not inside})
+    return {
+        "rank": rank,
+        "world": world,
+        "node": f"n{rank // tp}",
+        "time": more.pop("time", 100.0),
+        "phase": "step",
+        "step": more.pop("step", len(calls) // len(STEP)),
+        "entered": len(calls),
+        "cause": {"kind": kind, "message": f"made-up {kind}"} | more,
+        "top": "",
+        "collectives": noted,
+    }
+
+
+def judged(*reports: Report, placed: list[str] | None = None) -> Verdict:
+    """In whatever order a file system lists the reports: the verdict is the same."""
+    world = reports[0]["world"]
+    forward = judge({r["rank"]: r for r in reports}, world, placed or [])
+    backward = judge({r["rank"]: r for r in reversed(reports)}, world, placed or [])
+    assert (forward.kind, forward.rank, forward.node) == (backward.kind, backward.rank, backward.node)
+    return forward
+
+
+# ------------------------------------------------------------------------------------------------------ kinds, priority
+
+KILLED: dict[str, Any] = {"kind": "died", "signal": "SIGKILL"}
+ORDER: list[dict[str, Any]] = [
+    *({"kind": kind} for kind in ("cancelled", "stopped", "user", "diverged", "disk", "bug")),
+    KILLED,
+    {"kind": "died", "signal": "SIGABRT"},
+    {"kind": "hang", "stopped": True},
+    {"kind": "infra"},
+    {"kind": "waiting"},
+]
+
+
+@pytest.mark.parametrize("index", range(len(ORDER) - 1))
+def test_a_cause_outweighs_its_consequences(index: int) -> None:
+    """Also where those were reported first, on lower ranks."""
+    cause, others = ORDER[index], ORDER[index + 1 :]
+    consequences = [report(rank, STEP, **other) for rank, other in enumerate(others)]
+    world = len(others) + 1
+    found = judged(*({**r, "world": world} for r in [*consequences, report(world - 1, STEP, time=101.0, **cause)]))
+    assert (found.kind, found.rank) == (cause["kind"], world - 1)
+
+
+def test_of_two_that_died_it_is_the_first() -> None:
+    found = judged(report(0, STEP, time=102.0, **KILLED), report(1, STEP, time=101.0, **KILLED, world=2))
+    assert found.rank == 1
+
+
+def test_an_error_names_step_and_message() -> None:
+    found = judged(report(0, STEP, "infra", world=2), report(1, STEP, "bug", step=7, message="KeyError: 'x'"))
+    assert found == Verdict("rank 1 on n0 ended after step 7: KeyError: 'x'", "bug", 1, "n0", 7)
+
+
+def test_a_rank_that_left_no_report_is_gone() -> None:
+    waits = STEP + "E"
+    reports = [report(rank, waits, "infra") for rank in (0, 1, 2)]
+    found = judged(*reports, placed=["n0", "n0", "n1", "n1"])
+    assert (found.kind, found.rank, found.node) == ("gone", 3, "n1")
+    assert "without entering collective 12, all_reduce of (2, 8, 16) float32 over tp [2, 3]" in found.text
+    assert "an unknown node" in judged(*reports).text
+
+
+def test_where_all_wait_in_one_collective_no_rank_failed() -> None:
+    found = judged(*(report(rank, STEP + "E", world=2) for rank in (0, 1)))
+    assert found.kind == "hang"
+    assert "collective 12" in found.text
+    assert "the network" in found.text
+
+
+def test_a_hang_before_any_collective() -> None:
+    found = judged(*(report(rank, "", message="silent for 9 s in the phase `build`", world=2) for rank in (0, 1)))
+    assert found.kind == "hang"
+    assert "silent for 9 s in the phase `build`" in found.text
+
+
+# --------------------------------------------------------------------------------------------- a grid of 2 by 4 ranks
+
+
+def grid(calls: dict[int, str], outside: int | None = None) -> list[Report]:
+    """Reports of 8 ranks, dp=2 and tp=4, that all hang, but for one in a collective."""
+    return [report(rank, calls[rank], tp=4, world=8, inside=rank != outside) for rank in calls]
+
+
+@pytest.mark.parametrize("rank", [0, 5, 7])
+def test_a_rank_that_blocks_its_tp_group_and_so_the_dp_peers(rank: int) -> None:
+    group, peers = sorted([list(range(4)), list(range(4, 8))], key=lambda ranks: rank not in ranks)
+    calls = dict.fromkeys(peers, STEP + "EAFAFLBBBG") | dict.fromkeys(group, STEP + "EA") | {rank: STEP + "E"}
+    found = judged(*grid(calls, outside=rank))
+    assert (found.kind, found.rank, found.node, found.step) == ("hang", rank, f"n{rank // 4}", 1)
+    assert f"never entered collective 13, all_reduce of (2, 8, 16) float32 over tp {group}" in found.text
+    assert "row_parallel < model.py:67" in found.text
+
+
+@pytest.mark.parametrize("rank", [1, 6])
+def test_a_rank_that_blocks_its_dp_group_and_so_both_tp_groups(rank: int) -> None:
+    """Its dp peer waits for it; the other pairs are through, and wait for these two in the norm."""
+    reduced, pair = STEP + "EAFAFLBBBG", sorted([rank, (rank + 4) % 8])
+    calls = dict.fromkeys(range(8), reduced + "N") | dict.fromkeys(pair, reduced) | {rank: reduced[:-1]}
+    found = judged(*grid(calls, outside=rank))
+    assert (found.kind, found.rank) == ("hang", rank)
+    assert f"never entered collective 21, all_reduce of (4097,) float32 over dp {pair}" in found.text
+
+
+def test_a_killed_rank_of_the_grid_names_what_it_was_in() -> None:
+    reports = grid(dict.fromkeys(range(8), STEP + "EA"))
+    reports[6]["cause"] = {"kind": "died", "message": "killed by SIGKILL", "signal": "SIGKILL"}
+    found = judged(*reports)
+    assert (found.kind, found.rank) == ("died", 6)
+    assert "inside collective 13, all_reduce of (2, 8, 16) float32 over tp [4, 5, 6, 7]" in found.text
+
+
+# ---------------------------------------------------------------------------------------------------------- mismatches
+
+
+def test_the_one_that_differs_from_the_majority() -> None:
+    calls = dict.fromkeys(range(8), STEP + "EAFAFL") | {5: STEP + "EAFAFs"}
+    found = judged(*grid(calls))
+    assert (found.kind, found.rank) == ("mismatch", 5)
+    assert "entered collective 17, all_reduce of (15,) float32 over tp [4, 5, 6, 7]" in found.text
+    assert "where rank 4 entered collective 17, all_reduce of (2, 16) float32 over tp [4, 5, 6, 7]" in found.text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("EAFAFL", "EAFAFs"),  # another shape
+        ("EAFAFL", "EAFAFB"),  # skips the loss's; the other stands in it
+        ("EAFAF", "EFAFL"),  # skips the first attention's, which pairs with later ones of its size
+        ("EAFAFLBBB", "EAFAFLBBN"),  # skips one of several that look alike
+    ],
+)
+def test_of_two_it_is_the_one_that_leaves_the_course_of_earlier_steps(right: str, wrong: str, rank: int) -> None:
+    calls = {rank: 2 * STEP + wrong, 1 - rank: 2 * STEP + right}
+    found = judged(*(report(r, calls[r], world=2) for r in (0, 1)))
+    assert (found.kind, found.rank) == ("mismatch", rank), found.text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_two_in_a_first_step_it_is_the_one_whose_call_the_other_does_next(rank: int) -> None:
+    calls = {rank: "EAFAFBB", 1 - rank: "EAFAFLB"}
+    found = judged(*(report(r, calls[r], world=2) for r in (0, 1)))
+    assert (found.kind, found.rank) == ("mismatch", rank), found.text
+    assert "skipped collective 6, all_reduce of (2, 16) float32 over tp [0, 1]" in found.text
+
+
+def test_a_mismatch_explains_a_crash() -> None:
+    """Over gloo a rank that gets another size than it awaits may abort."""
+    calls = dict.fromkeys(range(4), STEP + "EAFAFL") | {2: STEP + "EAFAFs"}
+    kinds = {0: "infra", 1: "infra", 2: "infra", 3: "died"}
+    found = judged(*(report(r, calls[r], kinds[r], signal="SIGABRT") for r in range(4)))
+    assert (found.kind, found.rank) == ("mismatch", 2)
+
+
+# ------------------------------------------------------------------------------------------------------- the black box
+
+
+def filled(count: int, inside: bool = False) -> BlackBox:
+    box = BlackBox()
+    for number in range(1, count + 1):
+        entered = box.enter("all_reduce", (number % 7,), "float32", "dp", range(1, 8, 2))
+        if number < count or not inside:
+            box.leave(entered)
+    return box
+
+
+def test_the_ring_keeps_the_last_collectives() -> None:
+    kept = filled(5000, inside=True).collectives()
+    assert SLOTS - 2 <= len(kept) <= SLOTS
+    assert [call["number"] for call in kept] == list(range(5001 - len(kept), 5001))
+    assert all(call["shape"] == f"({call['number'] % 7},)" and call["ranks"] == [1, 3, 5, 7] for call in kept)
+    assert [call["left"] for call in kept] == [True] * (len(kept) - 1) + [False]
+
+
+def test_a_hang_is_found_after_the_ring_has_wrapped() -> None:
+    reports = []
+    for rank, (count, inside) in enumerate([(5000, True), (4999, False)]):
+        box = filled(count, inside)
+        reports.append({**report(rank, world=2), "entered": count, "collectives": box.collectives()})
+    found = judged(*reports)
+    assert (found.kind, found.rank) == ("hang", 1)
+    assert "never entered collective 5000, all_reduce of (2,) float32 over dp" in found.text
+
+
+def test_a_long_shape_leaves_the_other_entries_whole() -> None:
+    box = filled(3)
+    box.enter("all_reduce", tuple(range(1000)), "float32", "tp", range(2))
+    box.enter("barrier", (), "object", "control", range(2))
+    assert [call["number"] for call in box.collectives()] == [1, 2, 3, 5]
+
+
+def validated(rank: int) -> list[str]:
+    """What a rank of a 2 by 2 grid notes in a validation over 5 sequences: 3 for one dp rank and 2 for the other."""
+    box, row = BlackBox(), rank // 2 * 2
+    tp_group, dp_group = (Group(axis, ranks, Mock(), box) for axis, ranks in (("tp", (row, row + 1)), ("dp", (0, 2))))
+    grid = Mesh(rank, 4, 2, torch.device("cpu"), tp_group, dp_group, None, 1, None, box)
+    config = Config(model=ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24))
+    config.train.eval_sequences, config.train.micro_batch_size, config.train.seq_len = 5, 2, 8
+    model = Decoder(config.model, grid)
+    init_weights(model, 0, grid.tp_rank)
+    held_out = MagicMock(sequence=lambda index: np.arange(9) + index, __len__=lambda self: 5)
+    trainer = Trainer(config, grid, Mock(validation=held_out), model, Mock(), Mock())
+    with patch.object(torch.distributed, "all_reduce"):
+        trainer.validation_loss()
+    return [f"{call['op']} {call['shape']} {call['axis']} {call['site']}" for call in box.collectives()]
+
+
+def test_all_ranks_note_the_same_collectives_in_the_same_order() -> None:
+    """What every verdict rests on, and what a validation that does not divide by dp would break."""
+    assert len(validated(0)) > 5
+    assert validated(2) == validated(0)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_reports_that_are_old_or_half_written_are_left_out(tmp_path: Path) -> None:
+    for rank, at in ((0, 100.0), (1, 50.0)):
+        (tmp_path / f"rank-{rank:05d}.json").write_text(json.dumps(report(rank, time=at)))
+    (tmp_path / "rank-00002.json").write_text('{"rank": 2, "ti')
+    (tmp_path / "rank-00003.stacks").write_text("")
+    assert read(tmp_path, since=60.0).keys() == {0}
+    assert read(tmp_path).keys() == {0, 1}
+
+
+def test_nodes_of_an_attempt(tmp_path: Path) -> None:
+    assert nodes(tmp_path, "7.0-1") == []
+    (tmp_path / "logs").mkdir()
+    starts = [{"event": "start", "attempt": f"7.0-{restart}", "nodes": [f"n{restart}"]} for restart in (0, 1)]
+    lines = [json.dumps(start) for start in starts]
+    (tmp_path / "logs" / "attempts.jsonl").write_text("\n".join([*lines, '{"event": "st']))
+    assert nodes(tmp_path, "7.0-1") == ["n1"]
