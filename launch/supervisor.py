@@ -160,11 +160,25 @@ class Supervisor:
             cause["stopped"] = Path(f"/proc/{self.child}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
         if not cause.get("stopped"):  # a stopped process does not answer
             os.kill(self.child, STACKS)
+            self._ask_nccl()
         time.sleep(0.3)  # also for a stopped one: its end would cut short the stacks of those that wait for it
         self._kill()
         size = os.fstat(self.stacks).st_size
         cause["stacks"] = os.pread(self.stacks, size, 0).decode(errors="replace")
         return cause
+
+    def _ask_nccl(self) -> None:
+        """Have NCCL write PyTorch's flight record beside our reports: its monitor thread listens on a pipe."""
+        pipe = Path(f"{os.environ.get('TORCH_NCCL_DEBUG_INFO_PIPE_FILE')}{self.place.rank}.pipe")
+        record = Path(f"{os.environ.get('TORCH_NCCL_DEBUG_INFO_TEMP_FILE')}{self.place.rank}")
+        with contextlib.suppress(OSError):  # no pipe: not over NCCL
+            self.reports.mkdir(parents=True, exist_ok=True)
+            handle = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            os.write(handle, b"1\n")
+            os.close(handle)
+            deadline = time.monotonic() + 2
+            while not record.exists() and time.monotonic() < deadline:
+                time.sleep(TICK_S)
 
     def _kill(self) -> None:
         os.kill(self.child, signal.SIGKILL)

@@ -74,8 +74,13 @@ def _command_of(process: psutil.Process | None) -> list[str]:
     return process.cmdline() if process else []
 
 
-def wait_until(condition: Callable[[], bool], what: str, process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
+def wait_until(
+    condition: Callable[[], bool],
+    what: str,
+    process: subprocess.Popen[str] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> None:
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert process is None or process.poll() is None, f"ended before {what}:\n{process.communicate()[0]}"
         assert time.monotonic() < deadline, f"waited in vain for {what}"

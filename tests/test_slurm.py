@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import TPTRAIN, losses, run, tptrain, wait_until
+from tests.commands import TIMEOUT_S, TPTRAIN, losses, run, tptrain, wait_until
 from tests.corpus import overrides
 from tests.wandb_files import wandb_rows
 from tptrain.checkpoint import committed
@@ -36,11 +36,11 @@ def state(job: str) -> str:
     return ask("sacct", "-X", "-n", "-P", "-o", "State", "-j", job)
 
 
-def wait_for_end(job: str) -> str:
+def wait_for_end(job: str, timeout_s: float = TIMEOUT_S) -> str:
     """The job's last state."""
     ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY")
 
-    wait_until(lambda: not in_queue(job) and state(job).startswith(ended), f"the end of job {job}")
+    wait_until(lambda: not in_queue(job) and state(job).startswith(ended), f"the end of job {job}", timeout_s=timeout_s)
     return state(job)
 
 

@@ -1,0 +1,101 @@
+"""The long exercises on a real Slurm: `scripts/test -m drill`. Minutes each, so not part of the suite."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.commands import losses, wait_until
+from tests.corpus import overrides
+from tests.test_slurm import JOB, ask, events, in_queue, processes_of, submit, trainer, wait_for_end
+from tptrain.metrics import read_rows
+
+pytestmark = [pytest.mark.drill, pytest.mark.slurm, pytest.mark.usefixtures("slurm"), pytest.mark.timeout(900)]
+
+STEPS = 900
+HOUR = [*JOB, f"train.steps={STEPS}", "train.seq_len=256", "train.micro_batch_size=1", "checkpoint.every=40"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("drill")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> list[float]:
+    assert wait_for_end(submit(*overrides(folder, "undisturbed"), *HOUR), 600) == "COMPLETED"
+    return losses(folder / "undisturbed")
+
+
+@pytest.fixture
+def all_nodes() -> None:
+    """Start the slurmd's that a drill killed."""
+    for node in ("n1", "n2", "n3", "n4"):
+        if subprocess.run(["pgrep", "-f", f"slurmd -N {node}"], capture_output=True, check=False).returncode:
+            subprocess.run(["slurmd", "-N", node], check=True)
+    wait_until(
+        lambda: (time.sleep(1), ask("sinfo", "-h", "-N", "-p", "low", "-o", "%t").split() == ["idle"] * 4)[1], "4 nodes"
+    )
+
+
+def assert_whole(run_dir: Path, undisturbed: list[float]) -> None:
+    assert losses(run_dir) == undisturbed
+    assert not processes_of(run_dir)
+
+
+@pytest.mark.usefixtures("all_nodes")
+def test_the_time_limit_three_times_over(folder: Path, undisturbed: list[float]) -> None:
+    """One minute, the shortest limit that Slurm has, over and over."""
+    limit = [
+        "cluster.time=1",
+        "cluster.grace_s=30",
+        "cluster.nodes=1",
+        "cluster.tasks_per_node=4",
+        "checkpoint.every=0",
+    ]
+    job = submit(*overrides(folder, "limited"), *HOUR, *limit)
+    assert wait_for_end(job, 800) == "COMPLETED"
+    ends = events(folder / "limited", "end")
+    assert sum("time limit" in end["message"] for end in ends) >= 3
+    assert ends[-1]["kind"] == "done"
+    assert_whole(folder / "limited", undisturbed)
+
+
+@pytest.mark.usefixtures("all_nodes")
+@pytest.mark.parametrize("node", ["n1", "n2"])
+@pytest.mark.parametrize("what", ["slurmd", "everything"])
+def test_a_node_that_dies(folder: Path, undisturbed: list[float], node: str, what: str) -> None:
+    """n1 runs the job script and rank 0. `slurmd` alone leaves its ranks running; `everything` is a power failure."""
+    run_dir = folder / f"{what}-{node}"
+    job = submit(*overrides(folder, run_dir.name), *HOUR, "cluster.sbatch.nodelist='n1,n2'")
+    wait_until(lambda: len(read_rows(run_dir / "metrics.jsonl")) >= 50, "50 steps")
+    subprocess.run(["pkill", "-9", "-f", f"slurmd -N {node}"], check=True)
+    if what == "everything":
+        first = 0 if node == "n1" else 2
+        for process in [trainer(run_dir, first), trainer(run_dir, first + 1)]:
+            process.parent().send_signal(signal.SIGKILL)  # type: ignore[union-attr]
+        subprocess.run(["pkill", "-9", "-f", f"slurmstepd.*{node}"], check=False)
+    wait_until(lambda: not in_queue(job) or len(events(run_dir, "start")) > 1, "the next attempt", timeout_s=400)
+    if "n1,n2" in ask("scontrol", "show", "job", job):
+        subprocess.run(["scontrol", "update", f"JobId={job}", "ReqNodeList="], check=False)
+    assert wait_for_end(job, 400) == "COMPLETED"
+    assert node not in events(run_dir, "start")[-1]["nodes"]
+    assert_whole(run_dir, undisturbed)
+
+
+@pytest.mark.usefixtures("all_nodes")
+def test_a_requeued_job_may_come_back_smaller(folder: Path, undisturbed: list[float]) -> None:
+    """From two nodes to one while it waits in the queue: dp goes from 2 to 1, the losses stay."""
+    run_dir = folder / "smaller"
+    job = submit(*overrides(folder, "smaller"), *HOUR)
+    wait_until(lambda: len(read_rows(run_dir / "metrics.jsonl")) >= 50, "50 steps")
+    ask("scancel", "--signal=USR2", job)
+    wait_until(lambda: ask("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", "the queue")
+    ask("scontrol", "update", f"JobId={job}", "NumNodes=1-1", "NumTasks=2")
+    assert wait_for_end(job, 400) == "COMPLETED"
+    assert [event["dp"] for event in events(run_dir, "start")] == [2, 1]
+    found = losses(run_dir)
+    assert len(found) == STEPS
+    assert max(abs(a - b) for a, b in zip(found, undisturbed, strict=True)) < 2e-4
