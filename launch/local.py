@@ -15,9 +15,10 @@ import submitit
 from submitit.core.utils import pickle_load
 from tqdm import tqdm
 
+from launch import verdict
 from launch.job import Entry, run_rank, shell_lines
 from launch.place import free_port
-from launch.run_dir import newest_checkpoint, record_job
+from launch.run_dir import newest_checkpoint, read_job, record_job
 from tptrain.config import Config
 from tptrain.config.validate import minutes
 
@@ -36,8 +37,9 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
         timeout_min=(cluster.time and minutes(cluster.time)) or A_YEAR_MIN,
         stderr_to_stdout=True,
     )
+    name = f"local.{time.time_ns():x}"
     variables = {
-        "TPTRAIN_JOB": f"local.{time.time_ns():x}",
+        "TPTRAIN_JOB": name,
         "MASTER_PORT": str(free_port()),
         # submitit's local executor hides the GPUs it was not told of: give the ranks what this process sees.
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
@@ -48,7 +50,7 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
         job = executor.submit(run_rank, entry, str(run_dir), variables)
     finally:
         signal.signal(signal.SIGINT, before)
-    record_job(run_dir, kind="local", id=job.job_id, logs=str(run_dir / "logs" / job.job_id))
+    record_job(run_dir, kind="local", id=job.job_id, logs=str(run_dir / "logs" / job.job_id), attempt=f"{name}-0")
     return job
 
 
@@ -70,6 +72,7 @@ class Follower:
         self.prefix = str(self.run_dir / "logs" / job.job_id)
         self.controller = psutil.Process(int(job.job_id))
         self.log = Tail(Path(f"{self.prefix}_0_log.out"))
+        self.told_verdict = False  # by rank 0, whose log is shown
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=config.train.steps, unit="step", desc=config.run.name, dynamic_ncols=True)
@@ -115,6 +118,7 @@ class Follower:
 
     def _show(self) -> None:
         for line in self.log.lines():
+            self.told_verdict = self.told_verdict or line.startswith("verdict:")
             if self.bar is None:
                 print(line, flush=True)
             elif not self._advance(line):
@@ -146,12 +150,21 @@ class Follower:
 
     def _explain(self) -> None:
         """Which rank failed and how, whether the disk is full, and what there is to go on from."""
-        for rank in range(self.ranks):
-            outcome = self._outcome(rank)
-            if outcome is None:
-                _complain(f"rank {rank} was killed or crashed")
-            elif isinstance(outcome, str):
-                _complain(f"rank {rank}: {outcome.strip().splitlines()[-1]}")
+        reports = verdict.read(self.run_dir / "logs" / f"attempt-{read_job(self.run_dir)['attempt']}")
+        outcomes = [self._outcome(rank) for rank in range(self.ranks)]
+        raised = [
+            f"rank {rank}: {said.strip().splitlines()[-1]}"
+            for rank, said in enumerate(outcomes)
+            if isinstance(said, str)
+        ]
+        if self.told_verdict:
+            pass
+        elif reports:
+            _complain(verdict.judge(reports, self.ranks, []).text)
+        elif raised:
+            _complain(raised[0])
+        elif None in outcomes:
+            _complain(f"rank {outcomes.index(None)} was killed or crashed")
         if shutil.disk_usage(self.run_dir).free < 2**20:
             _complain(f"no space left on the file system of {self.run_dir}")
         newest = newest_checkpoint(self.run_dir)

@@ -155,8 +155,12 @@ def _resume(folder: str, world: int) -> None:
         run_here(overrides(base, "stopped"), 2)
         run_here(overrides(base, "tp4"), 4)
         run_here(overrides(base, "dp4"), 1)
+        run_here(overrides(base, "chain"), 4, stop_after=7)
+        run_here(overrides(base, "chain"), 2, stop_after=6)
     else:
         run_here(overrides(base, f"tp{world}"), world)
+        if world == 1:
+            run_here(overrides(base, "chain"), 1)
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +176,9 @@ def test_resumed_at_the_same_topology_is_the_same_bits(resumed: Path) -> None:
     assert losses(resumed / "stopped") == losses(resumed / "never-stopped")
 
 
-@pytest.mark.parametrize("topology", ["tp4", "dp4", "tp1", "tp2"])
+@pytest.mark.parametrize("topology", ["tp4", "dp4", "tp1", "tp2", "chain"])
 def test_resumed_at_another_topology_is_the_same_run(resumed: Path, topology: str) -> None:
-    """Losses of other samples would differ by 0.1 nats and more."""
+    """Losses of other samples would differ by 0.1 nats and more. The chain: tp4, then tp2 x dp2, then tp1."""
     never_stopped, found = losses(resumed / "never-stopped"), losses(resumed / topology)
     assert len(found) == 20
     assert max(abs(a - b) for a, b in zip(found, never_stopped, strict=True)) < TOLERANCE
