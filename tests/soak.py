@@ -86,7 +86,7 @@ def soak(folder: Path, ranks: int, signals: int, steps: int, seed: int = 0, star
         tally.rounds += 1
         tally.ends[_how(output)] += 1
         print(f"{tally.rounds:3d}  {what}: {_how(output)}; checkpoint {newest}", flush=True)
-    last = tptrain("launch", *lines)
+    last = tptrain("launch", *lines, timeout_s=3600)
     assert last.returncode == 0, last.stdout
     return tally
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--signals", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)

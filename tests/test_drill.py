@@ -35,9 +35,12 @@ def all_nodes() -> None:
     for node in ("n1", "n2", "n3", "n4"):
         if subprocess.run(["pgrep", "-f", f"slurmd -N {node}"], capture_output=True, check=False).returncode:
             subprocess.run(["slurmd", "-N", node], check=True)
-    wait_until(
-        lambda: (time.sleep(1), ask("sinfo", "-h", "-N", "-p", "low", "-o", "%t").split() == ["idle"] * 4)[1], "4 nodes"
-    )
+
+    def all_up() -> bool:
+        time.sleep(1)
+        return set(ask("sinfo", "-h", "-N", "-p", "low", "-o", "%t").split()) <= {"idle", "mix", "alloc"}
+
+    wait_until(all_up, "four nodes")
 
 
 def assert_whole(run_dir: Path, undisturbed: list[float]) -> None:
