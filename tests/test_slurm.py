@@ -1,6 +1,7 @@
 """`cluster=slurm` on a real Slurm of four nodes: the same losses as here, and what a disturbed run comes to."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -265,6 +266,19 @@ def test_cancel_leaves_a_checkpoint_and_no_process(folder: Path) -> None:
     assert "nothing to cancel" in again.stdout
     assert "cancelled" in tptrain("status", str(run_dir)).stdout
     assert f"stopped at step {int(saved.name[5:])} (interrupted)" in tptrain("logs", str(run_dir)).stdout
+
+
+def test_status_without_accounting(folder: Path, tmp_path: Path) -> None:
+    """A cluster that has no sacct: Slurm remembers the job for a while, and the run's own history for good."""
+    for command in ("squeue", "scontrol"):
+        (tmp_path / command).symlink_to(shutil.which(command) or "")
+    table = tptrain("status", str(folder / "slurm"), str(folder / "cancelled"), PATH=str(tmp_path)).stdout
+    assert "completed" in table
+    assert "cancelled" in table
+    assert "20/20" in table
+    (tmp_path / "squeue").unlink()
+    (tmp_path / "scontrol").unlink()
+    assert "completed" in tptrain("status", str(folder / "slurm"), PATH=str(tmp_path)).stdout
 
 
 def test_a_loss_that_is_no_number_is_not_tried_again(folder: Path) -> None:

@@ -1,0 +1,59 @@
+"""What rank 0 makes of the ranks' reports. The GPUs are made up here: the real faults are in test_slurm.py."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tptrain.config import Config, load_config
+from tptrain.preflight import Report, problem
+
+
+def reports(world: int, nodes: int = 1, gpus: bool = True) -> list[Report]:
+    share = world // nodes
+    return [
+        Report(rank, f"n{rank // share + 1}", rank % share, f"GPU-{rank % share}" if gpus else "cpu", "/runs/a")
+        for rank in range(world)
+    ]
+
+
+def config(tmp_path: Path, *changes: str) -> Config:
+    return load_config([f"run.dir={tmp_path}/run", "parallel.tp=2", *changes])
+
+
+def test_ranks_that_fit_together_are_let_through(tmp_path: Path) -> None:
+    assert problem(reports(8, nodes=2), config(tmp_path)) is None
+    assert problem(reports(8, gpus=False), config(tmp_path)) is None
+
+
+FAULTS: dict[str, tuple[Callable[[list[Report]], None], str]] = {
+    "one GPU for two": (
+        lambda found: found.__setitem__(3, replace(found[3], device="GPU-2")),
+        "ranks 2, 3 on n1 share one GPU (GPU-2)",
+    ),
+    "torch": (lambda found: found.__setitem__(1, replace(found[1], torch="2.0")), "2.0 at rank 1 on n1"),
+    "tptrain": (lambda found: found.__setitem__(0, replace(found[0], tptrain="9")), "tptrain: 9 at rank 0 on n1"),
+    "python": (lambda found: found.__setitem__(2, replace(found[2], python="3.99")), "python: 3."),
+    "run.dir": (lambda found: found.__setitem__(2, replace(found[2], run_dir="/b")), "the ranks disagree"),
+    "another node": (
+        lambda found: found.__setitem__(3, replace(found[3], node="n2")),
+        "the TP group of ranks 2 to 3 spans the nodes n1, n2",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_named(tmp_path: Path, fault: str) -> None:
+    found = reports(4)
+    spoil, words = FAULTS[fault]
+    spoil(found)
+    assert words in (problem(found, config(tmp_path)) or "")
+
+
+def test_what_is_allowed_is_let_through(tmp_path: Path) -> None:
+    found = reports(4)
+    found[3] = replace(found[3], node="n2", device="GPU-0")
+    assert problem(found, config(tmp_path, "parallel.tp_across_nodes=true")) is None
+    shared = [replace(report, device="GPU-0") for report in reports(2)]
+    assert problem(shared, config(tmp_path, "parallel.backend=gloo")) is None
