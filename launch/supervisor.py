@@ -127,7 +127,8 @@ class Supervisor:
         state, phase = self.box.state, self.box.phase
         # A user's Ctrl-C or `cancel` is for good; all other signals are Slurm's, and the job may go on later.
         stop = {"kind": "cancelled" if self.box.signal == "SIGINT" else "stopped", "signal": self.box.signal}
-        if self.box.signal and phase in ("rendezvous", "build"):
+        in_time = self.box.signal in ("SIGUSR1", "SIGUSR2")  # the time limit is only near: a step may still be done
+        if self.box.signal and not in_time and phase in ("rendezvous", "build"):
             self._kill()
             what = f"{self.box.signal} before the first step"
             print(f"{self._name()}{what}: nothing was trained, nothing to save", flush=True)

@@ -45,13 +45,21 @@ def wait_for_end(job: str, timeout_s: float = TIMEOUT_S) -> str:
     return state(job)
 
 
+_waiting_since: dict[str, float] = {}
+
+
 def in_queue(job: str) -> bool:
-    """Whether the job waits or runs. Slurm holds a requeued job back for two minutes: not here."""
+    """Whether the job waits or runs. Slurm holds a requeued job back for two minutes: here, for three seconds.
+
+    Not less: Slurm revokes a job's credential when it ends, and a start in the same second would be killed by it.
+    """
     time.sleep(0.3)
     shown = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T %r"], capture_output=True, text=True, check=False)
-    if shown.stdout.strip() == "PENDING BeginTime":
+    waits = shown.stdout.strip() == "PENDING BeginTime"
+    since = _waiting_since.setdefault(job, time.monotonic()) if waits else _waiting_since.pop(job, 0)
+    if waits and time.monotonic() - since > 3:
         ask("scontrol", "update", f"JobId={job}", "StartTime=now")
-    return bool(shown.stdout.strip())
+    return bool(shown.stdout.strip()) or (shown.returncode != 0 and "Invalid job id" not in shown.stderr)
 
 
 def events(run_dir: Path, kind: str) -> list[dict]:
