@@ -61,7 +61,10 @@ class Supervisor:
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
+        # Python forgets, in the child, a signal that comes in the instant of the fork: let none come.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         self.child = os.fork()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         if self.child == 0:
             self._be_trainer(trainer, parent)
         if self.place.rank == 0 and self.allocation is not None:
