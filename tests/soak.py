@@ -25,7 +25,7 @@ from tests.corpus import overrides
 from tptrain.checkpoint import committed, step_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGHUP)  # a local rank ignores SIGINT
-LONGEST_S = 60  # that a launch may take to end after its signal
+LONGEST_S = 90  # that a launch may take to end after its signal
 
 
 @dataclass

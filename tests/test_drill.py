@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import losses, wait_until
+from tests.commands import TPTRAIN, environment, losses, wait_until
 from tests.corpus import overrides
 from tests.test_slurm import JOB, ask, events, in_queue, processes_of, submit, trainer, wait_for_end
 from tptrain.metrics import read_rows
 
 pytestmark = [pytest.mark.drill, pytest.mark.slurm, pytest.mark.usefixtures("slurm"), pytest.mark.timeout(900)]
 
-STEPS = 900
+STEPS = 600
 HOUR = [*JOB, f"train.steps={STEPS}", "train.seq_len=256", "train.micro_batch_size=1", "checkpoint.every=40"]
 
 
@@ -89,16 +89,20 @@ def test_a_node_that_dies(folder: Path, undisturbed: list[float], node: str, wha
 
 
 @pytest.mark.usefixtures("all_nodes")
-def test_a_requeued_job_may_come_back_smaller(folder: Path, undisturbed: list[float]) -> None:
-    """From two nodes to one while it waits in the queue; the losses stay."""
+def test_the_next_attempt_may_have_another_world(folder: Path, undisturbed: list[float]) -> None:
+    """Two ranks take up, from its snapshot, a run that four began; then four again. The losses stay."""
     run_dir = folder / "smaller"
     job = submit(*overrides(folder, "smaller"), *HOUR)
     wait_until(lambda: len(read_rows(run_dir / "metrics.jsonl")) >= 50, "50 steps")
     ask("scancel", "--signal=USR2", job)
     wait_until(lambda: ask("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", "the queue")
-    ask("scontrol", "update", f"JobId={job}", "NumNodes=1-1")
-    assert wait_for_end(job, 400) == "COMPLETED"
-    assert [len(set(event["nodes"])) for event in events(run_dir, "start")] == [2, 1]
+    ask("scancel", job)
+    small = subprocess.Popen(["srun", "-N1", "-n2", *TPTRAIN, "train", f"run.dir={run_dir}"], env=environment())
+    wait_until(lambda: len(read_rows(run_dir / "metrics.jsonl")) >= 120, "120 steps")
+    small.send_signal(signal.SIGTERM)  # which srun passes on
+    small.wait(60)
+    assert wait_for_end(submit(*overrides(folder, "smaller"), *HOUR), 400) == "COMPLETED"
+    assert [event["dp"] for event in events(run_dir, "start")] == [2, 1, 2]
     found = losses(run_dir)
     assert len(found) == STEPS
     assert max(abs(a - b) for a, b in zip(found, undisturbed, strict=True)) < 2e-4
