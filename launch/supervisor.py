@@ -108,9 +108,7 @@ class Supervisor:
             if pid:
                 return self._after_exit(os.waitstatus_to_exitcode(status))
             now = time.monotonic()
-            if (
-                now - before > 20 * TICK_S
-            ):  # this process was suspended, and so was the trainer, as `scontrol suspend` does
+            if now - before > 20 * TICK_S:  # all of the rank was suspended, as `scontrol suspend` does
                 self.resumed = now
             before = now
             if cause := self._must_end(now):
