@@ -9,9 +9,17 @@ from datetime import datetime
 def ask(*command: str) -> str:
     """What a Slurm command prints; empty where Slurm does not answer in time."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+        plain = os.environ | {"SLURM_TIME_FORMAT": "standard"}  # a user's own would not be understood
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False, env=plain).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
+
+def slurm_name() -> str:
+    """What this job is called in Slurm's commands. An array's last task has the array's own id: ID_INDEX is safe."""
+    env = os.environ
+    array = env.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{env['SLURM_ARRAY_TASK_ID']}" if array else env["SLURM_JOB_ID"]
 
 
 def fields(job: str) -> dict[str, str]:
@@ -33,14 +41,19 @@ class Allocation:
     """The job that this process runs in."""
 
     def __init__(self) -> None:
-        self.job = os.environ["SLURM_JOB_ID"]
+        self.job = slurm_name()
+        self.launched = "SUBMITIT_EXECUTOR" in os.environ  # else nobody is there to requeue it
 
     def end_time(self) -> float | None:
         """Unix time at which Slurm kills the job, or None."""
         return _unix(fields(self.job).get("EndTime", ""))
 
     def reason(self, signals: set[str]) -> tuple[str, bool, float | None]:
-        """Why these signals came, whether the job should go on later, and when Slurm kills it."""
+        """Why these signals came, whether the job goes on later, and when Slurm kills it."""
+        why, requeue, end = self._reason(signals)
+        return why, requeue and self.launched, end
+
+    def _reason(self, signals: set[str]) -> tuple[str, bool, float | None]:
         shown = fields(self.job)
         state, end = shown.get("JobState", ""), _unix(shown.get("EndTime", ""))
         if "SIGINT" in signals:

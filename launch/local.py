@@ -72,6 +72,7 @@ class Follower:
         self.prefix = str(self.run_dir / "logs" / job.job_id)
         self.controller = psutil.Process(int(job.job_id))
         self.log = Tail(Path(f"{self.prefix}_0_log.out"))
+        self.interrupted = 0.0  # monotonic clock at the first Ctrl-C
         self.told_verdict = False  # by rank 0, whose log is shown
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
@@ -79,30 +80,32 @@ class Follower:
 
     def follow(self) -> int:
         """Returns the job's exit code: 0 done, 2 for a user's mistake, 1 for anything else, Ctrl-C included."""
-        interrupted = incomplete = 0.0
+        incomplete = 0.0
         while self._alive():
             try:
                 self._show()
                 now = time.monotonic()
                 incomplete = (incomplete or now) if len(self._running()) < self.ranks else 0.0
-                if (incomplete and now - incomplete > GRACE_S) or (interrupted and now - interrupted > STOP_S):
+                if (incomplete and now - incomplete > GRACE_S) or (
+                    self.interrupted and now - self.interrupted > STOP_S
+                ):
                     self._signal(signal.SIGKILL)
                 time.sleep(0.1)
             except KeyboardInterrupt:
-                if interrupted:
+                if self.interrupted:
                     self._say("stopping at once")
                     self._signal(signal.SIGKILL)
                 else:
                     self._say("Ctrl-C: stopping after this step, with a checkpoint (again: at once, without)")
                     self._signal(signal.SIGTERM)
-                interrupted = interrupted or time.monotonic()
+                self.interrupted = self.interrupted or time.monotonic()
         self._show()
         if self.bar is not None:
             self.bar.close()
         code = self._exit_code()
-        if code == 1 and not interrupted:
+        if code not in (0, 2) and not self.interrupted:
             self._explain()
-        return 1 if interrupted else code
+        return 1 if self.interrupted else code
 
     def _alive(self) -> bool:
         return self.controller.is_running() and self.controller.status() != psutil.STATUS_ZOMBIE

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import verdict
-from launch.allocation import ask, fields, requeued_by_slurm
+from launch.allocation import ask, fields, requeued_by_slurm, slurm_name
 from launch.run_dir import newest_checkpoint
 from tptrain.config import Config, read_config
 
@@ -76,7 +76,7 @@ def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
         return base | {key: said[-1][key] for key in ("kind", "message", "step")}
     reports = verdict.read(run_dir / "logs" / f"attempt-{attempt}")
     if not reports:
-        kind = "done" if code == 0 else ("user" if code == 2 else "infra")
+        kind = {0: "done", 2: "user", 4: "disk"}.get(code, "infra")  # the exit codes of tptrain/rank.py
         return base | {"kind": kind, "message": f"srun ended with {code}", "step": 0}
     world = next(iter(reports.values()))["world"]
     judged = verdict.judge(reports, world, verdict.nodes(run_dir, attempt))
@@ -89,10 +89,10 @@ def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
 def main(run_dir: Path, code: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue begins with it, and it must not cut off what follows
     config = read_config(run_dir / "config.yaml")
-    job, restart = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    job, name, restart = os.environ["SLURM_JOB_ID"], slurm_name(), os.environ.get("SLURM_RESTART_COUNT", "0")
     attempt = f"{job}.0-{restart}"
     ended = how_it_ended(run_dir, attempt, code)
-    shown = fields(job)
+    shown = fields(name)
     if ended["kind"] in ("infra", "stopped", "gone") and shown.get("Reason") == "TimeLimit":
         ended |= {"kind": "timeout", "message": "the time limit"}
     ends = [event for event in verdict.events(run_dir) if event["event"] == "end"]
@@ -100,26 +100,26 @@ def main(run_dir: Path, code: int) -> None:
     decision = decide(config, history, ended, shown.get("JobState", ""))
     if requeued_by_slurm(shown):
         decision = Decision(False, "Slurm has requeued it by itself")
-    if decision.requeue and not _requeue(job):
-        decision = Decision(False, "Slurm refuses to requeue it")
     told = {"requeued": decision.requeue, "why": decision.why, "excluded": None}
     if decision.requeue and decision.exclude:
-        told["excluded"] = _exclude(job, decision.exclude, shown)
-    with (run_dir / "logs" / "attempts.jsonl").open("a") as file:
+        told["excluded"] = _without(decision.exclude, shown)
+    with (run_dir / "logs" / "attempts.jsonl").open("a") as file:  # first: without a history there would be no end
         file.write(json.dumps(ended | told) + "\n")
-    if decision.requeue:
-        kept_away = f", without {told['excluded']}" if told["excluded"] else ""
-        print(f"requeued{kept_away}: {decision.why}", flush=True)
-    elif ended["kind"] != "done":
-        print(f"not requeued: {decision.why}", flush=True)
+    if not decision.requeue:
+        if ended["kind"] != "done":
+            print(f"not requeued: {decision.why}", flush=True)
+        return
+    if subprocess.run(["scontrol", "requeue", name], check=False).returncode:
+        print("not requeued: Slurm refuses", flush=True)
+        return
+    if told["excluded"]:
+        subprocess.run(["scontrol", "update", f"JobId={name}", f"ExcNodeList={told['excluded']}"], check=False)
+    kept_away = f", without {told['excluded']}" if told["excluded"] else ""
+    print(f"requeued{kept_away}: {decision.why}", flush=True)
 
 
-def _requeue(job: str) -> bool:
-    return subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
-
-
-def _exclude(job: str, node: str, shown: dict[str, str]) -> str | None:
-    """Keep the job away from a node, unless too few would be left. Returns all nodes it is now kept away from."""
+def _without(node: str, shown: dict[str, str]) -> str | None:
+    """All nodes to keep the job away from, this one among them; None where too few would be left."""
     away = {name for name in _expand(shown.get("ExcNodeList", "(null)"))} | {node}
     states = ask("sinfo", "--noheader", "--Node", "--format=%N %t", f"--partition={shown.get('Partition', '')}")
     up = {name for name, state in map(str.split, states.splitlines()) if state.strip("*~#") not in DOWN}
@@ -127,9 +127,7 @@ def _exclude(job: str, node: str, shown: dict[str, str]) -> str | None:
     if left < needed:
         print(f"{node} is not excluded: only {left} other nodes are up, and the job needs {needed}", flush=True)
         return None
-    names = ",".join(sorted(away))
-    done = subprocess.run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={names}"], check=False)
-    return names if done.returncode == 0 else None
+    return ",".join(sorted(away))
 
 
 def _expand(names: str) -> list[str]:

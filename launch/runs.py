@@ -24,6 +24,7 @@ from launch.run_dir import newest_checkpoint, read_job
 from tptrain.config import Config, UserError, read_config
 
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "SIGNALING")
+ASK_S = 10  # between two questions to Slurm while a log is followed
 CANCEL_S = 60  # beyond the grace period, for a job to leave the queue
 
 
@@ -37,6 +38,24 @@ class State:
     @property
     def alive(self) -> bool:
         return self.word.upper() in ALIVE
+
+
+SILENT = State("unknown", "Slurm does not answer")
+
+
+def check_not_running(run: Path) -> None:
+    """Raises UserError where the run's last job still waits or runs, or where that cannot be known."""
+    job = read_job(run)
+    if not job:
+        return
+    state = states([run])[run]
+    if state == SILENT:
+        raise UserError(f"run.dir={run}: whether its job {job['id']} still runs is unknown: {state.reason}.")
+    if state.alive:
+        raise UserError(
+            f"run.dir={run}: its job {job['id']} is {state.word}. Wait for it, or stop it first: "
+            f"`python -m tptrain cancel {run}`."
+        )
 
 
 def find(name: str) -> Path:
@@ -61,6 +80,8 @@ def states(runs: list[Path]) -> dict[Path, State]:
     jobs = {run: read_job(run) for run in runs}
     ids = {job["id"] for job in jobs.values() if job.get("kind") == "slurm"}
     slurm = _slurm_states(ids) if ids else {}
+    if slurm is None:
+        slurm = dict.fromkeys(ids, SILENT)
     return {run: _state(run, job, slurm) for run, job in jobs.items()}
 
 
@@ -71,20 +92,27 @@ def _state(run: Path, job: dict[str, Any], slurm: dict[str, State]) -> State:
         found = slurm[job["id"]]
         stopped = found.word == "completed" and kind in ("cancelled", "stopped")  # before its last step
         return State(kind, ended[-1]["message"]) if stopped else found
-    if job.get("kind") == "local" and (controller := _controller(job)) is not None:
-        return State("running", f"process {controller.pid}")
+    if job.get("kind") == "local":
+        if (controller := _controller(job)) is not None:
+            return State("running", f"process {controller.pid}")
+        if not ended or ended[-1]["attempt"] != job.get("attempt"):  # it had no time to say how it ended
+            return State("failed", "killed")
     words = {"done": "completed", "stopped": "stopped", "cancelled": "cancelled"}
     if not ended:
         return State("unknown" if job else "not launched")
     return State(words.get(kind, "failed"), "" if kind == "done" else ended[-1]["message"])
 
 
-def _slurm_states(ids: set[str]) -> dict[str, State]:
+def _slurm_states(ids: set[str]) -> dict[str, State] | None:
+    """By job id; None where Slurm does not answer, and a job that it has forgotten is left out."""
     found: dict[str, State] = {}
+    queue = _lines("squeue", "-h", "-r", f"--jobs={','.join(ids)}", "--format=%i|%T|%r")
+    if queue is None:
+        return None
     if shutil.which("sacct"):
-        for words in _lines("sacct", "-X", "-n", "-P", f"--jobs={','.join(ids)}", "--format=JobID,State"):
+        for words in _lines("sacct", "-X", "-n", "-P", f"--jobs={','.join(ids)}", "--format=JobID,State") or []:
             found[words[0]] = State(words[1].split()[0].lower())
-    for words in _lines("squeue", "-h", "-r", f"--jobs={','.join(ids)}", "--format=%i|%T|%r"):
+    for words in queue:
         reason = "" if words[2] == "None" else words[2]
         found[words[0]] = State(words[1].lower(), reason)
     for job in ids - found.keys():  # no accounting: Slurm itself remembers an ended job for some minutes
@@ -93,11 +121,13 @@ def _slurm_states(ids: set[str]) -> dict[str, State]:
     return found
 
 
-def _lines(*command: str) -> list[list[str]]:
+def _lines(*command: str) -> list[list[str]] | None:
     try:
         shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return []
+        return None
+    if shown.returncode and "Invalid job id" not in shown.stderr:  # one of ours that Slurm has forgotten
+        return None
     return [line.split("|") for line in shown.stdout.splitlines() if line]
 
 
@@ -121,15 +151,17 @@ def status(runs: list[Path]) -> None:
     for name in ("run", "job", "state", "step", "loss", "tokens/s", "eta", "restarts", "checkpoint"):
         table.add_column(name, justify="right" if name in ("step", "loss", "tokens/s", "eta", "restarts") else "left")
     for run in runs:
-        with contextlib.suppress(UserError):  # a snapshot of another version
+        try:
             table.add_row(*_cells(run, read_config(run / "config.yaml"), found[run]))
+        except UserError:  # damaged, or of another version
+            table.add_row(run.name, "", "config.yaml is unreadable")
     width = None if sys.stdout.isatty() else 160
     Console(width=width, soft_wrap=True).print(table if runs else "no runs here; `launch` makes one below runs/")
 
 
 def _cells(run: Path, config: Config, state: State) -> list[str]:
     row = last_row(run)
-    left = (config.train.steps - row["step"]) * row["step_time_s"] if row else 0
+    left = (config.train.steps - row["step"]) * row.get("step_time_s", 0) if row else 0
     starts = [event for event in verdict.events(run) if event["event"] == "start"]
     job = read_job(run).get("id", "")
     word = state.word + (f" ({state.reason})" if state.reason else "")
@@ -138,8 +170,8 @@ def _cells(run: Path, config: Config, state: State) -> list[str]:
         job,
         word if len(word) < 60 else word[:57] + "...",
         f"{row['step'] if row else 0}/{config.train.steps}",
-        f"{row['loss']:.4f}" if row and row["loss"] is not None else "",
-        f"{row['tokens_per_second']:,.0f}" if row else "",
+        f"{row['loss']:.4f}" if row and row.get("loss") is not None else "",
+        f"{row['tokens_per_second']:,.0f}" if row and "tokens_per_second" in row else "",
         str(timedelta(seconds=round(left))) if row and state.word == "running" else "",
         str(max(0, len(starts) - 1)),
         newest_checkpoint(run) or "",
@@ -156,7 +188,9 @@ def last_row(run: Path) -> dict[str, Any] | None:
         return None
     for line in reversed(lines):
         with contextlib.suppress(ValueError):
-            return json.loads(line)
+            row = json.loads(line)
+            if isinstance(row, dict) and "step" in row:
+                return row
     return None
 
 
@@ -169,14 +203,17 @@ def logs(run: Path, rank: int, follow: bool) -> None:
     if not job:
         raise UserError(f"{run}: was not launched by `launch`, so its output went to whoever started it.")
     path = Path(f"{job['logs']}_{rank}_log.out")
-    tail, told = Tail(path), False
+    tail, told, looked = Tail(path), False, 0.0
     while True:
         for line in tail.lines():
             print(line, flush=True)
         if not follow:
             break
-        state = states([run])[run]
-        if not state.alive:
+        time.sleep(0.5)
+        if time.monotonic() - looked < ASK_S:
+            continue
+        looked, state = time.monotonic(), states([run])[run]
+        if not state.alive and state != SILENT:
             for line in tail.lines():
                 print(line, flush=True)
             print(f"-- {state.word}", file=sys.stderr)
@@ -184,7 +221,6 @@ def logs(run: Path, rank: int, follow: bool) -> None:
         if not path.exists() and not told:
             print(f"-- {state.word}{f' ({state.reason})' if state.reason else ''}; waiting for {path}", file=sys.stderr)
             told = True
-        time.sleep(1)
     if not path.exists():
         ranks = sorted(run.glob("logs/*_log.out"))
         raise UserError(f"--rank={rank}: no log yet at {path}. There are {len(ranks)} logs in {path.parent}.")
@@ -196,14 +232,16 @@ def logs(run: Path, rank: int, follow: bool) -> None:
 def cancel(run: Path) -> int:
     """Stop a run for good, with a checkpoint where it was training. Returns the exit code."""
     job, state = read_job(run), states([run])[run]
+    if state == SILENT:
+        raise UserError(f"{run}: {state.reason}, so its job {job['id']} cannot be cancelled now.")
     if not state.alive:
         raise UserError(f"{run}: nothing to cancel, its last job is {state.word}.")
     if job["kind"] == "local":
         _cancel_local(job)
-    elif state.word in ("running", "suspended"):
+    elif state.word == "running" and _lines("squeue", "-h", "-s", f"--jobs={job['id']}"):
         _cancel_slurm(job["id"], run)
-    else:
-        subprocess.run(["scancel", job["id"]], check=True)
+    else:  # it waits, is suspended, or its ranks have not started: there is nothing to save
+        _scancel(job["id"])
     newest = newest_checkpoint(run)
     print(f"cancelled; {f'checkpoint {newest}' if newest else 'no checkpoint yet'}. `launch` again goes on from there")
     return 0
@@ -212,16 +250,21 @@ def cancel(run: Path) -> int:
 def _cancel_slurm(job: str, run: Path) -> None:
     """SIGINT to the ranks: they save, and end; the job script sees that it was the user. Then, if need be, force."""
     print(f"asking job {job} to save and stop ...", flush=True)
-    subprocess.run(["scancel", "--signal=INT", job], check=True)
+    _scancel("--signal=INT", job)
     deadline = time.monotonic() + read_config(run / "config.yaml").cluster.grace_s + CANCEL_S
     while states([run])[run].word in ("running", "completing"):
         if time.monotonic() > deadline:
             print(f"it did not; scancel {job}", flush=True)
-            subprocess.run(["scancel", job], check=True)
-            return
-        time.sleep(0.5)
-    if states([run])[run].alive:  # requeued by somebody in between
-        subprocess.run(["scancel", job], check=True)
+            break
+        time.sleep(1)
+    if states([run])[run].alive:  # it hangs, or somebody requeued it in between
+        _scancel(job)
+
+
+def _scancel(*arguments: str) -> None:
+    done = subprocess.run(["scancel", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"scancel {' '.join(arguments)}: {done.stderr.strip()}")
 
 
 def _cancel_local(job: dict[str, Any]) -> None:
@@ -229,8 +272,12 @@ def _cancel_local(job: dict[str, Any]) -> None:
     if controller is None:
         return
     print(f"asking process {controller.pid} to save and stop ...", flush=True)
-    for process in supervisors(controller):
-        with contextlib.suppress(psutil.Error):
+    ranks = supervisors(controller)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in ranks:
             process.terminate()
-    with contextlib.suppress(psutil.Error):
-        controller.wait(CANCEL_S * 2)
+        _, alive = psutil.wait_procs([controller], timeout=2 * CANCEL_S)
+        if alive:
+            print("they did not; killing them", flush=True)
+            for process in [*ranks, controller]:
+                process.kill()

@@ -13,7 +13,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from launch.job import Entry, run_rank, shell_lines
-from launch.run_dir import read_job, record_job
+from launch.run_dir import record_job
 from tptrain.config import Config, UserError
 
 
@@ -28,22 +28,6 @@ def check(config: Config) -> None:
     if wanted is not None and not set(wanted.split(",")) <= set(partitions):
         known = ", ".join(sorted(set(partitions)))
         raise UserError(f"cluster.partition={wanted}: unknown to Slurm. Known: {known}.")
-
-
-def check_not_queued(run_dir: Path) -> None:
-    """Raises UserError where the run's last job still waits or runs."""
-    job = read_job(run_dir)
-    if job.get("kind") != "slurm" or shutil.which("squeue") is None:
-        return
-    shown = subprocess.run(
-        ["squeue", "--noheader", f"--jobs={job['id']}", "--format=%T"], capture_output=True, text=True, check=False
-    )  # squeue fails for a job so old that Slurm has forgotten it
-    if shown.returncode and "Invalid job id" not in shown.stderr:
-        raise UserError(f"run.dir={run_dir}: whether its job {job['id']} still runs is unknown: {shown.stderr.strip()}")
-    if state := shown.stdout.strip():
-        raise UserError(
-            f"run.dir={run_dir}: its job {job['id']} is {state.lower()}. Wait for it, or `scancel {job['id']}` first."
-        )
 
 
 def submit(configs: list[Config], base: Path, entry: Entry) -> str:
@@ -78,7 +62,8 @@ def script(configs: list[Config], base: Path) -> str:
 
 def _executor(configs: list[Config], base: Path) -> submitit.SlurmExecutor:
     executor = submitit.SlurmExecutor(base / "logs")
-    run_dir = shlex.quote(str(base)) + ("/$SLURM_ARRAY_TASK_ID" if len(configs) > 1 else "")
+    array = len(configs) > 1
+    run_dir = shlex.quote(str(base)) + "/$SLURM_ARRAY_TASK_ID" if array else shlex.quote(configs[0].run.dir or ".")
     executor.update_parameters(**_parameters(configs[0], base.name, run_dir))
     return executor
 

@@ -58,6 +58,7 @@ class Supervisor:
             if signal.getsignal(number) is not signal.SIG_IGN:  # who started us wants it ignored
                 signal.signal(number, self.box.on_signal)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        (self.reports / f"rank-{self.place.rank:05d}.json").unlink(missing_ok=True)  # of a run that had the same name
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
@@ -70,6 +71,8 @@ class Supervisor:
         if self.place.rank == 0 and self.allocation is not None:
             threading.Thread(target=self._follow_end_time, daemon=True).start()
         cause, code = self._watch()
+        with contextlib.suppress(OSError):
+            self._nccl_pipe().unlink(missing_ok=True)  # NCCL makes it and leaves it
         if cause is None:
             return 0
         if cause["kind"] != "superseded":
@@ -138,10 +141,13 @@ class Supervisor:
             self._kill()
             print(f"{self._name()}a second signal: stopping at once, without a checkpoint", flush=True)
             return stop | {"message": f"a second signal after {self.box.signal}"}
-        if phase == "end":  # wandb has its own time-outs
-            return None
         silent = now - max(state.since, self.resumed)
-        limit = getattr(self.config.watchdog, f"{phase}_s") + (GATHER_S if phase == "rendezvous" else 0)
+        limits = self.config.watchdog
+        limit = (
+            limits.checkpoint_s
+            if phase == "end"
+            else getattr(limits, f"{phase}_s") + (GATHER_S if phase == "rendezvous" else 0)
+        )
         if silent <= limit:
             return None
         return self._dump({"kind": "hang", "message": f"silent for {silent:.0f} s in the phase `{phase}`"})
@@ -171,20 +177,24 @@ class Supervisor:
 
     def _ask_nccl(self) -> None:
         """Have NCCL write PyTorch's flight record beside our reports: its monitor thread listens on a pipe."""
-        pipe = Path(f"{os.environ.get('TORCH_NCCL_DEBUG_INFO_PIPE_FILE')}{self.place.rank}.pipe")
         record = Path(f"{os.environ.get('TORCH_NCCL_DEBUG_INFO_TEMP_FILE')}{self.place.rank}")
         with contextlib.suppress(OSError):  # no pipe: not over NCCL
             self.reports.mkdir(parents=True, exist_ok=True)
-            handle = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            handle = os.open(self._nccl_pipe(), os.O_WRONLY | os.O_NONBLOCK)
             os.write(handle, b"1\n")
             os.close(handle)
             deadline = time.monotonic() + 2
             while not record.exists() and time.monotonic() < deadline:
                 time.sleep(TICK_S)
 
+    def _nccl_pipe(self) -> Path:
+        return Path(f"{os.environ.get('TORCH_NCCL_DEBUG_INFO_PIPE_FILE')}{self.place.rank}.pipe")
+
     def _kill(self) -> None:
         os.kill(self.child, signal.SIGKILL)
-        os.waitpid(self.child, 0)
+        deadline = time.monotonic() + 5  # a process in a hung driver or file system does not even die
+        while os.waitpid(self.child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _after_exit(self, code: int) -> tuple[dict[str, Any] | None, int]:
         kind, message = self.box.ending()
@@ -197,7 +207,7 @@ class Supervisor:
 
     def _superseded(self) -> bool:
         """Whether Slurm has restarted this job elsewhere, while a dead node's ranks were left alive."""
-        if self.place.rank:
+        if self.place.rank or self.allocation is None:  # only Slurm's names of attempts never come again
             return False
         try:
             job, _, restart = (self.run_dir / "logs" / "attempt").read_text().rpartition("-")

@@ -15,9 +15,11 @@ def combinations(overrides: list[str]) -> list[list[str]]:
     """The override list of each run. Raises UserError for text that is no override."""
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
+        return [list(lines) for lines in BasicSweeper.split_arguments(parsed, None)[0]]
     except HydraException as error:
-        raise UserError(f"{' '.join(overrides)!r}: {str(error).splitlines()[0]}") from error
-    return [list(lines) for lines in BasicSweeper.split_arguments(parsed, None)[0]]
+        raise UserError(
+            f"{' '.join(overrides)!r}: {str(error).splitlines()[0]}. Write a=1,2 or a=range(1,4)."
+        ) from error
 
 
 def configs(overrides: list[str]) -> tuple[Path, list[Config]]:
@@ -37,7 +39,7 @@ def configs(overrides: list[str]) -> tuple[Path, list[Config]]:
     made = []
     for index, lines in enumerate(varied):
         others = [line for line in lines if not line.startswith(("run.dir=", "run.name=", "wandb.group="))]
-        names = [f"run.dir={base}/{index}", f"run.name={base.name}-{index}", f"wandb.group={group}"]
+        names = [f"run.dir='{base}/{index}'", f"run.name='{base.name}-{index}'", f"wandb.group='{group}'"]
         made.append(load_config([*others, *names]))
     for config in made[1:]:
         for item in dataclasses.fields(config.cluster):

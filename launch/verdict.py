@@ -5,6 +5,7 @@ a rank that waits in its n-th waits for one that has entered fewer, and the rank
 all others wait for; and where the n-th differs in operation, shape or call site, the odd one out did something else.
 """
 
+import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -39,15 +40,15 @@ def read(folder: Path, since: float = 0) -> dict[int, Report]:
 def events(run_dir: Path) -> list[dict[str, Any]]:
     """The run's history, oldest first: logs/attempts.jsonl."""
     try:
-        lines = (run_dir / "logs" / "attempts.jsonl").read_text().splitlines()
+        lines = (run_dir / "logs" / "attempts.jsonl").read_text(errors="replace").splitlines()
     except OSError:
         return []
     found = []
     for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # a crash cut it short
-            continue
+        with contextlib.suppress(ValueError):  # a crash cut it short
+            event = json.loads(line)
+            if isinstance(event, dict) and {"event", "attempt"} <= event.keys():
+                found.append(event)
     return found
 
 

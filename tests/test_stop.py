@@ -19,7 +19,7 @@ from tptrain.mesh import Mesh, make_mesh
 from tptrain.stop import Agreement, Stop
 from tptrain.train import train
 
-WORLD, STEPS = 4, 110
+WORLD, STEPS = 4, 60
 
 
 def _train(
@@ -52,11 +52,11 @@ def _soak(folder: str) -> list[tuple[int, int, Agreement | None]]:
     return stops
 
 
-def test_fifty_stops_by_random_ranks_change_nothing(tmp_path: Path) -> None:
+def test_stops_by_random_ranks_change_nothing(tmp_path: Path) -> None:
     everywhere = run_ranks(WORLD, _soak, str(tmp_path))
     assert all(stops == everywhere[0] for stops in everywhere), "all ranks stop at the same steps, for the same reason"
     stops = everywhere[0]
-    assert len(stops) >= 50
+    assert len(stops) >= 25
     assert {rank for rank, _, _ in stops} == set(range(WORLD))
     steps = [step for _, step, _ in stops]
     assert steps == sorted(set(steps)), "each attempt gets further, and none does a step again"

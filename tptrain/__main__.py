@@ -2,8 +2,11 @@
 
 import argparse
 import errno
+import os
+import shlex
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `logs RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
@@ -110,41 +116,70 @@ def launch(asked: argparse.Namespace) -> int:
             return 0
     elif cluster.dry_run:
         raise UserError("cluster.dry_run: shows the sbatch script, and cluster=local has none. Use cluster=slurm.")
-    for config in configs:
-        slurm.check_not_queued(Path(config.run.dir or "."))
-        _check_free(Path(config.run.dir or "."))
     if cluster.kind == "local":
-        return max([_launch_here(config) for config in configs])
+        return _launch_here(configs)
     with ExitStack() as stack:
         for config in configs:
+            stack.enter_context(_only_launch(config))
             stack.enter_context(run_dir.claimed(config))
         job = slurm.submit(configs, base, run)
     if len(configs) > 1:
         print(f"submitted Slurm job array {job} of {len(configs)} runs, in {base}/0 to {base}/{len(configs) - 1}")
     else:
-        print(f"submitted Slurm job {job}, run directory {base}")
-    command, name = "python -m tptrain", base if len(configs) == 1 else f"{base}/0"
+        print(f"submitted Slurm job {job}, run directory {configs[0].run.dir}")
+    command, name = "python -m tptrain", shlex.quote(configs[0].run.dir or ".")
+    every = f"{shlex.quote(str(base))}/[0-9]*" if len(configs) > 1 else name
     print(
-        f"  how it stands:        {command} status{'' if len(configs) == 1 else f' {base}/*'}\n"
+        f"  how it stands:        {command} status {every}\n"
         f"  its output:           {command} logs -f {name}\n"
         f"  stop it:              {command} cancel {name}\n"
-        f"  resume it afterwards: the same launch with run.dir={base}"
+        f"  resume it afterwards: the same launch with run.dir={shlex.quote(str(base))}"
     )
     return 0
 
 
-def _launch_here(config: "Config") -> int:
+@contextmanager
+def _only_launch(config: "Config") -> Iterator[None]:
+    """One launch of a run at a time, and none while it waits or runs. Raises UserError."""
+    import filelock
+
+    from launch import runs
+    from tptrain.config import UserError
+
+    folder = Path(config.run.dir or ".")
+    lock = Path(f"{folder}.launching")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            try:
+                runs.check_not_running(folder)
+                _check_free(folder)
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except filelock.Timeout as error:
+        raise UserError(f"run.dir={folder}: another launch of it is under way. Wait for that one.") from error
+
+
+def _launch_here(configs: "list[Config]") -> int:
+    """One run after the other, followed live; Ctrl-C ends the run and the sweep."""
     from launch import local, run_dir
     from tptrain.rank import run
 
-    folder = Path(config.run.dir or ".")
-    with run_dir.claimed(config):
-        job = local.submit(config, run)
-    print(f"job {job.job_id} on this machine, run directory {folder}", flush=True)
-    code = local.Follower(config, job).follow()
-    if code == 0:
-        print(f"checkpoints: {folder}/checkpoints\nmetrics:     {folder}/metrics.jsonl")
-    return code
+    worst = 0
+    for config in configs:
+        folder = Path(config.run.dir or ".")
+        with _only_launch(config), run_dir.claimed(config):
+            job = local.submit(config, run)
+        print(f"job {job.job_id} on this machine, run directory {folder}", flush=True)
+        follower = local.Follower(config, job)
+        code = follower.follow()
+        worst = max(worst, code)
+        if code == 0:
+            print(f"checkpoints: {folder}/checkpoints\nmetrics:     {folder}/metrics.jsonl")
+        if follower.interrupted:
+            break
+    return worst
 
 
 def status(asked: argparse.Namespace) -> int:
@@ -192,7 +227,7 @@ def train(asked: argparse.Namespace) -> int:
     if len(overrides) == 1 and overrides[0].startswith("run.dir="):
         snapshot = Path(overrides[0].removeprefix("run.dir=")) / "config.yaml"
         if snapshot.exists():
-            return supervised(run, read_config(snapshot))
+            return _exit_code(supervised(run, read_config(snapshot)))
     if not any(override.startswith(("run.dir=", "run.name=")) for override in overrides):
         raise UserError("run.name: not set, and the ranks must agree on it. Give run.name or run.dir.")
     config = load_config(overrides)
@@ -202,7 +237,12 @@ def train(asked: argparse.Namespace) -> int:
         _check_free(Path(config.run.dir or "."))
         run_dir.claim(config)
 
-    return supervised(run, config, claim)
+    return _exit_code(supervised(run, config, claim))
+
+
+def _exit_code(rank: int) -> int:
+    """A command's, out of a rank's, which tells the job script more."""
+    return rank if rank in (0, 2) else 1
 
 
 def _launchable(overrides: list[str]) -> "Config":

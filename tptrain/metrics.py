@@ -56,7 +56,7 @@ def memory_gb(device: torch.device) -> float:
 def read_rows(path: Path) -> list[Row]:
     """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -141,7 +141,8 @@ class Wandb:
         self.config, self.say = config, say
         self.rows: queue.Queue[Row | None] = queue.Queue()
         self.handed_over = Path(config.run.dir or ".") / "wandb" / "handed-over"  # the last step that wandb surely has
-        last = int(self.handed_over.read_text()) if self.handed_over.exists() else 0
+        text = self.handed_over.read_text(errors="replace") if self.handed_over.exists() else ""
+        last = int(text) if text.isdigit() else 0
         for row in earlier:
             if row["step"] > last:
                 self.rows.put(row)

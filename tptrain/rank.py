@@ -22,7 +22,8 @@ LOCK_S = 60  # for a superseded attempt of the same job to notice and let go
 def run(config: Config, box: BlackBox, allocation: Any, attempt: str, claim: Callable[[], None]) -> int:
     """Train as one rank, whose place the environment tells; `claim` runs on rank 0 once all ranks are there.
 
-    Returns the exit code: 0 done (or stopped with a checkpoint), 2 a user's mistake, 1 anything else.
+    Returns the exit code: 0 done (or stopped with a checkpoint), 2 a user's mistake, 4 a full disk, 1
+    anything else.
     """
     import torch.distributed as dist
 
@@ -78,8 +79,10 @@ def run(config: Config, box: BlackBox, allocation: Any, attempt: str, claim: Cal
         if isinstance(error, OSError) and not full:
             return _bug(error, box)
         if isinstance(error, OSError):
-            return fail("disk", f"no space left on the device: {error.filename or folder}. Free some and launch again")
-        return fail("disk" if full else "bug", f"{error}")
+            return fail(
+                "disk", f"no space left on the device: {error.filename or folder}. Free some and launch again", 4
+            )
+        return fail("disk", f"{error}", 4) if full else fail("bug", f"{error}")
     except RuntimeError as error:  # a collective failed, as it does when another rank is gone
         said = str(error)
         if isinstance(error, dist.DistError) or "gloo" in said or "NCCL" in said:

@@ -5,6 +5,7 @@ step boundary every rank knows, and what to do about it is settled once, by rank
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -42,9 +43,15 @@ class Stop:
     ) -> None:
         self.mesh, self.allocation = mesh, allocation
         self.asked = asked or (lambda: mesh.box.signal)
-        self.step_s = self.save_s = 0.0  # the longest step and the last save, in seconds
+        self.save_s = 0.0  # the last save
+        self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
         self._copy: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
+
+    @property
+    def step_s(self) -> float:
+        """A long step among the last ones, in seconds: not the longest, in which the job may have been suspended."""
+        return sorted(self.recent)[-2] if len(self.recent) > 1 else sum(self.recent)
 
     def wanted(self) -> bool:
         """Whether this rank wants to stop: it was signalled, or another step and a save would not fit any more."""

@@ -176,7 +176,7 @@ def _loop(trainer: Trainer, start: int, folder: Path, stop: Stop, recorder: Reco
                 recorder.record(row)
             since, began = step, time.perf_counter()
         if step > start + 1:  # the first one compiles and allocates
-            stop.step_s = max(stop.step_s, time.perf_counter() - started)
+            stop.recent.append(time.perf_counter() - started)
         if save_due:
             before = time.perf_counter()
             _save(trainer, step, folder, recorder)

@@ -26,11 +26,13 @@ EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[S
 # What the checks rest on, or submitit sets: these have settings of their own, or none.
 NOT_BY_SBATCH = {"nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "mem", "job-name"}
 NOT_BY_SBATCH |= {"partition", "account", "qos", "constraint", "array", "output", "error", "wrap", "chdir"}
+NOT_BY_SBATCH |= {"signal", "requeue", "no-requeue", "open-mode"}
 # Whole words of a name: TOKEN, but not TOKENIZERS.
 SECRET_NAME = re.compile(
     r"(^|_)(\w*KEY(?<!MONKEY)|TOKEN|SECRETS?|PASS|PASSWD|PASSWORD|PASSPHRASE|PWD|PAT|AUTH|CREDENTIALS?)($|_)",
     re.IGNORECASE,
 )
+SECRET_VALUE = re.compile(r"\bhf_\w{20,}|\bsk-\w{20,}|\b[0-9a-f]{40}\b|\bBearer\s|--?(token|password|api-?key)\b", re.I)
 SECRET_URL = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 
 
@@ -60,8 +62,11 @@ def check_cluster(config: Config) -> None:
     for key in cluster.sbatch:
         if key.replace("_", "-") in NOT_BY_SBATCH:
             raise UserError(f"cluster.sbatch.{key}: not to be set this way. Use the cluster.* setting of that name.")
-    if cluster.time is not None:
-        minutes(cluster.time)
+    if cluster.time is not None and 0 < 60 * minutes(cluster.time) <= cluster.grace_s and cluster.kind == "slurm":
+        raise UserError(
+            f"cluster.grace_s={cluster.grace_s}: as long as cluster.time={cluster.time}, so the run would be stopped "
+            "as soon as it starts. Shorten it."
+        )
     if cluster.tasks_per_node is None:
         raise UserError(
             f"cluster.tasks_per_node: not set, and cluster.nodes={cluster.nodes}. "
@@ -211,14 +216,14 @@ def _check_secrets(config: Config) -> None:
     for name, value in cluster.env.items():
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise UserError(f"cluster.env.{name}: not a name that a shell takes. Use letters, digits and underscores.")
-        if SECRET_NAME.search(name) or SECRET_URL.search(value):
+        if SECRET_NAME.search(name) or SECRET_URL.search(value) or SECRET_VALUE.search(value):
             raise UserError(f"cluster.env.{name}: looks like a secret and would land in the run directory. {advice}")
     texts = {"cluster.setup": cluster.setup} | {f"cluster.sbatch.{k}": [str(v)] for k, v in cluster.sbatch.items()}
     for key, lines in texts.items():
         for line in lines:
             names = [name for name in re.findall(r"\b(\w+)=", line) if SECRET_NAME.search(name)]
-            if names or SECRET_URL.search(line):
-                what = f"sets {names[0]}, which" if names else "holds a URL with a password, which"
+            if names or SECRET_URL.search(line) or SECRET_VALUE.search(line):
+                what = f"sets {names[0]}, which" if names else "holds what"
                 raise UserError(f"{key}: {what} looks like a secret. {advice}")
 
 
