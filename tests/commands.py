@@ -42,9 +42,12 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, **variables: str) -> subpro
     )
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
 def start_launch(*overrides: str, **variables: str) -> subprocess.Popen[str]:
-    """Start `launch` in a process group of its own, as a terminal does."""
-    return subprocess.Popen(
+    """Start `launch` in a process group of its own, as a terminal does. What a test leaves running is killed."""
+    launch = subprocess.Popen(
         [*TPTRAIN, "launch", *overrides],
         env=environment(**variables),
         stdout=subprocess.PIPE,
@@ -52,6 +55,18 @@ def start_launch(*overrides: str, **variables: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+    STARTED.append(launch)
+    return launch
+
+
+def kill_what_was_left() -> None:
+    """Of the launches that a failed test did not see to their end, and all their ranks."""
+    while STARTED:
+        launch = STARTED.pop()
+        if launch.poll() is None:
+            for process in [*psutil.Process(launch.pid).children(recursive=True), psutil.Process(launch.pid)]:
+                process.kill()
+            launch.communicate()
 
 
 def finish(launch: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> str:

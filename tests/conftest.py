@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.commands import kill_what_was_left
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test waits for a network
 
 SANDBOX = Path(__file__).parent.parent / "scripts" / "slurm-sandbox"
@@ -34,3 +36,9 @@ def slurm() -> Iterator[None]:
 def _skip_cuda(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on() -> Iterator[None]:
+    yield
+    kill_what_was_left()

@@ -234,7 +234,7 @@ def test_a_second_launch_into_a_run_that_goes_on_is_refused(finished: Path) -> N
     before = (finished / "twice" / "config.yaml").read_text()
     refused = tptrain("launch", *lines, "logging.every=2")
     assert refused.returncode == 2
-    assert "another process is training in it" in refused.stdout
+    assert "is running. Wait for it, or stop it first" in refused.stdout
     assert (finished / "twice" / "config.yaml").read_text() == before
     os.killpg(launch.pid, signal.SIGINT)
     finish(launch)
