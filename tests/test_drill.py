@@ -14,7 +14,7 @@ from tptrain.metrics import read_rows
 
 pytestmark = [pytest.mark.drill, pytest.mark.slurm, pytest.mark.usefixtures("slurm"), pytest.mark.timeout(900)]
 
-STEPS = 600
+STEPS = 400
 HOUR = [*JOB, f"train.steps={STEPS}", "train.seq_len=256", "train.micro_batch_size=1", "checkpoint.every=40"]
 
 
@@ -72,7 +72,7 @@ def test_the_time_limit_three_times_over(folder: Path, undisturbed: list[float])
 def test_a_node_that_dies(folder: Path, undisturbed: list[float], node: str, what: str) -> None:
     """n1 runs the job script and rank 0. `slurmd` alone leaves its ranks running; `everything` is a power failure."""
     run_dir = folder / f"{what}-{node}"
-    job = submit(*overrides(folder, run_dir.name), *HOUR, "cluster.sbatch.nodelist='n1,n2'")
+    job = submit(*overrides(folder, run_dir.name), *HOUR)
     wait_until(lambda: len(read_rows(run_dir / "metrics.jsonl")) >= 50, "50 steps")
     subprocess.run(["pkill", "-9", "-f", f"slurmd -N {node}"], check=True)
     if what == "everything":
@@ -81,8 +81,6 @@ def test_a_node_that_dies(folder: Path, undisturbed: list[float], node: str, wha
             process.parent().send_signal(signal.SIGKILL)  # type: ignore[union-attr]
         subprocess.run(["pkill", "-9", "-f", f"slurmstepd.*{node}"], check=False)
     wait_until(lambda: not in_queue(job) or len(events(run_dir, "start")) > 1, "the next attempt", timeout_s=400)
-    if "n1,n2" in ask("scontrol", "show", "job", job):
-        subprocess.run(["scontrol", "update", f"JobId={job}", "ReqNodeList="], check=False)
     assert wait_for_end(job, 400) == "COMPLETED"
     assert node not in events(run_dir, "start")[-1]["nodes"]
     assert_whole(run_dir, undisturbed)
