@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch import verdict
 from launch.allocation import Allocation
 from launch.place import find_place
 from launch.supervisor import Supervisor
@@ -40,15 +41,15 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None]) -> in
 def supervised(entry: Entry, config: Config, claim: Callable[[], None] = lambda: None) -> int:
     """Run this process's rank; `claim` runs on rank 0 once all are there. Raises UserError for a misplaced one."""
     place = find_place()
-    _keep_nccl_record(Path(config.run.dir or ".") / "logs", place.attempt)
+    _keep_nccl_record(verdict.folder_of(Path(config.run.dir or "."), place.attempt), place.attempt)
     allocation = Allocation() if place.on_slurm else None
     supervisor = Supervisor(config, place, allocation)
     return supervisor.run(lambda box: entry(config, box, allocation, place.attempt, claim))
 
 
-def _keep_nccl_record(logs: Path, attempt: str) -> None:
+def _keep_nccl_record(reports: Path, attempt: str) -> None:
     """Have NCCL write PyTorch's flight record where the other reports of a hang lie, when its pipe is written to."""
-    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(logs / f"attempt-{attempt}" / "nccl-trace-"))
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(reports / "nccl-trace-"))
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", f"/tmp/tptrain-{attempt}-")
 
 

@@ -43,7 +43,7 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
         "MASTER_PORT": str(free_port()),
         # submitit's local executor hides the GPUs it was not told of: give the ranks what this process sees.
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
-        **{name: cluster.env[name] for name in ("MASTER_PORT", "CUDA_VISIBLE_DEVICES") if name in cluster.env},
+        **{key: cluster.env[key] for key in ("MASTER_PORT", "CUDA_VISIBLE_DEVICES") if key in cluster.env},
     }
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # children inherit it
     try:
@@ -153,7 +153,7 @@ class Follower:
 
     def _explain(self) -> None:
         """Which rank failed and how, whether the disk is full, and what there is to go on from."""
-        reports = verdict.read(self.run_dir / "logs" / f"attempt-{read_job(self.run_dir)['attempt']}")
+        reports = verdict.read(verdict.folder_of(self.run_dir, read_job(self.run_dir)["attempt"]))
         outcomes = [self._outcome(rank) for rank in range(self.ranks)]
         raised = [
             f"rank {rank}: {said.strip().splitlines()[-1]}"

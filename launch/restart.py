@@ -74,7 +74,7 @@ def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
     said = [event for event in verdict.events(run_dir) if (event["event"], event["attempt"]) == ("last", attempt)]
     if code == 0 and said:
         return base | {key: said[-1][key] for key in ("kind", "message", "step")}
-    reports = verdict.read(run_dir / "logs" / f"attempt-{attempt}")
+    reports = verdict.read(verdict.folder_of(run_dir, attempt))
     if not reports:
         kind = {0: "done", 2: "user", 4: "disk"}.get(code, "infra")  # the exit codes of tptrain/rank.py
         return base | {"kind": kind, "message": f"srun ended with {code}", "step": 0}

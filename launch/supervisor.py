@@ -44,7 +44,7 @@ class Supervisor:
     def __init__(self, config: Config, place: Place, allocation: Allocation | None) -> None:
         self.config, self.place, self.allocation = config, place, allocation
         self.run_dir = Path(config.run.dir or ".")
-        self.reports = self.run_dir / "logs" / f"attempt-{place.attempt}"
+        self.reports = verdict.folder_of(self.run_dir, place.attempt)
         self.box = BlackBox()
         self.box.rank = place.rank
         self.stacks = os.memfd_create("stacks")
@@ -269,7 +269,7 @@ class Supervisor:
         if not judges or min(judges) != self.place.rank:
             return
         judged = verdict.judge(reports, self.place.world, verdict.nodes(self.run_dir, self.place.attempt))
-        if judged.kind in ("cancelled", "stopped", "user", "diverged", "disk"):
+        if judged.kind in verdict.ANNOUNCED:
             return
         print(f"verdict: {judged.text}\n  every rank's last collectives and stacks: {self.reports}", flush=True)
         with contextlib.suppress(OSError):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 Report = dict[str, Any]
+ANNOUNCED = ("cancelled", "stopped", "user", "diverged", "disk")  # ends of which the rank itself has told people
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Verdict:
     rank: int | None
     node: str | None
     step: int  # the last that was finished
+
+
+def folder_of(run_dir: Path, attempt: str) -> Path:
+    """Where the ranks of an attempt leave their reports."""
+    return run_dir / "logs" / f"attempt-{attempt}"
 
 
 def read(folder: Path, since: float = 0) -> dict[int, Report]:
@@ -54,7 +60,7 @@ def events(run_dir: Path) -> list[dict[str, Any]]:
 
 def nodes(run_dir: Path, attempt: str) -> list[str]:
     """The node of each rank of an attempt, as its start noted them; empty where it did not come that far."""
-    starts = [event for event in events(run_dir) if event.get("event") == "start" and event["attempt"] == attempt]
+    starts = [event for event in events(run_dir) if event["event"] == "start" and event["attempt"] == attempt]
     return starts[-1]["nodes"] if starts else []
 
 
@@ -70,7 +76,7 @@ def judge(reports: dict[int, Report], world: int, placed: list[str]) -> Verdict:
         node = reports[rank]["node"] if rank in reports else (placed[rank] if rank < len(placed) else None)
         return Verdict(f"rank {rank} on {node or 'an unknown node'} {text}", kind, rank, node, step)
 
-    for kind in ("cancelled", "stopped", "user", "diverged", "disk", "bug"):
+    for kind in (*ANNOUNCED, "bug"):
         if kind in by_kind:
             first = by_kind[kind][0]
             return blame(kind, first["rank"], f"ended after step {first['step']}: {first['cause']['message']}")
