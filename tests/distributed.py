@@ -61,8 +61,10 @@ def _rank(
         results.put((rank, None, traceback.format_exc()))
 
 
-def mesh(tp: int, kv_heads: int = 10**9, device: str = "cpu") -> Mesh:
-    return make_mesh(tp, kv_heads, torch.device(device))
+def mesh(
+    tp: int, kv_heads: int = 10**9, device: str = "cpu", shared: bool = False, sequence_parallel: bool = False
+) -> Mesh:
+    return make_mesh(tp, kv_heads, torch.device(device), shared=shared, sequence_parallel=sequence_parallel)
 
 
 def gather_global(local: torch.Tensor, spec: Any, grid: Mesh) -> torch.Tensor:

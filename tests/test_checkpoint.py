@@ -1,6 +1,7 @@
 """Which checkpoints count, which are kept, and which is loaded: one rank, no process group."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from tptrain import checkpoint
 from tptrain.checkpoint import COMMIT, CheckpointError, committed, load_newest
 from tptrain.config import Config, load_config
-from tptrain.layers import init_weights, parameters
 from tptrain.mesh import make_mesh
 from tptrain.model import Decoder
-from tptrain.optim import build_optimizer
+from tptrain.optim import MOMENTS, Optimizer
+
+DTYPE = torch.bfloat16  # the masters and moments are float32
 
 
 class Run:
@@ -22,29 +24,38 @@ class Run:
         self.folder = folder
         self.config: Config = load_config(["model.num_hidden_layers=1", f"run.dir={folder}", "checkpoint.keep=2"])
         self.mesh = make_mesh(1, 1, torch.device("cpu"))
-        self.model = Decoder(self.config.model, self.mesh)
-        init_weights(self.model, 0, 0)
-        self.optimizer = build_optimizer(self.model, self.config.optim)
+        self.optimizer = Optimizer(
+            Decoder(self.config.model, self.mesh), self.config.optim, self.mesh, DTYPE, zero=True
+        )
+        self.saver = checkpoint.Saver(folder, self.optimizer, self.config, "data", self.mesh)
         self.said: list[str] = []
 
+    def tensors(self) -> Iterator[tuple[torch.Tensor, float]]:
+        """Every master and moment, and by what its value differs from the step's number."""
+        for bucket in self.optimizer.buckets:
+            for piece in bucket.pieces:
+                yield bucket.master.data[piece.place], 1
+                for moment in MOMENTS:
+                    yield self.optimizer.adamw.state[bucket.master][moment][piece.place], 0.5
+
     def save(self, step: int) -> None:
-        with torch.no_grad():
-            for _, p in parameters(self.model):
-                p.fill_(step)
-                self.optimizer.state[p]["exp_avg"].fill_(step / 2)
-                self.optimizer.state[p]["step"].fill_(step)
-        checkpoint.save(self.folder, step, step * 8, "data", self.model, self.optimizer, self.config, self.mesh)
+        for tensor, factor in self.tensors():
+            tensor.fill_(step * factor)
+        self.optimizer.updates = step
+        self.saver.save(step)
+        for tensor, _ in self.tensors():
+            tensor.fill_(-1)  # what is written is what was there when `save` returned
+        self.saver.finish()
 
     def load(self) -> int | None:
         """The step that was loaded, as the weights and moments tell it."""
         self.said.clear()
-        commit = load_newest(self.folder, self.model, self.optimizer, self.mesh, self.said.append)
+        commit = load_newest(self.folder, self.optimizer, self.mesh, self.said.append)
         if commit is None:
             return None
-        for _, p in parameters(self.model):
-            assert (p == commit.step).all()
-            assert (self.optimizer.state[p]["exp_avg"] == commit.step / 2).all()
-            assert self.optimizer.state[p]["step"] == commit.step
+        for tensor, factor in self.tensors():
+            assert (tensor == commit.step * factor).all()
+        assert self.optimizer.updates == commit.step
         assert commit.samples == commit.step * 8
         return commit.step
 

@@ -1,105 +1,159 @@
-"""How many all-reduces a step sends, and in which order the backward one starts."""
+"""What travels between the ranks: in which order the backward pass starts it, and that shared memory carries it right.
 
+How much is sent is held to the closed form in test_plan.py.
+"""
+
+import os
+import signal
+import time
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import mesh, run_ranks
-from tptrain.config import ModelConfig
-from tptrain.layers import init_weights
-from tptrain.loss import vocab_parallel_cross_entropy
-from tptrain.model import Decoder
-
-B, T, D = 2, 16, 32
-LAYERS = (1, 3)
+from tptrain import shared_memory
+from tptrain.collectives import all_gather, all_reduce_, reduce_scatter
+from tptrain.config.schema import OptimConfig
+from tptrain.linear import ColumnLinear, column_parallel
+from tptrain.optim import Optimizer
 
 
-def _model(layers: int) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=250,
-        hidden_size=D,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        intermediate_size=64,
-        qk_norm=True,
-    )
-
-
-def _count(layers: int) -> tuple[list[int], list[int]]:
-    """Sizes of the tensors reduced forward and backward, by asking torch itself: every one goes through dist."""
-    grid = mesh(2, kv_heads=1)
-    config = _model(layers)
-    model = Decoder(config, grid)
-    init_weights(model, 0, grid.tp_rank)
-    tokens = torch.randint(0, 250, (B, T), generator=torch.Generator().manual_seed(0))
-    forward: list[int] = []
-    backward: list[int] = []
-    right = dist.all_reduce
-    with patch.object(dist, "all_reduce", lambda x, **k: (forward.append(x.numel()), right(x, **k))[1]):
-        logits = model(tokens)
-        loss = vocab_parallel_cross_entropy(logits.flatten(0, 1), tokens.flatten(), 250, grid).sum()
-    with patch.object(dist, "all_reduce", lambda x, **k: (backward.append(x.numel()), right(x, **k))[1]):
-        loss.backward()
-    return forward, backward
-
-
-def _order() -> list[str]:
-    """What the backward of a column-parallel linear does, in order."""
-    from tptrain.collectives import column_parallel_linears
-
-    grid = mesh(2)
+def _order(sequence_parallel: bool) -> list[str]:
+    """What the backward of two column-parallel linears of one input does, in order."""
+    grid = mesh(2, sequence_parallel=sequence_parallel)
+    module = nn.Module()
+    module.linears = nn.ModuleList(ColumnLinear(grid, 8, 12, std=1.0) for _ in range(2))
+    Optimizer(module, OptimConfig(), grid, torch.float32, zero=False)
     x = torch.randn(4, 8, requires_grad=True)
-    weights = [torch.randn(6, 8, requires_grad=True) for _ in range(2)]
+    y = column_parallel(x, grid, *module.linears)  # type: ignore[arg-type]
     events: list[str] = []
-    right = dist.all_reduce
 
-    class Work:
-        def __init__(self, work: Any) -> None:
-            self.work = work
+    def watched(name: str, right: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            events.append(name)
+            work = right(*arguments, **options)
 
-        def wait(self) -> None:
-            events.append("wait")
-            self.work.wait()
+            class Work:
+                def wait(self) -> None:
+                    events.append(f"wait for {name}")
+                    work.wait()
 
-    def all_reduce(tensor: torch.Tensor, **options: Any) -> Any:
-        events.append("start")
-        return Work(right(tensor, **options))
+            return Work()
+
+        return patch.object(dist, right.__name__, call)
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = func.overloadpacket.__name__
             if name in ("mm", "addmm_"):
-                events.append("weight gradient" if args[0].shape[0] == 6 else "input gradient")
+                events.append("weight gradient" if name == "addmm_" else "input gradient")
             return func(*args, **(kwargs or {}))
 
-    total = sum(y.sum() for y in column_parallel_linears(x, weights, None, grid.tp_group))
-    assert isinstance(total, torch.Tensor)
-    with patch.object(dist, "all_reduce", all_reduce), Watch():
-        total.backward()
+    with (
+        watched("reduce", dist.all_reduce),
+        watched("gather", dist.all_gather_into_tensor),
+        watched("scatter", dist.reduce_scatter_tensor),
+        Watch(),
+    ):
+        y.sum().backward()
     return events
 
 
-def _everything() -> tuple[dict[int, tuple[list[int], list[int]]], list[str]]:
-    return {layers: _count(layers) for layers in LAYERS}, _order()
+def _orders() -> list[list[str]]:
+    return [_order(False), _order(True)]
 
 
-@pytest.fixture(scope="module")
-def found() -> tuple[dict[int, tuple[list[int], list[int]]], list[str]]:
-    return run_ranks(2, _everything)[0]
+def test_weight_gradients_are_computed_while_the_input_gradient_travels() -> None:
+    plain, sequence_parallel = run_ranks(2, _orders)[0]
+    assert plain == ["input gradient", "reduce", "weight gradient", "wait for reduce"]
+    assert sequence_parallel == [
+        "gather",  # the input's tokens, while the input gradient is computed
+        "input gradient",
+        "wait for gather",
+        "scatter",
+        "weight gradient",
+        "wait for scatter",
+    ]
 
 
-@pytest.mark.parametrize("layers", LAYERS)
-def test_two_all_reduces_forward_and_two_backward_a_layer(found: Any, layers: int) -> None:
-    forward, backward = found[0][layers]
-    assert forward[: 1 + 2 * layers] == [B * T * D] * (1 + 2 * layers)  # the embedding's, then two a layer
-    assert forward[1 + 2 * layers :] == [B * T, 2 * B * T]  # the loss: maximum, then sum and target
-    assert backward == [B * T * D] * (1 + 2 * layers)  # the output head's, then two a layer
+# -------------------------------------------------------------------------------------------------------- shared memory
 
 
-def test_weight_gradients_are_computed_while_the_input_gradient_travels(found: Any) -> None:
-    assert found[1] == ["input gradient", "input gradient", "start", "weight gradient", "weight gradient", "wait"]
+@patch.object(shared_memory, "SLOT_BYTES", 2**20)
+def _compared() -> list[str]:
+    """Where an operation through shared memory is not what gloo does, at sizes around every limit."""
+    gloo, shared = mesh(dist.get_world_size()).tp_group, mesh(dist.get_world_size(), shared=True).tp_group
+    assert gloo is not None
+    assert shared is not None
+    assert shared.shared is not None
+    wrong, size = [], dist.get_world_size()
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for numbers in (size, 1000 * size, 20_000 * size, 300_000 * size):
+        for dtype in (torch.float32, torch.bfloat16, torch.int64):
+            x = (torch.randn(numbers, generator=generator) * 100).to(dtype)
+            pairs = {"gather": [all_gather(x, group)[0] for group in (gloo, shared)]}
+            for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX):
+                pairs[str(op)] = [x.clone(), x.clone()]
+                for y, group in zip(pairs[str(op)], (gloo, shared), strict=True):
+                    all_reduce_(y, group, op)
+            pairs["scatter"] = [reduce_scatter(x, group)[0] for group in (gloo, shared)]
+            y, z = x.clone(), x.clone()
+            first, second = (all_reduce_(each, shared, async_op=True) for each in (y, z))  # one after another
+            second.wait()
+            first.wait()
+            pairs["background"] = [y, pairs[str(dist.ReduceOp.SUM)][1]]
+            pairs["background, second"] = [z, y]
+            for name, (theirs, ours) in pairs.items():
+                rounding = {torch.bfloat16: 2e-2, torch.float32: 1e-6}.get(dtype, 0.0)
+                if not torch.allclose(theirs.float(), ours.float(), rtol=rounding, atol=rounding * 200):
+                    wrong.append(f"{name} of {numbers} {dtype}")
+            everyone = [torch.empty_like(y) for _ in range(size)]
+            dist.all_gather(everyone, y)
+            if any(not torch.equal(other, y) for other in everyone):
+                wrong.append(f"bits of {numbers} {dtype} differ between ranks")
+    return wrong
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_shared_memory_does_what_gloo_does(world: int) -> None:
+    assert run_ranks(world, _compared) == [[]] * world
+
+
+def _uneven() -> str:
+    group = mesh(2, shared=True).tp_group
+    try:
+        all_reduce_(torch.zeros(5 + dist.get_rank()), group)
+    except dist.DistBackendError as error:
+        return str(error)
+    return ""
+
+
+def test_another_size_is_an_error_and_not_a_wrong_sum() -> None:
+    assert all("one rank sent" in said for said in run_ranks(2, _uneven))
+
+
+def _orphaned() -> str:
+    group = mesh(2, shared=True).tp_group
+    assert group is not None
+    assert group.shared is not None
+    child = os.fork() if dist.get_rank() == 0 else 0
+    if child:  # another process that will be gone
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        group.shared.headers[1].pid = child
+        try:
+            all_reduce_(torch.zeros(5), group)
+        except dist.DistBackendError as error:
+            return str(error)
+    elif dist.get_rank() == 0:
+        time.sleep(60)
+    return "is gone"
+
+
+def test_a_dead_peer_is_an_error_and_not_a_hang() -> None:
+    assert all("is gone" in said for said in run_ranks(2, _orphaned))

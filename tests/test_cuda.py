@@ -9,14 +9,14 @@ from tests import reference as ref
 from tests.commands import tptrain
 from tests.corpus import overrides
 from tests.distributed import run_ranks
-from tests.parity import Distances, distances, worst
+from tests.parity import Distances, Topology, distances, worst
 
 pytestmark = pytest.mark.cuda
 TOLERANCE = 1e-5  # relative, as on the cpu
 
 
 def _all_cases(references: dict[str, ref.Reference], tp: int) -> dict[str, Distances]:
-    return {case: distances(case, references[case], tp, device="cuda") for case in ref.CASES}
+    return {case: distances(case, references[case], Topology(tp), device="cuda") for case in ref.CASES}
 
 
 @pytest.mark.parametrize(("tp", "backend"), [(1, "nccl"), (2, "gloo")])

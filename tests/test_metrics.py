@@ -10,22 +10,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from tptrain.config import load_config
 from tptrain.config.schema import OptimConfig
 from tptrain.config.sizes import flops_per_token
-from tptrain.layers import init_weights
 from tptrain.mesh import make_mesh
 from tptrain.metrics import Recorder, read_rows
 from tptrain.model import Decoder
-from tptrain.optim import learning_rate
+from tptrain.optim import Optimizer, learning_rate
 
 
 @pytest.mark.parametrize("model", ["tiny", "gpt2"])
 def test_flops_are_those_torch_counts(model: str) -> None:
     """Three times a forward pass's matrix products (forward, input and weight gradients), and attention's share."""
     config = load_config([f"model={model}", "model.num_hidden_layers=2"]).model
-    decoder = Decoder(config, make_mesh(1, 1, torch.device("cpu")))
-    init_weights(decoder, 0, 0)
+    mesh = make_mesh(1, 1, torch.device("cpu"))
+    decoder = Decoder(config, mesh)
+    Optimizer(decoder, OptimConfig(), mesh, torch.float32, zero=False)
     tokens = 64
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        decoder(torch.zeros(1, tokens, dtype=torch.long))
+        decoder.logits(decoder(torch.zeros(1, tokens, dtype=torch.long)))
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
     attention = 3 * 2 * 2 * config.num_hidden_layers * tokens * width  # scores and values, a multiply and an add each

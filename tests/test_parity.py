@@ -4,23 +4,38 @@ import pytest
 
 from tests import reference as ref
 from tests.distributed import run_ranks
-from tests.parity import MUTATIONS, Distances, distances, worst
+from tests.parity import MUTATIONS, Distances, Topology, distances, worst
 
 WORLD = 4
 TOLERANCE = 1e-5  # relative, in the 2-norm of each tensor, float32
-TOPOLOGIES = {"tp1 x dp4": 1, "tp2 x dp2": 2, "tp4": 4}
+TOPOLOGIES = {
+    "tp1 x dp4": Topology(1),
+    "tp2 x dp2": Topology(2),
+    "tp4": Topology(4, shared=True),
+    "tp1 x dp4, zero": Topology(1, zero=True),
+    "tp2 x dp2, zero, sequence parallel": Topology(2, sequence_parallel=True, zero=True, shared=True),
+    "tp4, sequence parallel": Topology(4, sequence_parallel=True),
+    "tp4, sequence parallel, shared": Topology(4, sequence_parallel=True, shared=True),
+}
+# This case has replicated KV heads and biases at tp=4, so that every mutation has something to break.
+BROKEN = {
+    **{mutation: (mutation, Topology(4)) for mutation in MUTATIONS},
+    **{
+        f"{mutation}, sequence parallel": (mutation, Topology(4, sequence_parallel=True))
+        for mutation in ("drop the forward sum", "average instead of sum", "keep partial gradients partial")
+    },
+}
 
 
 def _all_distances(references: dict[str, ref.Reference]) -> dict[str, Distances]:
     """On one rank: every case at every topology, then every mutation. One start of the ranks serves all tests."""
     found = {
-        f"{case} {topology}": distances(case, references[case], tp)
+        f"{case} {topology}": distances(case, references[case], where)
         for case in ref.CASES
-        for topology, tp in TOPOLOGIES.items()
+        for topology, where in TOPOLOGIES.items()
     }
-    for mutation in MUTATIONS:
-        # this case has replicated KV heads and biases at tp=4, so that every mutation has something to break
-        found[mutation] = distances("llama_kv_replicated", references["llama_kv_replicated"], 4, mutation)
+    for name, (mutation, where) in BROKEN.items():
+        found[name] = distances("llama_kv_replicated", references["llama_kv_replicated"], where, mutation)
     return found
 
 
@@ -36,7 +51,7 @@ def test_matches_transformers(found: list[dict[str, Distances]], case: str, topo
     assert distance < TOLERANCE, what
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("mutation", BROKEN)
 def test_broken_code_is_noticed(found: list[dict[str, Distances]], mutation: str) -> None:
     distance, _ = worst([rank[mutation] for rank in found])
     assert distance > 100 * TOLERANCE

@@ -6,12 +6,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["config"],
-    ["blackbox", "preflight", "plan"],
+    ["blackbox", "preflight", "plan", "shared_memory", "fused", "attention"],
     ["mesh"],
     ["collectives"],
-    ["layers", "loss"],
+    ["layers"],
+    ["linear", "buckets"],
+    ["loss", "optim"],
     ["model"],
-    ["data", "optim", "checkpoint", "metrics", "stop"],
+    ["data", "shards", "metrics", "stop"],
+    ["checkpoint"],
     ["train"],
     ["rank"],
     ["__main__"],

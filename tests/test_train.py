@@ -116,21 +116,23 @@ def _bf16(folder: str) -> list[dict[str, torch.dtype]]:
         lines = [*overrides(Path(folder), name), "train.precision=bf16", "model.qk_norm=true"]
         run_here(lines, tp)
         trainer = build(load_config([*lines, f"parallel.tp={tp}"]), make_mesh(tp, 2, torch.device("cpu")))
-        p = next(trainer.model.parameters())
-        moments = trainer.optimizer.state[p]
-        dtypes.append({"weight": p.dtype, "moment": moments["exp_avg"].dtype, "logits": _logits(trainer).dtype})
+        bucket = trainer.optimizer.buckets[0]
+        kept = {"weight": bucket.weights, "gradient": bucket.grads, "master": bucket.master}
+        kept |= {"moment": trainer.optimizer.adamw.state[bucket.master]["exp_avg"], "logits": _logits(trainer)}
+        dtypes.append({name: tensor.dtype for name, tensor in kept.items()})
     run_here([*overrides(Path(folder), "fp32"), "model.qk_norm=true"], 1)
     return dtypes
 
 
 def _logits(trainer: Trainer) -> torch.Tensor:
     inputs, _ = trainer.to_device(trainer.data.samples(0, 2))
-    return trainer.model(inputs, torch.bfloat16)
+    return trainer.model.logits(trainer.model(inputs))
 
 
 def test_bf16_computes_in_bf16_and_keeps_float32_masters(tmp_path: Path) -> None:
     for dtypes in run_ranks(2, _bf16, str(tmp_path))[0]:
-        assert dtypes == {"weight": torch.float32, "moment": torch.float32, "logits": torch.bfloat16}
+        rounded = {"weight": torch.bfloat16, "logits": torch.bfloat16}
+        assert dtypes == rounded | dict.fromkeys(("gradient", "master", "moment"), torch.float32)
     tp1, tp2, fp32 = (losses(tmp_path / name) for name in ("tp1", "tp2", "fp32"))
     assert max(abs(a - b) for a, b in zip(tp1, fp32, strict=True)) < 0.02
     assert max(abs(a - b) for a, b in zip(tp1, tp2, strict=True)) < 0.01

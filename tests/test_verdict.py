@@ -12,21 +12,21 @@ import torch
 from launch.verdict import Report, Verdict, judge, nodes, read
 from tptrain.blackbox import SLOTS, BlackBox
 from tptrain.config import Config, ModelConfig
-from tptrain.layers import init_weights
 from tptrain.mesh import Group, Mesh
 from tptrain.model import Decoder
+from tptrain.optim import Optimizer
 from tptrain.train import Trainer
 
 # The collectives of a step of two layers, by letter: operation, shape, axis and call site.
 CALLS = {
-    "E": ("all_reduce", "(2, 8, 16)", "tp", "layers.py:161 forward"),
-    "A": ("all_reduce", "(2, 8, 16)", "tp", "layers.py:141 row_parallel < model.py:67 forward"),
-    "F": ("all_reduce", "(2, 8, 16)", "tp", "layers.py:141 row_parallel < model.py:92 forward"),
-    "L": ("all_reduce", "(2, 16)", "tp", "loss.py:28 forward"),
-    "B": ("all_reduce", "(16, 16)", "tp", "collectives.py:80 backward"),
-    "G": ("all_reduce", "(4097,)", "dp", "optim.py:61 reduce"),
+    "E": ("all_reduce", "(16, 16)", "tp", "layers.py:161 forward"),
+    "A": ("all_reduce", "(16, 16)", "tp", "linear.py:89 forward < linear.py:55 row_parallel < model.py:67 forward"),
+    "F": ("all_reduce", "(16, 16)", "tp", "linear.py:89 forward < linear.py:55 row_parallel < model.py:92 forward"),
+    "L": ("all_gather", "(1, 2, 16)", "tp", "loss.py:28 _joined"),
+    "B": ("all_reduce", "(16, 16)", "tp", "linear.py:80 backward"),
+    "G": ("all_reduce", "(4096,)", "dp", "optim.py:61 _begin"),
     "N": ("all_reduce", "(2,)", "tp", "optim.py:73 norm"),
-    "s": ("all_reduce", "(15,)", "tp", "loss.py:28 forward"),  # another shape than L's
+    "s": ("all_gather", "(1, 2, 15)", "tp", "loss.py:28 _joined"),  # another shape than L's
 }
 STEP = "EAFAFLBBBGN"
 
@@ -102,7 +102,7 @@ def test_a_rank_that_left_no_report_is_gone() -> None:
     reports = [report(rank, waits, "infra") for rank in (0, 1, 2)]
     found = judged(*reports, placed=["n0", "n0", "n1", "n1"])
     assert (found.kind, found.rank, found.node) == ("gone", 3, "n1")
-    assert "without entering collective 12, all_reduce of (2, 8, 16) float32 over tp [2, 3]" in found.text
+    assert "without entering collective 12, all_reduce of (16, 16) float32 over tp [2, 3]" in found.text
     assert "an unknown node" in judged(*reports).text
 
 
@@ -133,7 +133,7 @@ def test_a_rank_that_blocks_its_tp_group_and_so_the_dp_peers(rank: int) -> None:
     calls = dict.fromkeys(peers, STEP + "EAFAFLBBBG") | dict.fromkeys(group, STEP + "EA") | {rank: STEP + "E"}
     found = judged(*grid(calls, outside=rank))
     assert (found.kind, found.rank, found.node, found.step) == ("hang", rank, f"n{rank // 4}", 1)
-    assert f"never entered collective 13, all_reduce of (2, 8, 16) float32 over tp {group}" in found.text
+    assert f"never entered collective 13, all_reduce of (16, 16) float32 over tp {group}" in found.text
     assert "row_parallel < model.py:67" in found.text
 
 
@@ -144,7 +144,7 @@ def test_a_rank_that_blocks_its_dp_group_and_so_both_tp_groups(rank: int) -> Non
     calls = dict.fromkeys(range(8), reduced + "N") | dict.fromkeys(pair, reduced) | {rank: reduced[:-1]}
     found = judged(*grid(calls, outside=rank))
     assert (found.kind, found.rank) == ("hang", rank)
-    assert f"never entered collective 21, all_reduce of (4097,) float32 over dp {pair}" in found.text
+    assert f"never entered collective 21, all_reduce of (4096,) float32 over dp {pair}" in found.text
 
 
 def test_a_killed_rank_of_the_grid_names_what_it_was_in() -> None:
@@ -152,7 +152,7 @@ def test_a_killed_rank_of_the_grid_names_what_it_was_in() -> None:
     reports[6]["cause"] = {"kind": "died", "message": "killed by SIGKILL", "signal": "SIGKILL"}
     found = judged(*reports)
     assert (found.kind, found.rank) == ("died", 6)
-    assert "inside collective 13, all_reduce of (2, 8, 16) float32 over tp [4, 5, 6, 7]" in found.text
+    assert "inside collective 13, all_reduce of (16, 16) float32 over tp [4, 5, 6, 7]" in found.text
 
 
 # ---------------------------------------------------------------------------------------------------------- mismatches
@@ -162,8 +162,8 @@ def test_the_one_that_differs_from_the_majority() -> None:
     calls = dict.fromkeys(range(8), STEP + "EAFAFL") | {5: STEP + "EAFAFs"}
     found = judged(*grid(calls))
     assert (found.kind, found.rank) == ("mismatch", 5)
-    assert "entered collective 17, all_reduce of (15,) float32 over tp [4, 5, 6, 7]" in found.text
-    assert "where rank 4 entered collective 17, all_reduce of (2, 16) float32 over tp [4, 5, 6, 7]" in found.text
+    assert "entered collective 17, all_gather of (1, 2, 15) float32 over tp [4, 5, 6, 7]" in found.text
+    assert "where rank 4 entered collective 17, all_gather of (1, 2, 16) float32 over tp [4, 5, 6, 7]" in found.text
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -187,7 +187,7 @@ def test_of_two_in_a_first_step_it_is_the_one_whose_call_the_other_does_next(ran
     calls = {rank: "EAFAFBB", 1 - rank: "EAFAFLB"}
     found = judged(*(report(r, calls[r], world=2) for r in (0, 1)))
     assert (found.kind, found.rank) == ("mismatch", rank), found.text
-    assert "skipped collective 6, all_reduce of (2, 16) float32 over tp [0, 1]" in found.text
+    assert "skipped collective 6, all_gather of (1, 2, 16) float32 over tp [0, 1]" in found.text
 
 
 def test_a_mismatch_explains_a_crash() -> None:
@@ -239,14 +239,16 @@ def validated(rank: int) -> list[str]:
     """What a rank of a 2 by 2 grid notes in a validation over 5 sequences: 3 for one dp rank and 2 for the other."""
     box, row = BlackBox(), rank // 2 * 2
     tp_group, dp_group = (Group(axis, ranks, Mock(), box) for axis, ranks in (("tp", (row, row + 1)), ("dp", (0, 2))))
-    grid = Mesh(rank, 4, 2, torch.device("cpu"), tp_group, dp_group, None, 1, None, box)
+    groups = {"tp_group": tp_group, "dp_group": dp_group, "kv_group": None, "world_group": None}
+    device = torch.device("cpu")
+    grid = Mesh(rank, 4, 2, device, **groups, kv_replicas=1, control=None, saving=None, box=box)
     config = Config(model=ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24))
     config.train.eval_sequences, config.train.micro_batch_size, config.train.seq_len = 5, 2, 8
     model = Decoder(config.model, grid)
-    init_weights(model, 0, grid.tp_rank)
+    optimizer = Optimizer(model, config.optim, grid, torch.float32, zero=True)
     held_out = MagicMock(sequence=lambda index: np.arange(9) + index, __len__=lambda self: 5)
-    trainer = Trainer(config, grid, Mock(validation=held_out), model, Mock(), Mock())
-    with patch.object(torch.distributed, "all_reduce"):
+    trainer = Trainer(config, grid, Mock(validation=held_out), model, optimizer)
+    with patch.object(torch.distributed, "all_reduce"), patch.object(torch.distributed, "all_gather_into_tensor"):
         trainer.validation_loss()
     return [f"{call['op']} {call['shape']} {call['axis']} {call['site']}" for call in box.collectives()]
 

@@ -129,8 +129,7 @@ def _call_site(frame: FrameType | None) -> str:
     places = []
     while frame is not None and len(places) < 3:
         code = frame.f_code
-        inside = code.co_filename.startswith(_PACKAGE) and not code.co_filename.endswith(("collectives.py", "mesh.py"))
-        if inside or (code.co_name == "backward" and code.co_filename.endswith("collectives.py")):
+        if code.co_filename.startswith(_PACKAGE) and not code.co_filename.endswith(("collectives.py", "mesh.py")):
             places.append((code, frame.f_lineno))
         frame = frame.f_back
     key = tuple(places)

@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00000100/` with `__<rank>_0.distcp` (tensors), `.metadata` (torch's index),
 `config.yaml`, and `commit.json`: step, topology and the size and checksum of every file. `commit.json` is written last,
 after all bytes are durable, so its presence means that the checkpoint is whole; its checksums mean that it still is.
-Local slices are viewed as DTensors for the call, which lets torch load them at any other legal topology.
+Every rank says which boxes of each global tensor it has, so torch loads them at any other legal topology.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,17 +22,16 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from tptrain.config import Config, write_config
 from tptrain.config.load import write_atomically
-from tptrain.layers import ShardSpec, parameters
-from tptrain.mesh import Mesh
+from tptrain.mesh import Group, Mesh, gather
+from tptrain.optim import Optimizer
+from tptrain.shards import flat, rng_state, state_dict
 
 COMMIT = "commit.json"
 
@@ -74,42 +74,80 @@ def _step_folders(folder: Path) -> list[Path]:
 # --------------------------------------------------------------------------------------------------------------- saving
 
 
-def save(
-    folder: Path,
-    step: int,
-    samples: int,
-    data: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: Config,
-    mesh: Mesh,
-) -> None:
-    """Write and commit the state after `step` steps, then delete all but the newest `checkpoint.keep`.
+class Saver:
+    """Writes checkpoints in the background: training waits only while the state is copied to host memory.
 
-    Every rank calls it. Raises CheckpointError, on every rank, where any rank could not write, and removes what was.
+    Every rank makes one. The writing ranks talk over a group of their own, so training's collectives are not disturbed.
     """
-    target = step_folder(folder, step)
-    updates = int(next(iter(optimizer.state.values()))["step"].item())
 
-    def on_main(work: Callable[[], None]) -> None:
-        _agreed(work if mesh.is_main else lambda: None, target, mesh)
+    def __init__(self, folder: Path, optimizer: Optimizer, config: Config, data: str, mesh: Mesh) -> None:
+        self.folder, self.optimizer, self.config, self.data, self.mesh = folder, optimizer, config, data, mesh
+        self.copies: list[dict[str, Tensor]] | None = None  # on the host, for each bucket; made by the first save
+        self.thread: threading.Thread | None = None
+        self.problem: BaseException | None = None
 
-    def measure() -> dict[str, list[Any]]:
-        return {file.name: _measure(file) for file in target.glob(f"__{mesh.rank}_*.distcp")}
+    def save(self, step: int) -> None:
+        """Begin to write and commit the state after `step` steps, once the save before it is finished.
 
-    try:
-        on_main(lambda: _make_empty(target))
-        _agreed(lambda: _write(target, _state(model, optimizer, mesh) | _rng_state(mesh), mesh), target, mesh)
-        files = {name: entry for part in _agreed(measure, target, mesh) for name, entry in part.items()}
-        on_main(lambda: _commit(target, Commit(step, samples, mesh.world, mesh.tp, data, updates, files), config))
-    except CheckpointError:
+        Every rank calls it. Raises what `finish` raises.
+        """
+        self.finish()
+        if self.copies is None:
+            self.copies = [
+                {kind: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for kind, t in now.items()}
+                for now in flat(self.optimizer)
+            ]
+        for copy, now in zip(self.copies, flat(self.optimizer), strict=True):
+            for kind, tensor in now.items():
+                copy[kind].copy_(tensor, non_blocking=True)
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        state = state_dict(self.optimizer.buckets, self.copies, self.mesh.tp_rank) | rng_state(self.mesh)
+        samples = step * self.config.train.global_batch_size
+        commit = Commit(step, samples, self.mesh.world, self.mesh.tp, self.data, self.optimizer.updates, {})
+        self.thread = threading.Thread(target=self._work, args=(state, commit), daemon=True)
+        self.thread.start()
+
+    def finish(self) -> None:
+        """Wait for the save under way. Raises CheckpointError, on every rank, where any rank could not write."""
+        if self.thread is not None:
+            while self.thread.is_alive():
+                self.thread.join(1)  # so that a signal's handler runs meanwhile
+            self.thread = None
+        if self.problem is not None:
+            problem, self.problem = self.problem, None
+            raise problem
+
+    def _work(self, state: dict[str, Any], commit: Commit) -> None:
+        try:
+            self._write(state, commit)
+        except BaseException as error:
+            self.problem = error
+
+    def _write(self, state: dict[str, Any], commit: Commit) -> None:
+        """Write, commit, and delete all but the newest `checkpoint.keep`; where it fails, remove what was written."""
+        mesh, target = self.mesh, step_folder(self.folder, commit.step)
+
+        def on_main(work: Callable[[], None]) -> None:
+            _agreed(work if mesh.is_main else lambda: None, target, mesh)
+
+        def measure() -> dict[str, list[Any]]:
+            return {file.name: _measure(file) for file in target.glob(f"__{mesh.rank}_*.distcp")}
+
+        try:
+            on_main(lambda: _make_empty(target))
+            _agreed(lambda: _write_shards(target, state, mesh), target, mesh)
+            for part in _agreed(measure, target, mesh):
+                commit.files.update(part)
+            on_main(lambda: _commit(target, commit, self.config))
+        except CheckpointError:
+            if mesh.is_main:
+                shutil.rmtree(target, ignore_errors=True)
+            gather(mesh.saving, None)
+            raise
         if mesh.is_main:
-            shutil.rmtree(target, ignore_errors=True)
-        mesh.barrier()
-        raise
-    if mesh.is_main:
-        _prune(folder, step, config.checkpoint.keep)
-    mesh.barrier()
+            _prune(self.folder, commit.step, self.config.checkpoint.keep)
+        gather(mesh.saving, None)
 
 
 def _agreed(work: Callable[[], Any], target: Path, mesh: Mesh) -> list[Any]:
@@ -119,7 +157,7 @@ def _agreed(work: Callable[[], Any], target: Path, mesh: Mesh) -> list[Any]:
         value = work()
     except (OSError, CheckpointException) as error:
         problem = _plain(error)
-    values, problems = zip(*mesh.gather((value, problem)), strict=True)
+    values, problems = zip(*gather(mesh.saving, (value, problem)), strict=True)
     if any(problems):
         raise CheckpointError(f"checkpoint {target.name} was not saved: {next(filter(None, problems))}")
     return list(values)
@@ -143,15 +181,10 @@ def _make_empty(target: Path) -> None:
     target.mkdir(parents=True)
 
 
-def _write(target: Path, state: dict[str, Any], mesh: Mesh) -> None:
+def _write_shards(target: Path, state: dict[str, Any], mesh: Mesh) -> None:
     writer = FileSystemWriter(target, single_file_per_rank=True, sync_files=True)
     with _quiet():
-        state_dict_saver.save(
-            state,
-            storage_writer=writer,
-            process_group=mesh.control and mesh.control.process_group,
-            no_dist=mesh.control is None,
-        )
+        state_dict_saver.save(state, storage_writer=writer, **_over(mesh.saving))
 
 
 def _commit(target: Path, commit: Commit, config: Config) -> None:
@@ -207,13 +240,7 @@ def _digest(body: dict[str, Any]) -> str:
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-def load_newest(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    mesh: Mesh,
-    say: Callable[[str], None],
-) -> Commit | None:
+def load_newest(folder: Path, optimizer: Optimizer, mesh: Mesh, say: Callable[[str], None]) -> Commit | None:
     """Load the newest checkpoint that is committed and undamaged, at whatever topology it was saved.
 
     Every rank calls it; `say` gets a line on each checkpoint that is passed over. None where there is no good one.
@@ -233,7 +260,7 @@ def load_newest(
             problem = next((problem for problem in found if problem), None)
         if problem is None:
             assert isinstance(commit, Commit)
-            _read(path, model, optimizer, mesh, commit)
+            _read(path, optimizer, mesh, commit)
             return commit
         say(f"warning: checkpoint {path.name} is damaged and is not used: {problem}")
     if candidates:
@@ -267,67 +294,23 @@ def damage(file: Path, length: int, digest: str) -> str | None:
     return None
 
 
-def _read(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, commit: Commit) -> None:
-    state: dict[str, Any] = _state(model, optimizer, mesh)
+def _read(path: Path, optimizer: Optimizer, mesh: Mesh, commit: Commit) -> None:
     same_ranks = commit.world == mesh.world
-    rng = _rng_state(mesh) if same_ranks else {}
+    rng = rng_state(mesh) if same_ranks else {}
+    state = state_dict(optimizer.buckets, flat(optimizer), mesh.tp_rank)
     with _quiet():
-        reader = FileSystemReader(path)
-        state_dict_loader.load(
-            state | rng,
-            storage_reader=reader,
-            process_group=mesh.control and mesh.control.process_group,
-            no_dist=mesh.control is None,
-        )
-    for p in (p for _, p in parameters(model)):
-        optimizer.state[p]["step"].fill_(commit.updates)
+        state_dict_loader.load(state | rng, storage_reader=FileSystemReader(path), **_over(mesh.control))
+    optimizer.updates = commit.updates
+    optimizer.publish()
     if same_ranks:  # at another world size there is no such thing as "the" state of a rank: keep the seeded one
         torch.set_rng_state(rng[f"rng/{mesh.rank}/cpu"])
         if mesh.device.type == "cuda":
             torch.cuda.set_rng_state(rng[f"rng/{mesh.rank}/cuda"], mesh.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------- state
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> dict[str, Any]:
-    """Views of the parameters and moments: what dcp writes from and loads into, in place."""
-    state: dict[str, Any] = {}
-    for name, p in parameters(model):
-        state[f"model/{name}"] = _view(p.detach(), p.spec, mesh)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[f"optim/{name}/{moment}"] = _view(optimizer.state[p][moment], p.spec, mesh)
-    return state
-
-
-def _rng_state(mesh: Mesh) -> dict[str, Tensor]:
-    state = {f"rng/{mesh.rank}/cpu": torch.get_rng_state()}
-    if mesh.device.type == "cuda":
-        state[f"rng/{mesh.rank}/cuda"] = torch.cuda.get_rng_state(mesh.device)
-    return state
-
-
-def _view(local: Tensor, spec: ShardSpec, mesh: Mesh) -> Tensor:
-    """A slice as a DTensor over a (dp, slice, replica) grid. dcp writes each slice once, whichever ranks hold it."""
-    if mesh.control is None:
-        return local
-    grid = torch.arange(mesh.world).view(mesh.dp, spec.slices, spec.replicas)
-    # Without process groups: the view only tells dcp which part of the global tensor this is.
-    device_mesh = DeviceMesh(local.device.type, grid, mesh_dim_names=("dp", "slice", "replica"), _init_backend=False)
-    stride = torch.empty(spec.shape, device="meta").stride()
-    return DTensor.from_local(
-        local,
-        device_mesh,
-        [Replicate(), Shard(spec.dim), Replicate()],
-        run_check=False,
-        shape=torch.Size(spec.shape),
-        stride=stride,
-    )
-
-
-def _over(mesh: Mesh) -> dict[str, Any]:
+def _over(group: Group | None) -> dict[str, Any]:
     """torch's arguments for the ranks that save or load together."""
-    return {"process_group": mesh.control.process_group} if mesh.control else {"no_dist": True}
+    return {"process_group": group.process_group} if group else {"no_dist": True}
 
 
 @contextlib.contextmanager

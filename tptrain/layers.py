@@ -6,14 +6,16 @@ parameter counts all read it, and nothing else says how a parameter is sharded.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tptrain.collectives import all_reduce_forward, column_parallel_linears
+from tptrain import fused
+from tptrain.collectives import sum_partial, whole
 from tptrain.mesh import Mesh
 
 
@@ -46,17 +48,22 @@ class ShardSpec:
 
 
 class Parameter(nn.Parameter):
-    """A rank's slice of a global parameter, with its spec and the standard deviation (or constant) it starts from."""
+    """A rank's slice of a global parameter, in the compute precision. It gets its memory from `optim.Optimizer`, which
+    also holds the float32 master and the gradient that backward passes add to.
+    """
 
     spec: ShardSpec
     init_std: float
     init_constant: float | None
+    main_grad: Tensor  # float32, of the slice's shape
+    uses: int  # in a forward pass, so additions to `main_grad` in a backward pass
+    arrived: Callable[[], None]  # called after each addition
 
 
 def parameter(mesh: Mesh, spec: ShardSpec, std: float = 0.0, constant: float | None = None) -> Parameter:
-    """An uninitialised slice; `init_weights` fills it by name."""
-    made = Parameter(torch.empty(spec.local_shape, device=mesh.device))
-    made.spec, made.init_std, made.init_constant = spec, std, constant
+    """A slice without memory, with the standard deviation (or constant) it starts from."""
+    made = Parameter(torch.empty(0, device=mesh.device))
+    made.spec, made.init_std, made.init_constant, made.uses = spec, std, constant, 1
     return made
 
 
@@ -65,6 +72,23 @@ def parameters(module: nn.Module) -> Iterator[tuple[str, Parameter]]:
     for name, found in module.named_parameters():
         assert isinstance(found, Parameter), name
         yield name, found
+
+
+class _Use(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p: Parameter) -> Tensor:  # type: ignore[override]
+        ctx.p = p
+        return p.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:  # type: ignore[override]
+        ctx.p.main_grad.add_(grad)
+        ctx.p.arrived()
+
+
+def use(p: Parameter) -> Tensor:
+    """The slice in a computation: what flows back to it is added to its float32 gradient, whatever its precision."""
+    return _Use.apply(p)  # type: ignore[return-value]
 
 
 # ------------------------------------------------------------------------------------------------------ initialisation
@@ -78,68 +102,33 @@ def _tile_seed(seed: int, name: str, row: int, column: int) -> int:
 
 
 @torch.no_grad()
-def init_weights(module: nn.Module, seed: int, tp_rank: int) -> None:
-    """Fill every parameter, the same numbers at every TP degree, and never more than a slice and a tile in memory.
+def initial_values(name: str, p: Parameter, seed: int, tp_rank: int) -> Tensor:
+    """The slice that a rank starts with, float32 on the cpu: the same numbers at every TP degree.
 
-    A parameter's values are drawn in tiles, each from its own generator seeded by (seed, name, tile). A rank draws only
-    the tiles that its slice touches. Drawing is always on the cpu, so the device does not matter either.
+    Values are drawn in tiles, each from its own generator seeded by (seed, name, tile). A rank draws only the tiles
+    that its slice touches.
     """
-    generator = torch.Generator()
-    for name, slice_ in parameters(module):
-        if slice_.init_constant is not None:
-            slice_.fill_(slice_.init_constant)
-            continue
-        spec = slice_.spec
-        assert len(spec.shape) == 2, name
-        first = [spec.start(tp_rank) if dim == spec.dim else 0 for dim in (0, 1)]
-        last = [first[dim] + spec.local_shape[dim] for dim in (0, 1)]
-        for row in range(first[0] // _TILE, math.ceil(last[0] / _TILE)):
-            for column in range(first[1] // _TILE, math.ceil(last[1] / _TILE)):
-                origin = (row * _TILE, column * _TILE)
-                extent = [min(_TILE, spec.shape[dim] - origin[dim]) for dim in (0, 1)]
-                tile = torch.randn(extent, generator=generator.manual_seed(_tile_seed(seed, name, row, column)))
-                low = [max(first[dim], origin[dim]) for dim in (0, 1)]
-                high = [min(last[dim], origin[dim] + extent[dim]) for dim in (0, 1)]
-                part = tile[low[0] - origin[0] : high[0] - origin[0], low[1] - origin[1] : high[1] - origin[1]]
-                target = slice_[low[0] - first[0] : high[0] - first[0], low[1] - first[1] : high[1] - first[1]]
-                target.copy_(part * slice_.init_std)
+    spec = p.spec
+    if p.init_constant is not None:
+        return torch.full(spec.local_shape, p.init_constant)
+    assert len(spec.shape) == 2, name
+    values, generator = torch.empty(spec.local_shape), torch.Generator()
+    first = [spec.start(tp_rank) if dim == spec.dim else 0 for dim in (0, 1)]
+    last = [first[dim] + spec.local_shape[dim] for dim in (0, 1)]
+    for row in range(first[0] // _TILE, math.ceil(last[0] / _TILE)):
+        for column in range(first[1] // _TILE, math.ceil(last[1] / _TILE)):
+            origin = (row * _TILE, column * _TILE)
+            extent = [min(_TILE, spec.shape[dim] - origin[dim]) for dim in (0, 1)]
+            tile = torch.randn(extent, generator=generator.manual_seed(_tile_seed(seed, name, row, column)))
+            low = [max(first[dim], origin[dim]) for dim in (0, 1)]
+            high = [min(last[dim], origin[dim] + extent[dim]) for dim in (0, 1)]
+            part = tile[low[0] - origin[0] : high[0] - origin[0], low[1] - origin[1] : high[1] - origin[1]]
+            target = values[low[0] - first[0] : high[0] - first[0], low[1] - first[1] : high[1] - first[1]]
+            torch.mul(part, p.init_std, out=target)
+    return values
 
 
 # -------------------------------------------------------------------------------------------------------------- layers
-
-
-class ColumnLinear(nn.Module):
-    """A linear whose output features are sharded: holds (F/tp, D) of the global (F, D). Run by `column_parallel`."""
-
-    def __init__(self, mesh: Mesh, d_in: int, d_out: int, *, std: float, bias: bool = False, replicas: int = 1) -> None:
-        super().__init__()
-        partial = replicas > 1
-        self.weight = parameter(mesh, ShardSpec((d_out, d_in), mesh.tp, 0, replicas, partial), std)
-        self.bias = parameter(mesh, ShardSpec((d_out,), mesh.tp, 0, replicas, partial), constant=0.0) if bias else None
-
-
-class RowLinear(nn.Module):
-    """A linear whose input features are sharded: holds (D, F/tp) of the global (D, F). Run by `row_parallel`."""
-
-    def __init__(self, mesh: Mesh, d_in: int, d_out: int, *, std: float, bias: bool = False) -> None:
-        super().__init__()
-        self.weight = parameter(mesh, ShardSpec((d_out, d_in), mesh.tp, 1), std)
-        self.bias = parameter(mesh, ShardSpec((d_out,), mesh.tp, 0, mesh.tp), constant=0.0) if bias else None
-
-
-def column_parallel(x: Tensor, mesh: Mesh, *linears: ColumnLinear) -> tuple[Tensor, ...]:
-    """(B, T, D), the same on every rank -> (B, T, F/tp) for each linear. One all-reduce, backward, for all of them."""
-    weights = [linear.weight.to(x.dtype) for linear in linears]
-    biases = [linear.bias.to(x.dtype) for linear in linears if linear.bias is not None]
-    assert len(biases) in (0, len(weights)), "linears that share an input have a bias all or none"
-    return column_parallel_linears(x, weights, biases or None, mesh.tp_group)
-
-
-def row_parallel(x: Tensor, mesh: Mesh, linear: RowLinear) -> Tensor:
-    """(B, T, F/tp), a slice on each rank -> (B, T, D), the same on every rank. One all-reduce, forward."""
-    partial = F.linear(x, linear.weight.to(x.dtype))  # (B, T, D), one summand of tp
-    y = all_reduce_forward(partial, mesh.tp_group)
-    return y if linear.bias is None else y + linear.bias.to(x.dtype)  # after the sum: once, not tp times
 
 
 class VocabEmbedding(nn.Module):
@@ -150,32 +139,70 @@ class VocabEmbedding(nn.Module):
         self.mesh = mesh
         self.weight = parameter(mesh, ShardSpec((vocab, d), mesh.tp, 0), std)
 
-    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, T) token ids -> (B, T, D), the same on every rank: one all-reduce of rows that one rank has."""
-        if self.mesh.tp == 1:
-            return F.embedding(tokens, self.weight).to(dtype)
-        local = tokens - self.weight.spec.start(self.mesh.tp_rank)  # (B, T), ids within this rank's rows
-        outside = (local < 0) | (local >= self.weight.shape[0])
-        x = F.embedding(local.masked_fill(outside, 0), self.weight)  # (B, T, D)
-        x = x.masked_fill(outside.unsqueeze(-1), 0.0).to(dtype)
-        return all_reduce_forward(x, self.mesh.tp_group)
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N,) token ids -> (N, D), the same on every rank, or with sequence parallelism this rank's (N/tp, D)."""
+        return _Embedding.apply(tokens, self.weight, self.mesh)  # type: ignore[return-value]
+
+
+class _Embedding(torch.autograd.Function):
+    """A rank looks up the rows it has, zero for the others; one all-reduce (or reduce-scatter) joins them."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Parameter, mesh: Mesh) -> Tensor:  # type: ignore[override]
+        local = tokens - weight.spec.start(mesh.tp_rank)  # (N,), ids within this rank's rows
+        outside = (local < 0) | (local >= len(weight)) if mesh.tp > 1 else None
+        if outside is not None:
+            local.masked_fill_(outside, 0)
+        ctx.save_for_backward(local, outside)
+        ctx.weight, ctx.mesh = weight, mesh
+        x = F.embedding(local, weight)  # (N, D)
+        if outside is not None:
+            x.masked_fill_(outside.unsqueeze(-1), 0.0)
+        return sum_partial(x, mesh.tp_group, mesh.sequence_parallel)  # (n, D)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        (local, outside), weight = ctx.saved_tensors, ctx.weight
+        grad, _ = whole(grad, ctx.mesh.tp_group, ctx.mesh.sequence_parallel)  # (N, D)
+        grad = grad.float()  # rows that come often are sums of many
+        if outside is not None:
+            grad = grad.masked_fill(outside.unsqueeze(-1), 0.0)
+        weight.main_grad.add_(torch.ops.aten.embedding_dense_backward(grad, local, len(weight), -1, False))
+        weight.arrived()
+        return None, None, None
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dim, the same on every rank of the tp axis.
+    """RMSNorm or LayerNorm over the last dim, with a weight that every rank of the tp axis holds.
 
-    `partial_grad` for a norm that each rank applies to its own heads only: the gradient is then a sum over tp.
+    `partial_grad` where a rank applies it to its own heads or tokens only: the gradient is then a sum over tp.
     """
 
     def __init__(self, mesh: Mesh, d: int, *, kind: str, eps: float, partial_grad: bool = False) -> None:
         super().__init__()
-        spec = ShardSpec((d,), mesh.tp, 0, mesh.tp, partial_grad)
+        spec = ShardSpec((d,), mesh.tp, 0, mesh.tp, partial_grad or mesh.sequence_parallel)
         self.eps = eps
         self.weight = parameter(mesh, spec, constant=1.0)
         self.bias = parameter(mesh, spec, constant=0.0) if kind == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)  # (D,)
         if self.bias is None:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
+            return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[return-value]
+        return F.layer_norm(x, self.weight.shape, use(self.weight), use(self.bias), self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Parameter, eps: float) -> Tensor:  # type: ignore[override]
+        y, scale = fused.rms_norm(x, weight.detach(), eps)
+        ctx.save_for_backward(x, scale)
+        ctx.weight = weight
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (x, scale), weight = ctx.saved_tensors, ctx.weight
+        grad_x, grad_weight = fused.rms_norm_backward(grad, x, weight.detach(), scale)
+        weight.main_grad.add_(grad_weight)
+        weight.arrived()
+        return grad_x, None, None

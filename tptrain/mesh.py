@@ -6,12 +6,14 @@ Ranks form a (dp, tp) grid with tp innermost, so that the ranks of one TP group 
                     [ 0, 1 ]  [ 2, 3 ]       dp groups: [0, 2] and [1, 3]
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +23,7 @@ from tptrain import preflight
 from tptrain.blackbox import BlackBox
 from tptrain.config import Config, UserError, check_topology
 from tptrain.config.schema import kv_heads
+from tptrain.shared_memory import SharedMemory, connect
 
 T = TypeVar("T")
 
@@ -29,10 +32,11 @@ T = TypeVar("T")
 class Group:
     """Ranks that reduce together, and the black box in which each of their collectives is noted."""
 
-    axis: str  # tp, dp, kv or control
+    axis: str  # tp, dp, kv, world or control
     ranks: tuple[int, ...]
     process_group: dist.ProcessGroup
     box: BlackBox
+    shared: SharedMemory | None = None  # of cpu ranks that share a machine: faster than the process group
 
     @contextmanager
     def noted(self, op: str, x: torch.Tensor | None = None) -> Iterator[None]:
@@ -58,7 +62,10 @@ class Mesh:
     dp_group: Group | None
     kv_group: Group | None  # tp neighbours that hold the same KV heads, when kv_heads < tp
     kv_replicas: int  # size of kv_group
+    world_group: Group | None  # all ranks, on the device
     control: Group | None  # all ranks, gloo on the cpu: plans, checksums, agreements
+    saving: Group | None  # the same for the thread that writes checkpoints, in a black box of its own
+    sequence_parallel: bool = False  # between the linears each tp rank has 1/tp of the tokens
     box: BlackBox = field(default_factory=BlackBox)  # what this rank is doing, for its supervisor
     store: Any = None  # of the rendezvous
     nodes: tuple[str, ...] = ()  # of each rank
@@ -81,12 +88,7 @@ class Mesh:
 
     def gather(self, value: Any) -> list[Any]:
         """The small object of every rank, in rank order, on every rank."""
-        if self.control is None:
-            return [value]
-        values: list[Any] = [None] * self.world
-        with self.control.noted("all_gather_object"):
-            dist.all_gather_object(values, value, group=self.control.process_group)
-        return values
+        return gather(self.control, value)
 
     def barrier(self) -> None:
         if self.control is not None:
@@ -123,6 +125,16 @@ class Mesh:
             dist.destroy_process_group()
 
 
+def gather(group: Group | None, value: Any) -> list[Any]:
+    """The small object of every rank of the group, in its order, on each."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * len(group.ranks)
+    with group.noted("all_gather_object"):
+        dist.all_gather_object(values, value, group=group.process_group)
+    return values
+
+
 def build_mesh(config: Config, box: BlackBox, claim: Callable[[], None] = lambda: None) -> Mesh:
     """Meet the other ranks, check that they fit together, and build the axes. Reads torchrun's variables.
 
@@ -155,7 +167,16 @@ def build_mesh(config: Config, box: BlackBox, claim: Callable[[], None] = lambda
         device_id=device if backend == "nccl" else None,
     )
     box.touch("build")
-    return make_mesh(config.parallel.tp, kv_heads(config.model), device, box, store, [r.node for r in reports])
+    return make_mesh(
+        config.parallel.tp,
+        kv_heads(config.model),
+        device,
+        box,
+        store,
+        [report.node for report in reports],
+        shared=config.parallel.backend == "auto" and device.type == "cpu",
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
 
 
 def make_mesh(
@@ -165,11 +186,16 @@ def make_mesh(
     box: BlackBox | None = None,
     store: Any = None,
     nodes: list[str] | None = None,
+    shared: bool = False,
+    sequence_parallel: bool = False,
 ) -> Mesh:
-    """The axes over the process group that is already there (or over none: a single rank)."""
+    """The axes over the process group that is already there (or over none: a single rank).
+
+    `shared`: ranks on one node (all of them, where no nodes are given) reduce through its memory where they can.
+    """
     box = box or BlackBox()
     if not dist.is_initialized():
-        return Mesh(0, 1, 1, device, None, None, None, 1, None, box)
+        return Mesh(0, 1, 1, device, None, None, None, 1, None, None, None, box=box)
     rank, world = dist.get_rank(), dist.get_world_size()
     assert world % tp == 0, (world, tp)
     kv_replicas = max(1, tp // kv_heads)
@@ -179,26 +205,44 @@ def make_mesh(
         for ranks in partition:  # every rank creates every group, in the same order
             made = dist.new_group(ranks, backend=backend) if len(ranks) > 1 or backend else None
             if rank in ranks and made is not None:
-                mine = Group(axis, tuple(ranks), cast(dist.ProcessGroup, made), box)
+                process_group = cast(dist.ProcessGroup, made)
+                note = BlackBox() if axis == "saving" else box
+                together = shared and backend is None and len({nodes[r] for r in ranks} if nodes else ()) <= 1
+                mine = Group(axis, tuple(ranks), process_group, note)
+                if together:
+                    mine = replace(mine, shared=connect(ranks.index(rank), partial(gather, mine)))
         return mine
 
     def runs(length: int) -> list[list[int]]:
         return [list(range(start, start + length)) for start in range(0, world, length)]
 
+    tp_group = group_of("tp", runs(tp))
+    dp_group = group_of("dp", [list(range(offset, world, tp)) for offset in range(tp)])
     return Mesh(
         rank=rank,
         world=world,
         tp=tp,
         device=device,
-        tp_group=group_of("tp", runs(tp)),
-        dp_group=group_of("dp", [list(range(offset, world, tp)) for offset in range(tp)]),
+        tp_group=tp_group,
+        dp_group=dp_group,
         kv_group=group_of("kv", runs(kv_replicas)),
         kv_replicas=kv_replicas,
+        world_group=group_of("world", runs(world)) if 1 < tp < world else tp_group or dp_group,
         control=group_of("control", runs(world), "gloo"),
+        saving=group_of("saving", runs(world), "gloo"),
+        sequence_parallel=sequence_parallel and tp > 1,
         box=box,
         store=store,
         nodes=tuple(nodes or []),
     )
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc reuse large blocks: it gives them back to the kernel, and fresh pages cost more than filling them."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def _pick_device(config: Config, local_rank: int, local_world: int) -> torch.device:
@@ -206,6 +250,7 @@ def _pick_device(config: Config, local_rank: int, local_world: int) -> torch.dev
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
+        _keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread for every core
             cores = len(os.sched_getaffinity(0)) // local_world
             torch.set_num_threads(max(1, int(os.environ.get("SLURM_CPUS_PER_TASK", cores))))

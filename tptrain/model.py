@@ -1,7 +1,8 @@
 """The decoder. Read it top to bottom; the all-reduces are in `column_parallel` (backward) and `row_parallel` (forward).
 
-Shapes: B batch, T sequence, D hidden, H heads, K KV heads, d head_dim, F FFN width, V padded vocabulary. `/tp` marks a
-dimension of which this rank has its part. Parameter names follow Hugging Face's Llama.
+Shapes: B batch, T sequence, N = B*T tokens, n the tokens a rank has between the linears: N, or N/tp with sequence
+parallelism. D hidden, H heads, K KV heads, d head_dim, F FFN width, V padded vocabulary. `/tp` marks a dimension of
+which this rank has its part. Parameter names follow Hugging Face's Llama.
 """
 
 import math
@@ -10,27 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tptrain import fused
+from tptrain.attention import attention
 from tptrain.config import ModelConfig
 from tptrain.config.schema import RopeScaling, head_dim, kv_heads, padded_vocab_size
-from tptrain.layers import (
-    ColumnLinear,
-    Norm,
-    Parameter,
-    RowLinear,
-    ShardSpec,
-    VocabEmbedding,
-    column_parallel,
-    parameter,
-    row_parallel,
-)
+from tptrain.layers import Norm, Parameter, ShardSpec, VocabEmbedding, parameter, use
+from tptrain.linear import ColumnLinear, RowLinear, column_parallel, row_parallel
 from tptrain.mesh import Mesh
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 
 
 class Attention(nn.Module):
@@ -45,26 +32,27 @@ class Attention(nn.Module):
         self.k_proj = ColumnLinear(mesh, hidden, kv, std=std, bias=bias, replicas=mesh.kv_replicas)
         self.v_proj = ColumnLinear(mesh, hidden, kv, std=std, bias=bias, replicas=mesh.kv_replicas)
         self.o_proj = RowLinear(mesh, heads, hidden, std=_residual_std(config), bias=bias)
+        self.heads = config.num_attention_heads // mesh.tp  # H/tp
+        self.kv_heads = max(1, kv_heads(config) // mesh.tp)  # K/tp
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             eps = config.rms_norm_eps
             self.q_norm = Norm(mesh, self.d, kind="rmsnorm", eps=eps, partial_grad=True)
             self.k_norm = Norm(mesh, self.d, kind="rmsnorm", eps=eps, partial_grad=True)
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        B, T, _ = x.shape  # (B, T, D)
-        q, k, v = column_parallel(
-            x, self.mesh, self.q_proj, self.k_proj, self.v_proj
-        )  # (B, T, H/tp*d), 2x(B, T, K/tp*d)
-        q, k, v = (y.view(B, T, -1, self.d) for y in (q, k, v))  # (B, T, H/tp, d), 2 x (B, T, K/tp, d)
+    def forward(self, x: Tensor, T: int, rotation: Tensor | None) -> Tensor:
+        """(n, D) -> (n, D)."""
+        qkv = column_parallel(x, self.mesh, self.q_proj, self.k_proj, self.v_proj)  # (N, (H + 2 K)/tp * d)
+        qkv = qkv.view(-1, T, self.heads + 2 * self.kv_heads, self.d)  # (B, T, (H + 2 K)/tp, d)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H/tp, T, d), 2 x (B, K/tp, T, d)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H/tp*d)
-        return row_parallel(y, self.mesh, self.o_proj)  # (B, T, D)
+            q, k = fused.rotate(q, rotation), fused.rotate(k, rotation)
+            if self.q_norm is None:
+                v = v.contiguous()  # as a part of qkv it would keep all three for the backward pass
+        y = attention(q, k, v)  # (B, T, H/tp, d)
+        return row_parallel(y.reshape(-1, self.heads * self.d), self.mesh, self.o_proj)
 
 
 class FFN(nn.Module):
@@ -72,24 +60,21 @@ class FFN(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
-        self.mesh, self.act = mesh, ACTIVATIONS[config.hidden_act]
-        hidden, width, std, bias = (
-            config.hidden_size,
-            config.intermediate_size,
-            config.initializer_range,
-            config.mlp_bias,
-        )
+        self.mesh, self.act = mesh, config.hidden_act
+        hidden, width, std = config.hidden_size, config.intermediate_size, config.initializer_range
+        bias = config.mlp_bias
         self.gate_proj = ColumnLinear(mesh, hidden, width, std=std, bias=bias) if config.gated_ffn else None
         self.up_proj = ColumnLinear(mesh, hidden, width, std=std, bias=bias)
         self.down_proj = RowLinear(mesh, width, hidden, std=_residual_std(config), bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, D) -> (n, D)."""
         if self.gate_proj is not None:
-            gate, up = column_parallel(x, self.mesh, self.gate_proj, self.up_proj)  # 2 x (B, T, F/tp)
-            h = self.act(gate) * up  # (B, T, F/tp)
+            gate_up = column_parallel(x, self.mesh, self.gate_proj, self.up_proj)  # (N, 2 F/tp)
+            h = fused.gated(gate_up, self.act)  # (N, F/tp)
         else:
-            h = self.act(*column_parallel(x, self.mesh, self.up_proj))  # (B, T, F/tp)
-        return row_parallel(h, self.mesh, self.down_proj)  # (B, T, D)
+            h = fused.activated(column_parallel(x, self.mesh, self.up_proj), self.act)  # (N, F/tp)
+        return row_parallel(h, self.mesh, self.down_proj)
 
 
 class Layer(nn.Module):
@@ -101,13 +86,14 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(mesh, config.hidden_size, **norm)
         self.mlp = FFN(config, mesh)
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation)  # (B, T, D)
-        return x + self.mlp(self.post_attention_layernorm(x))  # (B, T, D)
+    def forward(self, x: Tensor, T: int, rotation: Tensor | None) -> Tensor:
+        """(n, D) -> (n, D)."""
+        x = x + self.self_attn(self.input_layernorm(x), T, rotation)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, norm, output head. Parameters are float32; activations have the `dtype` given to forward."""
+    """Embedding, layers, norm; the output head is run by `loss.py`. Activations have the precision of the weights."""
 
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
@@ -116,26 +102,35 @@ class Decoder(nn.Module):
         self.embed_tokens = VocabEmbedding(mesh, vocab, config.hidden_size, std=std)
         self.embed_positions: Parameter | None = None
         if config.position_embedding == "learned":
-            spec = ShardSpec((config.max_position_embeddings, config.hidden_size), mesh.tp, 0, mesh.tp)
-            self.embed_positions = parameter(mesh, spec, std)
+            shape = (config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = parameter(mesh, ShardSpec(shape, mesh.tp, 0, mesh.tp, mesh.sequence_parallel), std)
         self.layers = nn.ModuleList(Layer(config, mesh) for _ in range(config.num_hidden_layers))
         self.norm = Norm(mesh, config.hidden_size, kind=config.norm, eps=config.rms_norm_eps)
         self.lm_head = ColumnLinear(mesh, config.hidden_size, vocab, std=std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+            self.lm_head.weight.uses = 2
         self._rotations: dict[int, Tensor] = {}
 
-    def forward(self, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(B, T) token ids -> (B, T, V/tp) logits, this rank's columns of the padded vocabulary."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) token ids -> (n, D), the head's input."""
         T = tokens.shape[1]
-        x = self.embed_tokens(tokens, dtype)  # (B, T, D)
+        x = self.embed_tokens(tokens.flatten())  # (n, D)
         if self.embed_positions is not None:
-            x = x + self.embed_positions[:T].to(dtype)
+            x = x + F.embedding(self._positions(tokens), use(self.embed_positions))
         rotation = self._rotation(T)
         for layer in self.layers:
-            x = layer(x, rotation)
-        (logits,) = column_parallel(self.norm(x), self.mesh, self.lm_head)
-        return logits
+            x = layer(x, T, rotation)
+        return self.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(n, D) -> (N, V/tp), this rank's columns of the padded vocabulary."""
+        return column_parallel(x, self.mesh, self.lm_head)
+
+    def _positions(self, tokens: Tensor) -> Tensor:
+        """The position in its sequence of each token that this rank has between the linears: (n,)."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))  # (N,)
+        return positions.chunk(self.mesh.tp)[self.mesh.tp_rank] if self.mesh.sequence_parallel else positions
 
     def _rotation(self, T: int) -> Tensor | None:
         if self.config.position_embedding != "rope":
@@ -154,7 +149,7 @@ def _residual_std(config: ModelConfig) -> float:
 
 
 def rotary_angles(config: ModelConfig, T: int) -> Tensor:
-    """(2, T, 1, d): cosines and sines of position x frequency (Su et al. 2021, arXiv:2104.09864), float32.
+    """(2, T, 1, d/2): cosines and sines of position x frequency (Su et al. 2021, arXiv:2104.09864), float32.
 
     Hugging Face's layout: dims i and i + d/2 turn together, so its weights are used unpermuted.
     """
@@ -162,7 +157,7 @@ def rotary_angles(config: ModelConfig, T: int) -> Tensor:
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, d, 2).float() / d)  # (d/2,)
     if config.rope_scaling.rope_type == "llama3":
         frequencies = _stretch(frequencies, config.rope_scaling)
-    angles = torch.outer(torch.arange(T).float(), frequencies).repeat(1, 2)  # (T, d)
+    angles = torch.outer(torch.arange(T).float(), frequencies)  # (T, d/2)
     return torch.stack([angles.cos(), angles.sin()]).unsqueeze(2)
 
 
@@ -172,10 +167,3 @@ def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0, 1)
     return frequencies * keep + frequencies / scaling.factor * (1 - keep)
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """(B, T, heads, d) turned by position, in x's precision."""
-    cos, sin = rotation.to(x.dtype)  # each (T, 1, d)
-    left, right = x.chunk(2, dim=-1)  # each (B, T, heads, d/2)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin

@@ -1,118 +1,161 @@
-"""Gradient buckets (reduction and norm), AdamW and the learning-rate schedule."""
+"""The optimizer step: gradients summed over dp, their norm, clipping, AdamW on float32 masters, and the new weights."""
 
 import math
-from collections.abc import Iterable
-from itertools import groupby
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from tptrain.collectives import all_reduce_
+from tptrain.buckets import Bucket, make_buckets
+from tptrain.collectives import NOTHING, Work, all_gather, all_reduce_, reduce_scatter
 from tptrain.config.schema import OptimConfig
-from tptrain.config.sizes import BUCKET_ELEMENTS, BUCKET_ROW
-from tptrain.layers import Parameter, ShardSpec, parameters
+from tptrain.layers import Parameter
 from tptrain.mesh import Mesh
 
-
-class Bucket:
-    """One flat float32 buffer of which the gradients of some parameters are views: reduced and scaled as one tensor."""
-
-    def __init__(self, members: list[Parameter]) -> None:
-        self.spec: ShardSpec = members[0].spec  # alike in `replicas` and `partial_grad` for all members
-        rows = math.ceil(sum(p.numel() for p in members) / BUCKET_ROW)
-        self.flat = torch.zeros(rows * BUCKET_ROW + 1, device=members[0].device)  # the last one: see Gradients.reduce
-        offset = 0
-        for p in members:
-            p.grad = self.flat[offset : offset + p.numel()].view_as(p)  # autograd accumulates into it in place
-            offset += p.numel()
-
-    def square_sum(self) -> Tensor:
-        """Sum of squares, a scalar. By rows: one float32 sum over 16 M elements is 0.5 % short on a cpu."""
-        return torch.linalg.vector_norm(self.flat[:-1].view(-1, BUCKET_ROW), dim=1).square().sum()
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Gradients:
-    """All gradients of a model on this rank. The loss is divided by the global token count, so sums are averages."""
+class Optimizer:
+    """A model's weights, gradients and moments on this rank. Making one gives the model its memory.
 
-    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
-        self.mesh = mesh
-        kinds = sorted((p for _, p in parameters(model)), key=lambda p: (p.spec.replicas, p.spec.partial_grad))
-        self.buckets = [
-            Bucket(members)
-            for _, alike in groupby(kinds, key=lambda p: (p.spec.replicas, p.spec.partial_grad))
-            for members in _split(alike)
-        ]
+    The loss is divided by the global token count, so sums of gradients are averages.
+    """
 
-    def zero(self) -> None:
+    def __init__(self, model: nn.Module, config: OptimConfig, mesh: Mesh, dtype: torch.dtype, zero: bool) -> None:
+        self.config, self.mesh = config, mesh
+        self.zero = zero and mesh.dp > 1
+        part, parts = (mesh.dp_rank, mesh.dp) if self.zero else (0, 1)
+        self.buckets = make_buckets(model, dtype, mesh.dp, part, parts)
+        self.adamw = _adamw(self.buckets, config)
+        self.reducing: list[Work] = []
+        self.waiting: dict[int, int] = {}  # bucket -> gradients still to come in the last backward pass of a step
+        for index, bucket in enumerate(self.buckets):
+            for _, p in bucket.members:
+                p.arrived = lambda index=index: self._arrived(index)
+
+    @torch.no_grad()
+    def initialise(self, values: Callable[[str, Parameter], Tensor]) -> None:
+        """Set every weight: `values` gives a parameter's slice, float32 on the cpu."""
         for bucket in self.buckets:
-            bucket.flat.zero_()
+            parts = {piece.name: piece for piece in bucket.pieces}
+            for name, p in bucket.members:
+                value = values(name, p)
+                p.copy_(value)
+                if (piece := parts.get(name)) is not None:
+                    length = piece.place.stop - piece.place.start
+                    bucket.master[piece.place] = value.flatten()[piece.start : piece.start + length].to(p.device)
 
-    def reduce(self, flag: bool = False) -> None:
-        """Sum over the ranks that each computed a part: the dp axis, and the replicas of a `partial_grad`.
+    # ----------------------------------------------------------------------------------------------------- gradients
 
-        The flag rides along in an element of its own, here over dp and in `norm` over tp: so all ranks learn whether
-        one of them raised it, and no collective is added.
-        """
-        self.buckets[0].flat[-1] = float(flag)
+    def zero_grad(self) -> None:
         for bucket in self.buckets:
-            if bucket.spec.partial_grad:
-                whole_axis = bucket.spec.replicas == self.mesh.tp
-                all_reduce_(bucket.flat, self.mesh.tp_group if whole_axis else self.mesh.kv_group)
-        pending = [all_reduce_(bucket.flat, self.mesh.dp_group, async_op=True) for bucket in self.buckets]
-        for work in pending:
-            if work is not None:
-                work.wait()
+            bucket.grads.zero_()
 
-    def norm(self) -> Tensor:
+    def expect_last(self) -> None:
+        """The next backward pass is the step's last: each bucket is reduced as soon as it is complete."""
+        if self.mesh.dp_group is not None:
+            self.waiting = {i: sum(p.uses for _, p in b.members) for i, b in enumerate(self.buckets)}
+
+    def _arrived(self, index: int) -> None:
+        if index in self.waiting:
+            self.waiting[index] -= 1
+            if self.waiting[index] == 0:  # at the same place in the backward pass on every rank
+                del self.waiting[index]
+                self._begin(self.buckets[index])
+
+    def _begin(self, bucket: Bucket) -> None:
+        """Start to sum a bucket over the ranks that each computed a part: replicas of a partial gradient, and dp."""
+        if bucket.partial_grad:
+            whole_axis = bucket.replicas == self.mesh.tp
+            all_reduce_(bucket.grads, self.mesh.tp_group if whole_axis else self.mesh.kv_group)
+        if self.zero:
+            mine = bucket.grads[bucket.own]
+            self.reducing.append(reduce_scatter(bucket.grads, self.mesh.dp_group, True, out=mine)[1])
+        else:
+            self.reducing.append(all_reduce_(bucket.grads, self.mesh.dp_group, async_op=True))
+
+    def reduce(self) -> None:
+        """Sum what `expect_last` has not summed yet, and wait for all of it."""
+        assert not self.waiting, "a gradient did not arrive"
+        if not self.reducing:
+            for bucket in reversed(self.buckets):
+                self._begin(bucket)
+        for work in self.reducing:
+            work.wait()
+        self.reducing = []
+
+    def norm(self, flag: bool = False) -> Tensor:
         """The 2-norm of the global gradient and the number of flags raised: (2,), the same on every rank.
 
-        The sum over tp meets each element `replicas` times: once for a plain shard, tp times for a replicated tensor.
+        Each dp rank sums the squares of a part. The flag is a rank's wish to stop, which so costs no collective.
         """
-        total = torch.stack([bucket.square_sum() / bucket.spec.replicas for bucket in self.buckets]).sum()
-        both = torch.stack([total, self.buckets[0].flat[-1]])
-        all_reduce_(both, self.mesh.tp_group)
-        return torch.stack([both[0].sqrt(), both[1]])
+        total = torch.zeros(2, device=self.mesh.device)
+        for bucket in self.buckets:
+            share = len(bucket.grads) // self.mesh.dp
+            total[0] += bucket.square_sums(slice(self.mesh.dp_rank * share, (self.mesh.dp_rank + 1) * share))
+        total[1] = float(flag)
+        all_reduce_(total, self.mesh.world_group)
+        total[0].sqrt_()
+        return total
 
-    def clip(self, norm: Tensor, largest: float) -> None:
-        """Scale all gradients so that the global norm is at most `largest`; 0 leaves them."""
-        if largest > 0:
-            scale = (largest / (norm + 1e-6)).clamp(max=1.0)  # stays on the device: no wait for the gpu
+    def clip(self, norm: Tensor) -> None:
+        """Scale the gradients so that the global norm is at most `optim.grad_clip`; 0 leaves them."""
+        if self.config.grad_clip > 0:
+            scale = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)  # stays on the device: no wait for the gpu
             for bucket in self.buckets:
-                bucket.flat.mul_(scale)
+                bucket.grads[bucket.own].mul_(scale)
+
+    # ------------------------------------------------------------------------------------------------------- weights
+
+    def step(self, lr: float, skip: Tensor | None = None) -> None:
+        """Update the masters and publish them. Where `skip` is 1 the masters stay as they are."""
+        if skip is not None:
+            self.adamw.found_inf = skip  # type: ignore[attr-defined]
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        for bucket in self.buckets:
+            bucket.master.grad = bucket.grads[bucket.own]
+        self.adamw.step()
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Masters to weights: rounded to the compute precision, and gathered over dp."""
+        gathering = [NOTHING]
+        for bucket in self.buckets:
+            mine = bucket.weights[bucket.own]
+            if mine.dtype != torch.float32:
+                mine.copy_(bucket.master)
+            if self.zero:
+                gathering.append(all_gather(mine, self.mesh.dp_group, True, out=bucket.weights)[1])  # type: ignore[arg-type]
+        for work in gathering:
+            work.wait()
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights so far: fewer than steps where some were skipped."""
+        return int(self.adamw.state[self.buckets[0].master]["step"].item())
+
+    @updates.setter
+    def updates(self, value: int) -> None:
+        for bucket in self.buckets:
+            self.adamw.state[bucket.master]["step"].fill_(value)
 
 
-def _split(members: Iterable[Parameter]) -> list[list[Parameter]]:
-    """Cut a run of parameters into buckets of about BUCKET_ELEMENTS."""
-    buckets: list[list[Parameter]] = []
-    filled = 0
-    for p in members:
-        if not buckets or filled + p.numel() > BUCKET_ELEMENTS:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(p)
-        filled += p.numel()
-    return buckets
+def _adamw(buckets: list[Bucket], config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over whole buckets.
 
-
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over local slices; matrices decay, vectors do not.
-
-    Its moments exist from the start, as float32 like the parameters, so that a checkpoint always has the same entries.
+    Its moments exist from the start, as float32 like the masters, so that a checkpoint always has the same entries.
     """
-    matrices = [p for _, p in parameters(model) if len(p.spec.shape) > 1]
-    vectors = [p for _, p in parameters(model) if len(p.spec.shape) == 1]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [b.master for b in buckets if b.decay], "weight_decay": config.weight_decay},
+        {"params": [b.master for b in buckets if not b.decay], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    for _, p in parameters(model):
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
-        }
-    return optimizer
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    for bucket in buckets:
+        zeros = {moment: torch.zeros_like(bucket.master, requires_grad=False) for moment in MOMENTS}
+        adamw.state[bucket.master] = {"step": torch.zeros((), device=bucket.master.device)} | zeros
+    return adamw
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -25,8 +25,9 @@ SECONDS = {"s": 1.0, "ms": 1e-3}
 # Bytes a second that a rank sends: an H100's NVLink (900 GB/s, half of it each way), a 400 Gb/s adapter for each GPU.
 INSIDE_NODE, ACROSS_NODES = 450e9, 50e9
 ASSUMED = (
-    "Memory: on a GPU at the loss of a micro-batch, about the peak of a step: float32 weights, gradients and moments,\n"
-    "and what autograd keeps. NCCL, the CUDA context and the waste of the allocator come on top.\n"
+    "Memory: on a GPU at the loss of a micro-batch, about the peak of a step: weights, float32 gradients, moments and\n"
+    "masters (of these 1/dp with parallel.zero=1), and what is kept for the backward pass. NCCL, the CUDA context and\n"
+    "the waste of the allocator come on top.\n"
     "Times: ring all-reduces over tp, 2 (tp - 1) / tp x bytes / bandwidth, without latency, none of it hidden behind\n"
     f"the backward pass. Assumed: {INSIDE_NODE / 1e9:.0f} GB/s a rank in a node (NVLink), "
     f"{ACROSS_NODES / 1e9:.0f} GB/s a rank across nodes (a 400 Gb/s adapter each)."
@@ -86,9 +87,9 @@ class Step:
     dp: int
     micro_batches: int
     flops: float
-    calls: int  # all-reduces over the tp axis or a part of it
-    tp_bytes: int  # in those
-    dp_bytes: int  # in the gradients' all-reduces over dp
+    calls: int  # collectives over the tp axis or a part of it
+    tp_bytes: float  # in those, a gather or scatter counted half
+    dp_bytes: float  # over dp, in the same measure
     in_node: float  # seconds of the tp all-reduces where a TP group lies within a node
     across_nodes: float  # and where it does not
 
@@ -99,14 +100,14 @@ def _step(config: Config, tp: int) -> Step:
     check_topology(replace(config, parallel=replace(config.parallel, tp=tp)), ranks)
     dp = ranks // tp
     sent = collectives(config, tp, dp)
-    tp_bytes = sum(c.calls * c.bytes for c in sent if c.group != "dp")
+    tp_bytes = sum(c.reduced for c in sent if c.group != "dp")
     return Step(
         dp=dp,
         micro_batches=train.global_batch_size // dp // train.micro_batch_size,
         flops=_step_flops(config) / ranks,
         calls=sum(c.calls for c in sent if c.group != "dp"),
         tp_bytes=tp_bytes,
-        dp_bytes=sum(c.calls * c.bytes for c in sent if c.group == "dp"),
+        dp_bytes=sum(c.reduced for c in sent if c.group == "dp"),
         in_node=ring_seconds(tp_bytes, tp, INSIDE_NODE),
         across_nodes=ring_seconds(tp_bytes, tp, ACROSS_NODES),
     )
@@ -147,7 +148,8 @@ def _heading(config: Config) -> str:
 
 
 def _memory_table(config: Config, legal: Sequence[int]) -> str:
-    parts = {tp: rank_memory(config, tp) for tp in legal}
+    ranks = _ranks(config)
+    parts = {tp: rank_memory(config, tp, max(1, ranks // tp) if ranks else 1) for tp in legal}
     totals = {tp: sum(sizes.values()) for tp, sizes in parts.items()}
     unit, scale = _unit(totals.values(), BINARY)
     rows = [[str(tp), *(f"{n / scale:,.2f}" for n in (*parts[tp].values(), totals[tp]))] for tp in legal]

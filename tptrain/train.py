@@ -16,12 +16,13 @@ from tptrain.collectives import all_reduce_
 from tptrain.config import Config, UserError
 from tptrain.config.sizes import flops_per_token
 from tptrain.data import TokenData, prepare
-from tptrain.layers import init_weights, parameters
-from tptrain.loss import vocab_parallel_cross_entropy
+from tptrain.fused import compile_all
+from tptrain.layers import initial_values, parameters
+from tptrain.loss import cross_entropy, cross_entropy_backward
 from tptrain.mesh import Mesh
 from tptrain.metrics import Recorder, Row, memory_gb, peak_flops
 from tptrain.model import Decoder
-from tptrain.optim import Gradients, build_optimizer, learning_rate
+from tptrain.optim import Optimizer, learning_rate
 from tptrain.stop import Agreement, Stop
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -39,22 +40,21 @@ class Trainer:
     mesh: Mesh
     data: TokenData
     model: Decoder
-    gradients: Gradients
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
 
     def to_device(self, tokens: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """(b, T + 1) ids -> inputs and targets, each (b, T), on the device."""
+        """(b, T + 1) ids -> inputs (b, T) and targets (b*T,), on the device."""
         ids = torch.from_numpy(tokens).to(self.mesh.device, non_blocking=True)
-        return ids[:, :-1], ids[:, 1:]
+        return ids[:, :-1], ids[:, 1:].flatten()
 
-    def loss_sum(self, tokens: NDArray[np.int64], first: int | None = None) -> Tensor:
-        """Cross entropy in nats, summed over the tokens of a micro-batch (of its first sequences): a scalar."""
+    def forward_backward(self, tokens: NDArray[np.int64], scale: float) -> Tensor:
+        """Add the gradients of a micro-batch's summed cross entropy times `scale`; returns that, a scalar."""
         inputs, targets = self.to_device(tokens)
-        logits = self.model(inputs, DTYPES[self.config.train.precision])  # (b, T, V/tp)
-        losses = vocab_parallel_cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), self.config.model.vocab_size, self.mesh
-        )
-        return losses.view(len(tokens), -1)[:first].sum()
+        x = self.model(inputs)  # (n, D)
+        head, vocab = self.model.lm_head.weight, self.config.model.vocab_size
+        loss, grad = cross_entropy_backward(x.detach(), head, targets, vocab, self.mesh, scale)
+        x.backward(grad)
+        return loss
 
     def step(self, step: int, wants_stop: Callable[[], bool] = lambda: False) -> tuple[Tensor, Tensor]:
         """Do optimizer step number `step`, the first being 1.
@@ -62,25 +62,24 @@ class Trainer:
         Returns this dp rank's summand of the mean loss in nats, a scalar, and (2,): the gradient norm before clipping,
         and how many ranks want to stop.
         """
-        train, optim, mesh = self.config.train, self.config.optim, self.mesh
+        train, mesh, optimizer = self.config.train, self.mesh, self.optimizer
         share = train.global_batch_size // mesh.dp
         first = (step - 1) * train.global_batch_size + mesh.dp_rank * share  # a global sample index
         tokens_in_step = train.global_batch_size * train.seq_len
         total = torch.zeros((), device=mesh.device)
-        self.gradients.zero()
+        optimizer.zero_grad()
         for start in range(first, first + share, train.micro_batch_size):
-            loss = self.loss_sum(self.data.samples(start, train.micro_batch_size)) / tokens_in_step
-            loss.backward()
-            total += loss.detach()
+            if start + train.micro_batch_size >= first + share:
+                optimizer.expect_last()
+            tokens = self.data.samples(start, train.micro_batch_size)
+            total += self.forward_backward(tokens, 1 / tokens_in_step)
             mesh.box.touch()
-        self.gradients.reduce(wants_stop())
-        norm = self.gradients.norm()
-        self.gradients.clip(norm[0], optim.grad_clip)
-        if train.on_nan == "skip":  # on the device, no wait for it: the update is left out where this is 1
-            self.optimizer.found_inf = (~norm[0].isfinite()).float()  # type: ignore[attr-defined]
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step, train.steps)
-        self.optimizer.step()
+        optimizer.reduce()
+        norm = optimizer.norm(wants_stop())
+        optimizer.clip(norm[0])
+        # On the device, no wait for it: the update is left out where this is 1.
+        skip = (~norm[0].isfinite()).float() if train.on_nan == "skip" else None
+        optimizer.step(learning_rate(self.config.optim, step, train.steps), skip)
         return total, norm
 
     @torch.no_grad()
@@ -93,7 +92,10 @@ class Trainer:
         for start in range(0, len(mine), train.micro_batch_size):  # as many and as large on every rank
             indices = mine[start : start + train.micro_batch_size]
             tokens = np.stack([held_out.sequence(min(index, count - 1)) for index in indices])
-            total += self.loss_sum(tokens, sum(index < count for index in indices))
+            inputs, targets = self.to_device(tokens)
+            head = self.model.lm_head.weight
+            losses = cross_entropy(self.model(inputs), head, targets, self.config.model.vocab_size, self.mesh)
+            total += losses.view(len(tokens), -1)[: sum(index < count for index in indices)].sum()
             self.mesh.box.touch()
         all_reduce_(total, self.mesh.dp_group)
         return total.item() / (count * train.seq_len)
@@ -104,9 +106,13 @@ def build(config: Config, mesh: Mesh) -> Trainer:
     folder = mesh.main_first(lambda: prepare(config.data, _printer(mesh), mesh.box.touch))
     data = TokenData(folder, config.train.seq_len, config.train.seed)
     torch.manual_seed(config.train.seed)
+    compile_all(
+        config.train.compile == "elementwise" or (config.train.compile == "auto" and mesh.device.type == "cuda")
+    )
     model = Decoder(config.model, mesh)
-    init_weights(model, config.train.seed, mesh.tp_rank)
-    return Trainer(config, mesh, data, model, Gradients(model, mesh), build_optimizer(model, config.optim))
+    optimizer = Optimizer(model, config.optim, mesh, DTYPES[config.train.precision], config.parallel.zero == 1)
+    optimizer.initialise(lambda name, p: initial_values(name, p, config.train.seed, mesh.tp_rank))
+    return Trainer(config, mesh, data, model, optimizer)
 
 
 def train(config: Config, mesh: Mesh, stop: Stop | None = None) -> Agreement | None:
@@ -119,7 +125,7 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None) -> Agreement | N
     say = _printer(mesh)
     say(_introduction(trainer))
     folder = Path(config.run.dir or ".") / "checkpoints"
-    found = checkpoint.load_newest(folder, trainer.model, trainer.optimizer, mesh, say)
+    found = checkpoint.load_newest(folder, trainer.optimizer, mesh, say)
     start = mesh.box.state.step = found.step if found else 0
     if found and found.data != trainer.data.digest:
         raise UserError(
@@ -132,9 +138,10 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None) -> Agreement | N
         say(f"already finished: step {start}, whose checkpoint is whole. A larger train.steps goes on from there")
         return None
     recorder = Recorder(config, start) if mesh.is_main else None
+    saver = checkpoint.Saver(folder, trainer.optimizer, config, trainer.data.digest, mesh)
     mesh.box.touch("first_step")
     try:
-        agreed = _loop(trainer, start, folder, stop or Stop(mesh), recorder)
+        agreed = _loop(trainer, start, saver, stop or Stop(mesh), recorder)
     finally:
         if recorder is not None:
             recorder.close()
@@ -148,7 +155,9 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None) -> Agreement | N
     return agreed
 
 
-def _loop(trainer: Trainer, start: int, folder: Path, stop: Stop, recorder: Recorder | None) -> Agreement | None:
+def _loop(
+    trainer: Trainer, start: int, saver: checkpoint.Saver, stop: Stop, recorder: Recorder | None
+) -> Agreement | None:
     """Run steps start + 1 and on, to the last or to the one after which all agreed to stop."""
     config, mesh = trainer.config, trainer.mesh
     steps, since, began = config.train.steps, start, time.perf_counter()
@@ -179,9 +188,13 @@ def _loop(trainer: Trainer, start: int, folder: Path, stop: Stop, recorder: Reco
             stop.recent.append(time.perf_counter() - started)
         if save_due:
             before = time.perf_counter()
-            _save(trainer, step, folder, recorder)
-            stop.save_s = time.perf_counter() - before
-            began += stop.save_s  # tokens_per_second is that of the training steps
+            mesh.box.touch("checkpoint")
+            if recorder is not None:
+                recorder.sync()  # a checkpoint must not outlive the rows up to it
+            saver.save(step)
+            if step == steps or agreed is not None:
+                saver.finish()
+            began += time.perf_counter() - before  # tokens_per_second is that of the training steps
         mesh.box.state.step = step
         mesh.box.touch("step")
         if recorder is not None:
@@ -189,15 +202,6 @@ def _loop(trainer: Trainer, start: int, folder: Path, stop: Stop, recorder: Reco
         if agreed is not None:
             return agreed
     return None
-
-
-def _save(trainer: Trainer, step: int, folder: Path, recorder: Recorder | None) -> None:
-    config, mesh = trainer.config, trainer.mesh
-    mesh.box.touch("checkpoint")
-    if recorder is not None:
-        recorder.sync()  # a checkpoint must not outlive the rows up to it
-    samples = step * config.train.global_batch_size
-    checkpoint.save(folder, step, samples, trainer.data.digest, trainer.model, trainer.optimizer, config, mesh)
 
 
 def _check_finite(config: Config, step: int, loss: float, norm: float) -> None:
@@ -216,7 +220,7 @@ def _row(trainer: Trainer, step: int, loss: float, norm: float, seconds: float) 
     row: Row = {
         "step": step,
         "loss": loss,
-        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "lr": trainer.optimizer.adamw.param_groups[0]["lr"],
         "grad_norm": norm,
         "tokens": step * tokens_in_step,
         "tokens_per_second": tokens_in_step / seconds,

@@ -69,7 +69,9 @@ class ModelConfig:
 @dataclass
 class ParallelConfig:
     tp: int = size(1)
-    backend: str = choice("auto", "auto", "nccl", "gloo")  # auto: nccl on cuda, gloo on cpu
+    sequence_parallel: bool = False  # between the linears each TP rank holds 1/tp of the tokens, not all of them
+    zero: int = number(1, least=0, most=1)  # 1: a dp rank holds 1/dp of the optimizer's state (ZeRO-1); 0: all of it
+    backend: str = choice("auto", "auto", "nccl", "gloo")  # auto: nccl on cuda; on cpu memory within a node, else gloo
     tp_across_nodes: bool = False  # whether a TP group may span nodes, its all-reduces crossing the network
 
 
@@ -109,6 +111,7 @@ class TrainConfig:
     precision: str = choice("fp32", "fp32", "bf16")
     seed: int = number(0, least=0, most=2**63 - 1)
     device: str = choice("auto", "auto", "cpu", "cuda")
+    compile: str = choice("auto", "auto", "elementwise", "none")  # norms, rotary, activations; auto: on cuda
     on_nan: str = choice("stop", "stop", "skip")  # a loss that is no number: end the run, or leave that update out
     eval_every: int = number(100, least=0)  # steps between validations; 0: only after the last step
     eval_sequences: int = size(64)  # held-out sequences a validation reads

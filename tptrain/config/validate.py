@@ -185,6 +185,12 @@ def _check_train(config: Config) -> None:
             f"train.seq_len={train.seq_len}: longer than model.max_position_embeddings="
             f"{model.max_position_embeddings}. Shorten it or raise the model's limit."
         )
+    tokens, tp = train.micro_batch_size * train.seq_len, config.parallel.tp
+    if config.parallel.sequence_parallel and tokens % tp:
+        raise UserError(
+            f"parallel.sequence_parallel: parallel.tp={tp} does not divide the {tokens} tokens of a micro-batch "
+            f"(train.micro_batch_size={train.micro_batch_size} x train.seq_len={train.seq_len}). Change one of them."
+        )
     if config.parallel.backend == "nccl" and train.device == "cpu":
         raise UserError("parallel.backend=nccl: needs train.device=cuda. Use parallel.backend=gloo on the cpu.")
 

@@ -1,0 +1,147 @@
+"""The element-wise parts of a model, forward and backward: each is one pass over memory where it is compiled, a few
+where it is not, with the same results. What is kept for the backward pass is the input alone.
+
+Shapes: N tokens, D hidden, F FFN width of a rank, d head_dim; c tokens of a chunk, v columns of the vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+_APPROXIMATE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # model.hidden_act -> F.gelu's
+
+
+class _Fusible:
+    """A function that is compiled on its first call, if `compile_all` has been called by then."""
+
+    enabled = False
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not _Fusible.enabled:
+            return self.function(*arguments)
+        if self.compiled is None:
+            self.compiled = torch.compile(self.function, dynamic=False, fullgraph=True)
+        return self.compiled(*arguments)
+
+
+def compile_all(enabled: bool) -> None:
+    """Whether this process compiles what is below. Compiling takes seconds once; torch caches it on disk."""
+    _Fusible.enabled = enabled
+
+
+# -------------------------------------------------------------------------------------------------------------- RMSNorm
+
+
+@_Fusible
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang & Sennrich 2019, arXiv:1910.07467): that, in x's
+    precision, and the reciprocal of the root, float32, for the backward pass.
+    """
+    wide = x.float()
+    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (wide * scale * weight.float()).to(x.dtype), scale
+
+
+@_Fusible
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to x, in its precision, and to the weight, float32."""
+    unit, wide = x.float() * scale, grad.float()
+    weighted = wide * weight.float()
+    grad_x = (weighted - unit * (weighted * unit).mean(-1, keepdim=True)) * scale
+    return grad_x.to(x.dtype), (wide * unit).flatten(0, -2).sum(0)
+
+
+# ---------------------------------------------------------------------------------------------------------- activations
+
+
+def activated(x: Tensor, act: str) -> Tensor:
+    return F.silu(x) if act == "silu" else F.gelu(x, approximate=_APPROXIMATE[act])
+
+
+@_Fusible
+def _gated(x: Tensor, act: str) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return activated(gate, act) * up
+
+
+@_Fusible
+def _gated_backward(grad: Tensor, x: Tensor, act: str) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    if act == "silu":
+        grad_gate = aten.silu_backward(grad * up, gate)
+    else:
+        grad_gate = aten.gelu_backward(grad * up, gate, approximate=_APPROXIMATE[act])
+    return torch.cat((grad_gate, grad * activated(gate, act)), dim=-1)
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, act: str) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.act = act
+        return _gated(x, act)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _gated_backward(grad, ctx.saved_tensors[0], ctx.act), None
+
+
+def gated(x: Tensor, act: str) -> Tensor:
+    """gate and up side by side, (N, 2 F) -> act(gate) * up, (N, F)."""
+    return _Gated.apply(x, act)  # type: ignore[return-value]
+
+
+# --------------------------------------------------------------------------------------------------------------- rotary
+
+
+@_Fusible
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x.chunk(2, dim=-1)  # each (B, T, heads, d/2)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(rotation)
+        return _rotate(x, rotation[0], rotation[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors[0]
+        return _rotate(grad, cos, -sin), None  # back by the same angle
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """(B, T, heads, d) turned by position; rotation (2, T, 1, d/2), cosines and sines, float32."""
+    return _Rotate.apply(x, rotation)  # type: ignore[return-value]
+
+
+# ----------------------------------------------------------------------------------------------------------------- loss
+
+
+@_Fusible
+def statistics(logits: Tensor, local: Tensor) -> Tensor:
+    """log sum exp of each row of (c, v), and its element at column `local`, zero where that is outside: (1, 2, c)."""
+    columns = logits.shape[1]
+    if columns == 0:
+        return torch.tensor([-torch.inf, 0.0], device=logits.device).view(1, 2, 1).repeat(1, 1, len(logits))
+    inside = (local >= 0) & (local < columns)
+    at_target = logits.gather(1, local.clamp(0, columns - 1).unsqueeze(1)).squeeze(1).float()
+    return torch.stack([logits.float().logsumexp(-1), torch.where(inside, at_target, 0.0)]).unsqueeze(0)
+
+
+@_Fusible
+def logit_gradient(logits: Tensor, lse: Tensor, local: Tensor, scale: float) -> Tensor:
+    """scale * (exp(logits - lse) - 1 at column `local`): (c, v), in the logits' precision."""
+    probabilities = (logits.float() - lse.unsqueeze(1)).exp()  # (c, v)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    return (torch.where(columns == local.unsqueeze(1), probabilities - 1.0, probabilities) * scale).to(logits.dtype)
