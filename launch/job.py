@@ -54,6 +54,9 @@ def _keep_nccl_record(reports: Path, attempt: str) -> None:
 
 
 def shell_lines(config: Config) -> list[str]:
-    """The shell lines to run before the trainer: exported variables, then the user's own set-up."""
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in config.cluster.env.items()]
-    return exports + list(config.cluster.setup)
+    """The shell lines to run before the trainer: defaults, exported variables, then the user's own set-up."""
+    compiled = Path(config.data.cache_dir).absolute() / "compiled"  # a restart, on whatever node, finds it again
+    defaults = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+    lines = [f"export {name}=${{{name}:-{shlex.quote(value)}}}" for name, value in defaults.items()]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in config.cluster.env.items()]
+    return lines + list(config.cluster.setup)

@@ -28,7 +28,7 @@ class Topology:
     sequence_parallel: bool = False
     zero: bool = False
     shared: bool = False  # reduce through shared memory
-    compiled: bool = False
+    recompute: str = "none"
 
 
 def distances(
@@ -42,7 +42,7 @@ def distances(
     case = ref.CASES[name]
     grid = mesh(where.tp, kv_heads(case.ours), device, where.shared, where.sequence_parallel)
     with MUTATIONS[mutation]() if mutation else nullcontext():
-        model = Decoder(case.ours, grid)
+        model = Decoder(case.ours, grid, where.recompute)
         settings = OptimConfig(
             beta1=ref.BETAS[0], beta2=ref.BETAS[1], eps=ref.EPS, weight_decay=ref.DECAY, grad_clip=ref.CLIP
         )
@@ -154,9 +154,9 @@ def _forget_partial_gradients() -> AbstractContextManager:
 
 
 def _bias_on_every_rank() -> AbstractContextManager:
-    def row_parallel(x: Tensor, grid: layers.Mesh, row: linear.RowLinear) -> Tensor:
+    def row_parallel(x: Tensor, grid: layers.Mesh, row: linear.RowLinear, again: linear.Again = None) -> Tensor:
         bias = 0 if row.bias is None else use(row.bias)
-        y: Any = linear._RowParallel.apply(x, grid, row.weight)
+        y: Any = linear._RowParallel.apply(x, again, grid, row.weight)
         return y + bias * grid.tp
 
     from tptrain import model

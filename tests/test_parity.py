@@ -14,7 +14,8 @@ TOPOLOGIES = {
     "tp4": Topology(4, shared=True),
     "tp1 x dp4, zero": Topology(1, zero=True),
     "tp2 x dp2, zero, sequence parallel": Topology(2, sequence_parallel=True, zero=True, shared=True),
-    "tp4, sequence parallel": Topology(4, sequence_parallel=True),
+    "tp4, sequence parallel": Topology(4, sequence_parallel=True, recompute="selective"),
+    "tp2 x dp2, everything recomputed": Topology(2, recompute="full"),
     "tp4, sequence parallel, shared": Topology(4, sequence_parallel=True, shared=True),
 }
 # This case has replicated KV heads and biases at tp=4, so that every mutation has something to break.

@@ -191,12 +191,20 @@ def _fused_kernels(stack: ExitStack) -> None:
     """As compiled ones, they make nothing but their results."""
     for name, made in {
         "rms_norm": lambda x, weight, eps: (torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)),
-        "_gated": lambda x, act: x.new_empty(len(x), x.shape[1] // 2),
+        "add_rms_norm": lambda x, y, weight, eps: (
+            torch.empty_like(x),
+            torch.empty_like(x),
+            x.new_empty(*x.shape[:-1], 1, dtype=torch.float32),
+        ),
+        "_rotate_qkv": lambda qkv, cos, sin, heads: tuple(
+            qkv.new_empty(*qkv.shape[:2], count, qkv.shape[3]) for count in heads
+        ),
+        "gate_product": lambda x, act: x.new_empty(len(x), x.shape[1] // 2),
         "_rotate": lambda x, cos, sin: torch.empty(x.shape, dtype=x.dtype, device="meta"),
         "statistics": lambda logits, local: logits.new_empty(1, 2, len(logits), dtype=torch.float32),
         "logit_gradient": lambda logits, lse, local, scale: torch.empty_like(logits),
     }.items():
-        stack.enter_context(patch.object(fused, name, made))
+        stack.enter_context(patch.object(fused, name, fused._Fusible(made)))
 
 
 def _measure(config: Config, tp: int, dp: int) -> _Measured:
@@ -215,7 +223,7 @@ def _measure(config: Config, tp: int, dp: int) -> _Measured:
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", sdpa))
         _fused_kernels(stack)
         live = stack.enter_context(_LiveBytes())
-        decoder = Decoder(model, mesh)
+        decoder = Decoder(model, mesh, train.recompute)
         optimizer = Optimizer(decoder, config.optim, mesh, dtype, config.parallel.zero == 1)
         state = live.now
         with saved_tensors_hooks(note, lambda t: t):
@@ -237,6 +245,7 @@ MEMORY = {  # overrides, tp, dp
     "tied": (["model=llama3_1b", "train=pretrain"], 4, 2),
     "8b": (["model=llama3_8b", "train=pretrain"], 8, 4),
     "8b, sequence parallel": (["model=llama3_8b", "train=pretrain", "parallel.sequence_parallel=true"], 8, 1),
+    "selective recomputation": (["model=llama3_8b", "train=pretrain", "train.recompute=selective"], 8, 1),
     "zero off": (["model=llama3_1b", "train=pretrain", "parallel.zero=0"], 2, 4),
     "unfused attention": (["model=llama3_8b", "train=pretrain", "train.precision=fp32"], 4, 1),
     "qk_norm": (["model=qwen3_8b", "train=pretrain"], 16, 1),
@@ -262,7 +271,15 @@ def test_memory_is_what_autograd_keeps(case: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- traffic
 
 
-@pytest.mark.parametrize("changes", [[], ["parallel.zero=0"], ["parallel.sequence_parallel=true"]])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["parallel.zero=0", "train.recompute=full"],
+        ["parallel.sequence_parallel=true"],
+        ["parallel.sequence_parallel=true", "train.recompute=full"],
+    ],
+)
 @pytest.mark.parametrize("dp", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
@@ -276,9 +293,9 @@ def test_collectives_are_those_of_a_step(name: str, tp: int, dp: int, precision:
     config.train.global_batch_size = 2 * batches * dp
     mesh = _mesh(config.model, tp, dp, config.parallel.sequence_parallel)
     tokens = np.zeros((2, 17), dtype=np.int64)
-    data: Any = type("Data", (), {"samples": lambda self, start, count: tokens})()
+    data: Any = type("Data", (), {"samples": lambda *call: tokens, "prefetch": lambda *call: None})()
     with _Sent() as sent:
-        decoder = Decoder(config.model, mesh)
+        decoder = Decoder(config.model, mesh, config.train.recompute)
         optimizer = Optimizer(decoder, config.optim, mesh, DTYPES[precision], config.parallel.zero == 1)
         with patch.object(optimizer.adamw, "step"):  # not on the meta device
             Trainer(config, mesh, data, decoder, optimizer).step(1)

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -85,6 +86,12 @@ class Saver:
         self.copies: list[dict[str, Tensor]] | None = None  # on the host, for each bucket; made by the first save
         self.thread: threading.Thread | None = None
         self.problem: BaseException | None = None
+        self.seconds = 0.0  # the last one took, from the copy to the marker
+
+    @property
+    def needs_s(self) -> float:
+        """Seconds until a save that begins now is committed, as far as the last one tells."""
+        return self.seconds * (2 if self.thread is not None and self.thread.is_alive() else 1)
 
     def save(self, step: int) -> None:
         """Begin to write and commit the state after `step` steps, once the save before it is finished.
@@ -92,6 +99,7 @@ class Saver:
         Every rank calls it. Raises what `finish` raises.
         """
         self.finish()
+        began = time.perf_counter()
         if self.copies is None:
             self.copies = [
                 {kind: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for kind, t in now.items()}
@@ -105,7 +113,7 @@ class Saver:
         state = state_dict(self.optimizer.buckets, self.copies, self.mesh.tp_rank) | rng_state(self.mesh)
         samples = step * self.config.train.global_batch_size
         commit = Commit(step, samples, self.mesh.world, self.mesh.tp, self.data, self.optimizer.updates, {})
-        self.thread = threading.Thread(target=self._work, args=(state, commit), daemon=True)
+        self.thread = threading.Thread(target=self._work, args=(state, commit, began), daemon=True)
         self.thread.start()
 
     def finish(self) -> None:
@@ -118,11 +126,12 @@ class Saver:
             problem, self.problem = self.problem, None
             raise problem
 
-    def _work(self, state: dict[str, Any], commit: Commit) -> None:
+    def _work(self, state: dict[str, Any], commit: Commit, began: float) -> None:
         try:
             self._write(state, commit)
         except BaseException as error:
             self.problem = error
+        self.seconds = time.perf_counter() - began
 
     def _write(self, state: dict[str, Any], commit: Commit) -> None:
         """Write, commit, and delete all but the newest `checkpoint.keep`; where it fails, remove what was written."""

@@ -11,6 +11,7 @@ import shutil
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -51,6 +52,8 @@ class TokenData:
         meta = json.loads((folder / "meta.json").read_text())
         dtype, self.digest = meta["dtype"], meta["digest"]  # the digest is of the tokens: a resume must find the same
         self.seed = seed
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._coming: dict[tuple[int, int], Future[NDArray[np.int64]]] = {}
         self.train = TokenFile(folder / "train.bin", dtype, seq_len)
         self.validation = TokenFile(folder / "validation.bin", dtype, seq_len)
         for name, part in (("training", self.train), ("validation", self.validation)):
@@ -62,6 +65,14 @@ class TokenData:
 
     def samples(self, first: int, count: int) -> NDArray[np.int64]:
         """(count, seq_len + 1): the training samples first, first + 1, ... of the run. Each epoch has its own order."""
+        future = self._coming.pop((first, count), None)
+        return self._read(first, count) if future is None else future.result()
+
+    def prefetch(self, first: int, count: int) -> None:
+        """Begin to read what `samples` will be asked for next: it may lie on a slow file system."""
+        self._coming = {(first, count): self._reader.submit(self._read, first, count)}
+
+    def _read(self, first: int, count: int) -> NDArray[np.int64]:
         rows = []
         for index in range(first, first + count):
             epoch, place = divmod(index, len(self.train))

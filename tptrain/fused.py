@@ -59,6 +59,22 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
     return grad_x.to(x.dtype), (wide * unit).flatten(0, -2).sum(0)
 
 
+@_Fusible
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x + y, and `rms_norm` of it."""
+    total = x + y
+    return total, *rms_norm.function(total, weight, eps)
+
+
+@_Fusible
+def add_rms_norm_backward(
+    grad_total: Tensor, grad: Tensor, total: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients to x and, the same, to y; and to the weight."""
+    grad_x, grad_weight = rms_norm_backward.function(grad, total, weight, scale)
+    return grad_x + grad_total, grad_weight
+
+
 # ---------------------------------------------------------------------------------------------------------- activations
 
 
@@ -67,7 +83,8 @@ def activated(x: Tensor, act: str) -> Tensor:
 
 
 @_Fusible
-def _gated(x: Tensor, act: str) -> Tensor:
+def gate_product(x: Tensor, act: str) -> Tensor:
+    """gate and up side by side, (N, 2 F) -> act(gate) * up, (N, F); without autograd, for which there is `gated`."""
     gate, up = x.chunk(2, dim=-1)
     return activated(gate, act) * up
 
@@ -87,7 +104,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, act: str) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
         ctx.act = act
-        return _gated(x, act)
+        return gate_product(x, act)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -123,6 +140,36 @@ class _Rotate(torch.autograd.Function):
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """(B, T, heads, d) turned by position; rotation (2, T, 1, d/2), cosines and sines, float32."""
     return _Rotate.apply(x, rotation)  # type: ignore[return-value]
+
+
+@_Fusible
+def _rotate_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.split(heads, dim=2)
+    return _rotate.function(q, cos, sin), _rotate.function(k, cos, sin), v.clone()
+
+
+@_Fusible
+def _rotate_qkv_backward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat((_rotate.function(q, cos, -sin), _rotate.function(k, cos, -sin), v), dim=2)
+
+
+class _RotateQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, rotation: Tensor, heads: list[int]) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.save_for_backward(rotation)
+        return _rotate_qkv(qkv, rotation[0], rotation[1], heads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _rotate_qkv_backward(*grads, *ctx.saved_tensors[0]), None, None
+
+
+def rotate_qkv(qkv: Tensor, rotation: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, H + 2 K, d) -> q (B, T, H, d) and k (B, T, K, d) turned by position, and v (B, T, K, d), each of its own.
+
+    As a part of qkv, v would keep all three for the backward pass. `heads` is [H, K, K].
+    """
+    return _RotateQKV.apply(qkv, rotation, heads)  # type: ignore[return-value]
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss

@@ -56,14 +56,21 @@ class Parameter(nn.Parameter):
     init_std: float
     init_constant: float | None
     main_grad: Tensor  # float32, of the slice's shape
-    uses: int  # in a forward pass, so additions to `main_grad` in a backward pass
-    arrived: Callable[[], None]  # called after each addition
+    fresh: bool  # main_grad holds an earlier step's gradient: the next one replaces it
+    uses: int  # in a forward pass, so gradients in a backward pass
+    arrived: Callable[[], None]  # called after each of them
+
+    def add_grad(self, grad: Tensor) -> None:
+        """Add to the gradient, in float32."""
+        self.main_grad.copy_(grad) if self.fresh else self.main_grad.add_(grad)
+        self.fresh = False
+        self.arrived()
 
 
 def parameter(mesh: Mesh, spec: ShardSpec, std: float = 0.0, constant: float | None = None) -> Parameter:
     """A slice without memory, with the standard deviation (or constant) it starts from."""
     made = Parameter(torch.empty(0, device=mesh.device))
-    made.spec, made.init_std, made.init_constant, made.uses = spec, std, constant, 1
+    made.spec, made.init_std, made.init_constant, made.uses, made.fresh = spec, std, constant, 1, True
     return made
 
 
@@ -82,8 +89,7 @@ class _Use(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> None:  # type: ignore[override]
-        ctx.p.main_grad.add_(grad)
-        ctx.p.arrived()
+        ctx.p.add_grad(grad)
 
 
 def use(p: Parameter) -> Tensor:
@@ -167,8 +173,7 @@ class _Embedding(torch.autograd.Function):
         grad = grad.float()  # rows that come often are sums of many
         if outside is not None:
             grad = grad.masked_fill(outside.unsqueeze(-1), 0.0)
-        weight.main_grad.add_(torch.ops.aten.embedding_dense_backward(grad, local, len(weight), -1, False))
-        weight.arrived()
+        weight.add_grad(torch.ops.aten.embedding_dense_backward(grad, local, len(weight), -1, False))
         return None, None, None
 
 
@@ -185,10 +190,24 @@ class Norm(nn.Module):
         self.weight = parameter(mesh, spec, constant=1.0)
         self.bias = parameter(mesh, spec, constant=0.0) if kind == "layernorm" else None
 
+    def add(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + y (x itself where y is None), which is the residual stream, and its norm."""
+        if y is None:
+            return x, self(x)
+        if self.bias is None:
+            return _AddRMSNorm.apply(x, y, self.weight, self.eps)  # type: ignore[return-value]
+        x = x + y
+        return x, self(x)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
             return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[return-value]
         return F.layer_norm(x, self.weight.shape, use(self.weight), use(self.bias), self.eps)
+
+    @torch.no_grad()
+    def again(self, x: Tensor) -> Tensor:
+        """The same once more, for a backward pass that has not kept it."""
+        return self(x)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -203,6 +222,21 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (x, scale), weight = ctx.saved_tensors, ctx.weight
         grad_x, grad_weight = fused.rms_norm_backward(grad, x, weight.detach(), scale)
-        weight.main_grad.add_(grad_weight)
-        weight.arrived()
+        weight.add_grad(grad_weight)
         return grad_x, None, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Parameter, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        total, normed, scale = fused.add_rms_norm(x, y, weight.detach(), eps)
+        ctx.save_for_backward(total, scale)
+        ctx.weight = weight
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        (total, scale), weight = ctx.saved_tensors, ctx.weight
+        grad_x, grad_weight = fused.add_rms_norm_backward(grad_total, grad, total, weight.detach(), scale)
+        weight.add_grad(grad_weight)
+        return grad_x, grad_x, None, None

@@ -8,6 +8,7 @@ arXiv:2205.05198, section 4.2.2) f is an all-gather forward and a reduce-scatter
 Shapes: N tokens, n = N/tp with sequence parallelism and N without; D hidden, F a layer's output features.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,27 +39,30 @@ class RowLinear(nn.Module):
         self.bias = parameter(mesh, replicated, constant=0.0) if bias else None
 
 
-def column_parallel(x: Tensor, mesh: Mesh, *linears: ColumnLinear) -> Tensor:
+Again = Callable[[], Tensor] | None  # makes an input once more in the backward pass, so that it need not be kept
+
+
+def column_parallel(x: Tensor, mesh: Mesh, *linears: ColumnLinear, again: Again = None) -> Tensor:
     """(n, D), the same on every rank or this rank's tokens -> (N, sum of F/tp), the linears' outputs side by side.
 
     One all-reduce, backward, for all of them.
     """
-    y: Any = _ColumnParallel.apply(x, mesh, *(linear.weight for linear in linears))
+    y: Any = _ColumnParallel.apply(x, again, mesh, *(linear.weight for linear in linears))
     biases = [use(linear.bias) for linear in linears if linear.bias is not None]
     assert len(biases) in (0, len(linears)), "linears that share an input have a bias all or none"
     return y + torch.cat(biases) if biases else y
 
 
-def row_parallel(x: Tensor, mesh: Mesh, linear: RowLinear) -> Tensor:
+def row_parallel(x: Tensor, mesh: Mesh, linear: RowLinear, again: Again = None) -> Tensor:
     """(N, F/tp), this rank's features -> (n, D), the same on every rank or its own tokens. One all-reduce, forward."""
-    y: Any = _RowParallel.apply(x, mesh, linear.weight)
+    y: Any = _RowParallel.apply(x, again, mesh, linear.weight)
     return y if linear.bias is None else y + use(linear.bias)  # after the sum: once, not tp times
 
 
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: Mesh, *weights: Parameter) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, again: Again, mesh: Mesh, *weights: Parameter) -> Tensor:  # type: ignore[override]
+        _keep(ctx, x, again)
         ctx.mesh, ctx.weights = mesh, weights
         x, _ = whole(x, mesh.tp_group, mesh.sequence_parallel)  # (N, D)
         parts = [x @ weight.t() for weight in _stacked(weights)]  # (N, F/tp) of each stack
@@ -66,7 +70,7 @@ class _ColumnParallel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (x,), mesh, weights = ctx.saved_tensors, ctx.mesh, ctx.weights
+        x, mesh, weights = _kept(ctx), ctx.mesh, ctx.weights
         # Gathered again: to keep all tokens would cost what sequence parallelism saves.
         x, gathering = whole(x, mesh.tp_group, mesh.sequence_parallel, async_op=True)  # (N, D)
         grad_x = input_gradient(grad, weights)  # (N, D), this rank's part of the sum over tp
@@ -77,23 +81,34 @@ class _ColumnParallel(torch.autograd.Function):
             summing = all_reduce_(grad_x, mesh.tp_group, async_op=True)
         add_weight_gradient(grad, x, weights)  # while the input gradient travels
         summing.wait()
-        return grad_x, None, *(None for _ in weights)
+        return grad_x, None, None, *(None for _ in weights)
 
 
 class _RowParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: Mesh, weight: Parameter) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, again: Again, mesh: Mesh, weight: Parameter) -> Tensor:  # type: ignore[override]
+        _keep(ctx, x, again)
         ctx.mesh, ctx.weight = mesh, weight
         partial = x @ weight.t()  # (N, D), one summand of tp
         return sum_partial(partial, mesh.tp_group, mesh.sequence_parallel)  # (n, D)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (x,), mesh, weight = ctx.saved_tensors, ctx.mesh, ctx.weight
+        x, mesh, weight = _kept(ctx), ctx.mesh, ctx.weight
         grad, _ = whole(grad, mesh.tp_group, mesh.sequence_parallel)  # (N, D); a sum's gradient reaches every summand
         add_weight_gradient(grad, x, (weight,))
-        return grad @ weight, None, None
+        return grad @ weight, None, None, None
+
+
+def _keep(ctx: Any, x: Tensor, again: Again) -> None:
+    """The input for the backward pass, or what makes it again."""
+    ctx.again = again
+    if again is None:
+        ctx.save_for_backward(x)
+
+
+def _kept(ctx: Any) -> Tensor:
+    return ctx.saved_tensors[0] if ctx.again is None else ctx.again()
 
 
 # ------------------------------------------------------------------------------------------------------ matrix products
@@ -114,17 +129,20 @@ def add_weight_gradient(grad: Tensor, x: Tensor, weights: tuple[Parameter, ...])
     totals = _stacked([p.main_grad for p in weights])
     parts = grad.split([len(total) for total in totals], dim=-1)
     for total, part in zip(totals, parts, strict=True):
-        add_product(total, part, x)
+        add_product(total, part, x, weights[0].fresh)
     for p in weights:
+        p.fresh = False
         p.arrived()
 
 
-def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """Add grad' x to `total` (F, D), in float32; grad (N, F), x (N, D)."""
-    if grad.dtype == total.dtype:
-        total.addmm_(grad.t(), x)
+def add_product(total: Tensor, grad: Tensor, x: Tensor, fresh: bool) -> None:
+    """Add grad' x to `total` (F, D), or write it there where that is fresh, in float32; grad (N, F), x (N, D)."""
+    if grad.dtype != total.dtype:
+        total.copy_(grad.t() @ x) if fresh else total.add_(grad.t() @ x)
+    elif fresh:
+        torch.mm(grad.t(), x, out=total)
     else:
-        total.add_(grad.t() @ x)
+        total.addmm_(grad.t(), x)
 
 
 def _stacked(weights: Any) -> list[Tensor]:

@@ -57,7 +57,10 @@ def cross_entropy_backward(
             grad_x, summing = reduce_scatter(grad_x, mesh.tp_group, async_op=True)  # (n, D)
         elif some.stop == len(x):
             summing = all_reduce_(grad_x, mesh.tp_group, async_op=True)
-        add_product(head.main_grad[: len(rows)], grad, x[some])  # while the gradient to x travels
+        add_product(head.main_grad[: len(rows)], grad, x[some], head.fresh)  # while the gradient to x travels
+        if head.fresh:
+            head.main_grad[len(rows) :].zero_()  # of padding
+            head.fresh = False
     head.arrived()
     summing.wait()
     return loss * scale, grad_x

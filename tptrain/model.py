@@ -6,17 +6,19 @@ which this rank has its part. Parameter names follow Hugging Face's Llama.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tptrain import fused
 from tptrain.attention import attention
 from tptrain.config import ModelConfig
 from tptrain.config.schema import RopeScaling, head_dim, kv_heads, padded_vocab_size
 from tptrain.layers import Norm, Parameter, ShardSpec, VocabEmbedding, parameter, use
-from tptrain.linear import ColumnLinear, RowLinear, column_parallel, row_parallel
+from tptrain.linear import Again, ColumnLinear, RowLinear, column_parallel, row_parallel
 from tptrain.mesh import Mesh
 
 
@@ -40,17 +42,19 @@ class Attention(nn.Module):
             self.q_norm = Norm(mesh, self.d, kind="rmsnorm", eps=eps, partial_grad=True)
             self.k_norm = Norm(mesh, self.d, kind="rmsnorm", eps=eps, partial_grad=True)
 
-    def forward(self, x: Tensor, T: int, rotation: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, T: int, rotation: Tensor | None, again: Again) -> Tensor:
         """(n, D) -> (n, D)."""
-        qkv = column_parallel(x, self.mesh, self.q_proj, self.k_proj, self.v_proj)  # (N, (H + 2 K)/tp * d)
-        qkv = qkv.view(-1, T, self.heads + 2 * self.kv_heads, self.d)  # (B, T, (H + 2 K)/tp, d)
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = fused.rotate(q, rotation), fused.rotate(k, rotation)
-            if self.q_norm is None:
-                v = v.contiguous()  # as a part of qkv it would keep all three for the backward pass
+        qkv = column_parallel(x, self.mesh, self.q_proj, self.k_proj, self.v_proj, again=again)  # (N, (H + 2 K)/tp * d)
+        heads = [self.heads, self.kv_heads, self.kv_heads]
+        qkv = qkv.view(-1, T, sum(heads), self.d)  # (B, T, (H + 2 K)/tp, d)
+        if self.q_norm is None and rotation is not None:
+            q, k, v = fused.rotate_qkv(qkv, rotation, heads)
+        else:
+            q, k, v = qkv.split(heads, dim=2)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            if rotation is not None:
+                q, k = fused.rotate(q, rotation), fused.rotate(k, rotation)
         y = attention(q, k, v)  # (B, T, H/tp, d)
         return row_parallel(y.reshape(-1, self.heads * self.d), self.mesh, self.o_proj)
 
@@ -67,14 +71,15 @@ class FFN(nn.Module):
         self.up_proj = ColumnLinear(mesh, hidden, width, std=std, bias=bias)
         self.down_proj = RowLinear(mesh, width, hidden, std=_residual_std(config), bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, again: Again) -> Tensor:
         """(n, D) -> (n, D)."""
+        act, plain, first = fused.activated, fused.activated, (self.up_proj,)
         if self.gate_proj is not None:
-            gate_up = column_parallel(x, self.mesh, self.gate_proj, self.up_proj)  # (N, 2 F/tp)
-            h = fused.gated(gate_up, self.act)  # (N, F/tp)
-        else:
-            h = fused.activated(column_parallel(x, self.mesh, self.up_proj), self.act)  # (N, F/tp)
-        return row_parallel(h, self.mesh, self.down_proj)
+            act, plain, first = fused.gated, fused.gate_product, (self.gate_proj, self.up_proj)
+        inner = column_parallel(x, self.mesh, *first, again=again)  # (N, 2 F/tp), or (N, F/tp) where not gated
+        h = act(inner, self.act)  # (N, F/tp)
+        again = partial(plain, inner.detach(), self.act) if again is not None else None
+        return row_parallel(h, self.mesh, self.down_proj, again)
 
 
 class Layer(nn.Module):
@@ -86,18 +91,25 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(mesh, config.hidden_size, **norm)
         self.mlp = FFN(config, mesh)
 
-    def forward(self, x: Tensor, T: int, rotation: Tensor | None) -> Tensor:
-        """(n, D) -> (n, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), T, rotation)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, y: Tensor | None, T: int, rotation: Tensor | None, selective: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream x and what is to be added to it next, (n, D) each -> the same after this layer.
+
+        `selective`: the linears' inputs are made again in the backward pass, not kept.
+        """
+        x, h = self.input_layernorm.add(x, y)
+        y = self.self_attn(h, T, rotation, partial(self.input_layernorm.again, x.detach()) if selective else None)
+        x, h = self.post_attention_layernorm.add(x, y)
+        return x, self.mlp(h, partial(self.post_attention_layernorm.again, x.detach()) if selective else None)
 
 
 class Decoder(nn.Module):
     """Embedding, layers, norm; the output head is run by `loss.py`. Activations have the precision of the weights."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, recompute: str = "none") -> None:
         super().__init__()
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.recompute = config, mesh, recompute
         std, vocab = config.initializer_range, padded_vocab_size(config.vocab_size)
         self.embed_tokens = VocabEmbedding(mesh, vocab, config.hidden_size, std=std)
         self.embed_positions: Parameter | None = None
@@ -118,10 +130,14 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens.flatten())  # (n, D)
         if self.embed_positions is not None:
             x = x + F.embedding(self._positions(tokens), use(self.embed_positions))
-        rotation = self._rotation(T)
+        y, rotation = None, self._rotation(T)
         for layer in self.layers:
-            x = layer(x, T, rotation)
-        return self.norm(x)
+            if self.recompute == "full" and torch.is_grad_enabled():
+                x = x if y is None else x + y
+                x, y = checkpoint(layer, x, None, T, rotation, False, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, y = layer(x, y, T, rotation, self.recompute == "selective")
+        return self.norm.add(x, y)[1]
 
     def logits(self, x: Tensor) -> Tensor:
         """(n, D) -> (N, V/tp), this rank's columns of the padded vocabulary."""

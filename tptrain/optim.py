@@ -48,8 +48,10 @@ class Optimizer:
     # ----------------------------------------------------------------------------------------------------- gradients
 
     def zero_grad(self) -> None:
+        """Forget the gradients: the next ones replace them."""
         for bucket in self.buckets:
-            bucket.grads.zero_()
+            for _, p in bucket.members:
+                p.fresh = True
 
     def expect_last(self) -> None:
         """The next backward pass is the step's last: each bucket is reduced as soon as it is complete."""

@@ -68,10 +68,13 @@ class Trainer:
         tokens_in_step = train.global_batch_size * train.seq_len
         total = torch.zeros((), device=mesh.device)
         optimizer.zero_grad()
-        for start in range(first, first + share, train.micro_batch_size):
-            if start + train.micro_batch_size >= first + share:
+        size = train.micro_batch_size
+        for start in range(first, first + share, size):
+            tokens, following = self.data.samples(start, size), start + size
+            if following >= first + share:
                 optimizer.expect_last()
-            tokens = self.data.samples(start, train.micro_batch_size)
+                following = first + train.global_batch_size
+            self.data.prefetch(following, size)
             total += self.forward_backward(tokens, 1 / tokens_in_step)
             mesh.box.touch()
         optimizer.reduce()
@@ -109,7 +112,7 @@ def build(config: Config, mesh: Mesh) -> Trainer:
     compile_all(
         config.train.compile == "elementwise" or (config.train.compile == "auto" and mesh.device.type == "cuda")
     )
-    model = Decoder(config.model, mesh)
+    model = Decoder(config.model, mesh, config.train.recompute)
     optimizer = Optimizer(model, config.optim, mesh, DTYPES[config.train.precision], config.parallel.zero == 1)
     optimizer.initialise(lambda name, p: initial_values(name, p, config.train.seed, mesh.tp_rank))
     return Trainer(config, mesh, data, model, optimizer)
@@ -142,6 +145,12 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None) -> Agreement | N
     mesh.box.touch("first_step")
     try:
         agreed = _loop(trainer, start, saver, stop or Stop(mesh), recorder)
+        if agreed is None or agreed.save:
+            mesh.box.touch("checkpoint")
+            saver.finish()
+    except Diverged:  # on every rank, so what is being saved can be finished
+        saver.finish()
+        raise
     finally:
         if recorder is not None:
             recorder.close()
@@ -192,11 +201,10 @@ def _loop(
             if recorder is not None:
                 recorder.sync()  # a checkpoint must not outlive the rows up to it
             saver.save(step)
-            if step == steps or agreed is not None:
-                saver.finish()
             began += time.perf_counter() - before  # tokens_per_second is that of the training steps
         mesh.box.state.step = step
         mesh.box.touch("step")
+        stop.save_s = saver.needs_s
         if recorder is not None:
             recorder.tick(step)
         if agreed is not None:

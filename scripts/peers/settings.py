@@ -32,6 +32,7 @@ def overrides(model: Model, precision: str, cache_dir: Path) -> list[str]:
         "train.precision": precision,
         "train.seed": SEED,
         "train.device": "cpu",
+        "train.compile": "elementwise",
         "train.eval_every": 0,
         "train.eval_sequences": model.batch,
         "checkpoint.every": 0,

@@ -112,6 +112,7 @@ class TrainConfig:
     seed: int = number(0, least=0, most=2**63 - 1)
     device: str = choice("auto", "auto", "cpu", "cuda")
     compile: str = choice("auto", "auto", "elementwise", "none")  # norms, rotary, activations; auto: on cuda
+    recompute: str = choice("none", "none", "selective", "full")  # in the backward pass: what is cheap, or whole layers
     on_nan: str = choice("stop", "stop", "skip")  # a loss that is no number: end the run, or leave that update out
     eval_every: int = number(100, least=0)  # steps between validations; 0: only after the last step
     eval_sequences: int = size(64)  # held-out sequences a validation reads

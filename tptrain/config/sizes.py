@@ -162,7 +162,10 @@ def _activations(config: Config, tp: int) -> int:
     ids = N * (ID + (tp > 1))  # the embedding's, and the mask of those that other ranks hold
     if model.position_embedding == "learned":
         ids += n * ID
-    return model.num_hidden_layers * _layer_activations(config, tp) + _norm_activations(config, n) + head + ids
+    layers = model.num_hidden_layers * _layer_activations(config, tp)
+    if config.train.recompute == "full":  # the input of each layer, and all of one
+        layers = model.num_hidden_layers * head + _layer_activations(config, tp)
+    return layers + _norm_activations(config, n) + head + ids
 
 
 def _own_tokens(config: Config, tp: int) -> int:
@@ -183,12 +186,14 @@ def _layer_activations(config: Config, tp: int) -> int:
     Of (n, D): the inputs of both norms and their outputs, which are inputs of q, k, v and of the FFN. Attention: q, k,
     v as the kernel takes them, its output (which is o_proj's input) and the log-sum-exp of each query, float32, but no
     scores; with qk_norm also q, k and v before it, and 1 / rms. FFN: gate, up and act(gate) * up, or up and act(up).
+    With selective recomputation the norms' outputs and the last product are not kept.
     """
     model, train, c = config.model, config.train, BYTES[config.train.precision]
     T, d, n = train.seq_len, head_dim(model), _own_tokens(config, tp)
     N = train.micro_batch_size * T
     h, k = model.num_attention_heads // tp, max(1, kv_heads(model) // tp)
-    size = 2 * _norm_activations(config, n) + 2 * c * n * model.hidden_size
+    again = train.recompute == "selective"
+    size = 2 * _norm_activations(config, n) + (0 if again else 2 * c * n * model.hidden_size)
     if c == FLOAT and h != k:
         # No fused CUDA kernel takes grouped queries in float32 (F.scaled_dot_product_attention's documentation, PyTorch
         # 2.13): k and v are repeated for every query head, and the T x T probabilities are kept.
@@ -197,7 +202,7 @@ def _layer_activations(config: Config, tp: int) -> int:
         size += c * N * d * 2 * (h + k) + FLOAT * N * h
     if model.qk_norm:  # v is kept as a part of q, k and v together
         size += N * (h + k) * (c * d + FLOAT)
-    return size + c * N * model.intermediate_size // tp * (3 if model.gated_ffn else 2)
+    return size + c * N * model.intermediate_size // tp * ((2 if model.gated_ffn else 1) + (not again))
 
 
 # -------------------------------------------------------------------------------------------------------------- traffic
@@ -277,6 +282,7 @@ def _tp_collectives(config: Config, tp: int, dp: int) -> list[Collective]:
     tokens = train.micro_batch_size * train.seq_len
     hidden = tokens * model.hidden_size * BYTES[train.precision]
     entrances = 2 * model.num_hidden_layers * batches  # of column-parallel linears, and as many exits of row-parallel
+    again = entrances if train.recompute == "full" else 0  # a layer's forward pass comes twice
     chunk = loss_chunk(tokens, padded_vocab_size(model.vocab_size) // tp)
     chunks = Counter([chunk] * (tokens // chunk) + ([tokens % chunk] if tokens % chunk else []))
     found = [
@@ -286,7 +292,7 @@ def _tp_collectives(config: Config, tp: int, dp: int) -> list[Collective]:
     if not config.parallel.sequence_parallel:
         return [
             Collective("embedding, forward", "all_reduce", batches, hidden, "tp"),
-            Collective("layers, forward", "all_reduce", entrances, hidden, "tp"),
+            Collective("layers, forward", "all_reduce", entrances + again, hidden, "tp"),
             Collective("layers, backward", "all_reduce", entrances, hidden, "tp"),
             Collective("output head, backward", "all_reduce", batches, hidden, "tp"),
             *found,
@@ -294,8 +300,8 @@ def _tp_collectives(config: Config, tp: int, dp: int) -> list[Collective]:
     return [
         Collective("embedding, forward", "reduce_scatter", batches, hidden, "tp"),
         Collective("embedding, backward", "all_gather", batches, hidden, "tp"),
-        Collective("layers, forward, entrances", "all_gather", entrances, hidden, "tp"),
-        Collective("layers, forward, exits", "reduce_scatter", entrances, hidden, "tp"),
+        Collective("layers, forward, entrances", "all_gather", entrances + again, hidden, "tp"),
+        Collective("layers, forward, exits", "reduce_scatter", entrances + again, hidden, "tp"),
         Collective("layers, backward, exits", "all_gather", entrances, hidden, "tp"),
         Collective("layers, backward, inputs again", "all_gather", entrances, hidden, "tp"),
         Collective("layers, backward, entrances", "reduce_scatter", entrances, hidden, "tp"),
