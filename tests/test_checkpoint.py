@@ -1,8 +1,11 @@
 """Which checkpoints count, which are kept, and which is loaded: one rank, no process group."""
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -38,13 +41,14 @@ class Run:
                 for moment in MOMENTS:
                     yield self.optimizer.adamw.state[bucket.master][moment][piece.place], 0.5
 
-    def save(self, step: int) -> None:
+    def fill(self, step: int) -> None:
         for tensor, factor in self.tensors():
             tensor.fill_(step * factor)
         self.optimizer.updates = step
+
+    def save(self, step: int) -> None:
+        self.fill(step)
         self.saver.save(step)
-        for tensor, _ in self.tensors():
-            tensor.fill_(-1)  # what is written is what was there when `save` returned
         self.saver.finish()
 
     def load(self) -> int | None:
@@ -136,3 +140,54 @@ def test_commit_tells_the_position_in_the_data(run: Run) -> None:
     run.save(5)
     content = json.loads((checkpoint.step_folder(run.folder, 5) / COMMIT).read_text())["commit"]
     assert (content["step"], content["samples"], content["world"], content["tp"]) == (5, 40, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- in the background
+
+
+def test_training_goes_on_while_a_save_is_written(run: Run) -> None:
+    gate, right = threading.Event(), checkpoint._write_shards
+
+    def slow(*arguments: Any) -> None:
+        assert gate.wait(60)
+        right(*arguments)
+
+    with patch.object(checkpoint, "_write_shards", slow):
+        run.fill(5)
+        run.saver.save(5)  # returns although nothing is written
+        assert run.steps() == []
+        run.fill(6)  # what is written is what was there when `save` returned
+        gate.set()
+        run.saver.finish()
+    assert run.steps() == [5]
+    assert run.load() == 5
+
+
+def test_a_save_waits_for_the_one_before(run: Run) -> None:
+    order, right = [], checkpoint._write_shards
+
+    def noted(target: Path, *arguments: Any) -> None:
+        order.append(f"begin {target.name[-1]}")
+        right(target, *arguments)
+        order.append(f"end {target.name[-1]}")
+
+    with patch.object(checkpoint, "_write_shards", noted):
+        for step in (1, 2, 3):
+            run.fill(step)
+            run.saver.save(step)
+        run.saver.finish()
+    assert order == ["begin 1", "end 1", "begin 2", "end 2", "begin 3", "end 3"]
+    assert run.load() == 3
+
+
+@pytest.mark.parametrize("when", ["at the next save", "at the end"])
+def test_a_save_that_fails_in_the_background_is_told(run: Run, when: str) -> None:
+    run.save(5)
+    with patch.object(checkpoint, "_write_shards", side_effect=OSError(28, "No space left on device")):
+        run.saver.save(6)
+        run.saver.thread.join()  # type: ignore[union-attr]
+    with pytest.raises(checkpoint.CheckpointError, match="step-00000006 was not saved: no space left"):
+        run.saver.save(7) if when == "at the next save" else run.saver.finish()
+    assert run.steps() == [5]
+    run.save(8)
+    assert run.load() == 8

@@ -51,7 +51,9 @@ def _order(sequence_parallel: bool) -> list[str]:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = func.overloadpacket.__name__
             if name in ("mm", "addmm_"):
-                events.append("weight gradient" if name == "addmm_" else "input gradient")
+                events.append(
+                    "weight gradient" if "out" in (kwargs or {}) else "input gradient"
+                )  # written into its bucket
             return func(*args, **(kwargs or {}))
 
     with (

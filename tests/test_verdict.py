@@ -25,7 +25,7 @@ CALLS = {
     "L": ("all_gather", "(1, 2, 16)", "tp", "loss.py:28 _joined"),
     "B": ("all_reduce", "(16, 16)", "tp", "linear.py:80 backward"),
     "G": ("all_reduce", "(4096,)", "dp", "optim.py:61 _begin"),
-    "N": ("all_reduce", "(2,)", "tp", "optim.py:73 norm"),
+    "N": ("all_gather", "(1, 2)", "tp", "optim.py:73 norm"),
     "s": ("all_gather", "(1, 2, 15)", "tp", "loss.py:28 _joined"),  # another shape than L's
 }
 STEP = "EAFAFLBBBGN"

@@ -48,6 +48,7 @@ class Bucket:
         self.own = slice(part * length // parts, (part + 1) * length // parts)
         mine = self.weights[self.own]
         self.master = nn.Parameter(mine if dtype == torch.float32 else mine.float())
+        self.padding = self.grads[sum(sizes) :]
         self.pieces: list[Piece] = []
         offset = 0
         for (name, p), size in zip(members, sizes, strict=True):

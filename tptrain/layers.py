@@ -204,10 +204,10 @@ class Norm(nn.Module):
             return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[return-value]
         return F.layer_norm(x, self.weight.shape, use(self.weight), use(self.bias), self.eps)
 
-    @torch.no_grad()
-    def again(self, x: Tensor) -> Tensor:
-        """The same once more, for a backward pass that has not kept it."""
-        return self(x)
+    def recipe(self, x: Tensor) -> Callable[[], Tensor]:
+        """What makes the norm of x once more, for a backward pass that has not kept it."""
+        x = x.detach()
+        return torch.no_grad()(lambda: self(x))
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -92,16 +92,16 @@ class Layer(nn.Module):
         self.mlp = FFN(config, mesh)
 
     def forward(
-        self, x: Tensor, y: Tensor | None, T: int, rotation: Tensor | None, selective: bool
+        self, x: Tensor, branch: Tensor | None, T: int, rotation: Tensor | None, selective: bool
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream x and what is to be added to it next, (n, D) each -> the same after this layer.
+        """The residual stream and the branch to be added to it next, (n, D) each -> the same after this layer.
 
         `selective`: the linears' inputs are made again in the backward pass, not kept.
         """
-        x, h = self.input_layernorm.add(x, y)
-        y = self.self_attn(h, T, rotation, partial(self.input_layernorm.again, x.detach()) if selective else None)
-        x, h = self.post_attention_layernorm.add(x, y)
-        return x, self.mlp(h, partial(self.post_attention_layernorm.again, x.detach()) if selective else None)
+        x, h = self.input_layernorm.add(x, branch)
+        branch = self.self_attn(h, T, rotation, self.input_layernorm.recipe(x) if selective else None)
+        x, h = self.post_attention_layernorm.add(x, branch)
+        return x, self.mlp(h, self.post_attention_layernorm.recipe(x) if selective else None)
 
 
 class Decoder(nn.Module):
@@ -130,14 +130,15 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens.flatten())  # (n, D)
         if self.embed_positions is not None:
             x = x + F.embedding(self._positions(tokens), use(self.embed_positions))
-        y, rotation = None, self._rotation(T)
+        branch, rotation = None, self._rotation(T)
         for layer in self.layers:
             if self.recompute == "full" and torch.is_grad_enabled():
-                x = x if y is None else x + y
-                x, y = checkpoint(layer, x, None, T, rotation, False, use_reentrant=False, preserve_rng_state=False)
+                x = x if branch is None else x + branch
+                arguments = (x, None, T, rotation, False)
+                x, branch = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, y = layer(x, y, T, rotation, self.recompute == "selective")
-        return self.norm.add(x, y)[1]
+                x, branch = layer(x, branch, T, rotation, self.recompute == "selective")
+        return self.norm.add(x, branch)[1]
 
     def logits(self, x: Tensor) -> Tensor:
         """(n, D) -> (N, V/tp), this rank's columns of the padded vocabulary."""

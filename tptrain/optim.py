@@ -50,6 +50,7 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Forget the gradients: the next ones replace them."""
         for bucket in self.buckets:
+            bucket.padding.zero_()  # a step whose norm was no number has spoilt it
             for _, p in bucket.members:
                 p.fresh = True
 
@@ -89,14 +90,16 @@ class Optimizer:
     def norm(self, flag: bool = False) -> Tensor:
         """The 2-norm of the global gradient and the number of flags raised: (2,), the same on every rank.
 
-        Each dp rank sums the squares of a part. The flag is a rank's wish to stop, which so costs no collective.
+        Each dp rank sums the squares of a part. The flag is a rank's wish to stop, which so costs no collective. All
+        ranks' summands are gathered and added in the order of the ranks, so no backend decides on the rounding.
         """
-        total = torch.zeros(2, device=self.mesh.device)
+        total = torch.zeros(1, 2, device=self.mesh.device)
         for bucket in self.buckets:
             share = len(bucket.grads) // self.mesh.dp
-            total[0] += bucket.square_sums(slice(self.mesh.dp_rank * share, (self.mesh.dp_rank + 1) * share))
-        total[1] = float(flag)
-        all_reduce_(total, self.mesh.world_group)
+            part = slice(self.mesh.dp_rank * share, (self.mesh.dp_rank + 1) * share)
+            total[0, 0] += bucket.square_sums(part)
+        total[0, 1] = float(flag)
+        total = all_gather(total, self.mesh.world_group)[0].sum(0)  # (world, 2) -> (2,)
         total[0].sqrt_()
         return total
 

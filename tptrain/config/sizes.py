@@ -271,7 +271,7 @@ def collectives(config: Config, tp: int, dp: int) -> list[Collective]:
             found.append(Collective("gradients", "all_reduce", 1, size, "dp"))
     if tp * dp > 1:
         group = "world" if tp > 1 and dp > 1 else "tp" if tp > 1 else "dp"
-        found.append(Collective("gradient norm and flag", "all_reduce", 1, 2 * FLOAT, group))
+        found.append(Collective("gradient norm and flag", "all_gather", 1, tp * dp * 2 * FLOAT, group))
     return found
 
 

@@ -1,0 +1,103 @@
+"""Does cost grow as it should? `python scripts/scaling.py fit` and `python scripts/scaling.py growth [STEPS]`.
+
+One rank on this machine's CPU, one thread. `fit` times a step of models of many sizes, varied one size at a time, and
+fits  seconds = fixed + FLOPs / rate + bytes / bandwidth  (of optimizer state) to all of them by least squares: a term
+that the closed forms do not have would show in the last column. `growth` does 10,000 short steps and prints after each
+thousand: step time, resident memory, tensors alive.
+"""
+
+import gc
+import resource
+import sys
+import tempfile
+import time
+from statistics import median
+
+import numpy as np
+import psutil
+import torch
+
+from tptrain.config import load_config
+from tptrain.config.sizes import flops_per_token, parameter_count
+from tptrain.mesh import make_mesh
+from tptrain.train import Trainer, build
+
+BASE = {"num_hidden_layers": 4, "hidden_size": 256, "seq_len": 256, "micro_batch_size": 4}
+VARIED = {
+    "num_hidden_layers": (2, 8, 16),
+    "hidden_size": (128, 512, 768),
+    "seq_len": (128, 512, 1024),
+    "micro_batch_size": (2, 8, 16),
+}
+
+
+def trainer(sizes: dict[str, int], folder: str) -> Trainer:
+    """A model of these sizes, heads of 32 and an FFN of 2.75 hidden, on the embedded data."""
+    settings = [
+        f"{'train' if key in ('seq_len', 'micro_batch_size') else 'model'}.{key}={n}" for key, n in sizes.items()
+    ]
+    hidden = sizes["hidden_size"]
+    settings += [f"model.num_attention_heads={hidden // 32}", f"model.intermediate_size={hidden * 11 // 4}"]
+    settings += [f"train.global_batch_size={sizes['micro_batch_size']}", f"run.dir={folder}", "train.device=cpu"]
+    return build(load_config(settings), make_mesh(1, 1, torch.device("cpu")))
+
+
+def seconds(made: Trainer, steps: int = 5) -> float:
+    times = []
+    for step in range(1, steps + 3):
+        began = time.perf_counter()
+        made.step(step)
+        times.append(time.perf_counter() - began)
+    return median(times[2:])
+
+
+def fit(folder: str) -> None:
+    cases = [BASE, *({**BASE, key: n} for key, values in VARIED.items() for n in values)]
+    rows, measured = [], []
+    for sizes in cases:
+        made = trainer(sizes, folder)
+        train = made.config.train
+        tokens = train.global_batch_size * train.seq_len
+        rows.append(
+            (1.0, flops_per_token(made.config.model, train.seq_len) * tokens, parameter_count(made.config.model))
+        )
+        measured.append(seconds(made))
+    design, target = np.array(rows), np.array(measured)
+    scaled = design / target[:, None]  # relative errors count
+    fitted, *_ = np.linalg.lstsq(scaled, np.ones(len(target)), rcond=None)
+    print(f"fixed {fitted[0] * 1e3:.1f} ms, {1 / fitted[1] / 1e9:.0f} GFLOP/s, {fitted[2] * 1e9:.1f} ns a parameter")
+    print("| layers | hidden | sequence | batch | GFLOPs | ms | fitted | |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for sizes, row, took in zip(cases, design, target, strict=True):
+        told = float(row @ fitted)
+        cells = " | ".join(str(n) for n in sizes.values())
+        print(f"| {cells} | {row[1] / 1e9:.1f} | {took * 1e3:.0f} | {told * 1e3:.0f} | {took / told - 1:+.0%} |")
+
+
+def growth(folder: str, steps: int) -> None:
+    made = trainer({**BASE, "num_hidden_layers": 2, "hidden_size": 64, "seq_len": 32, "micro_batch_size": 1}, folder)
+    block = steps // 10
+    print("| steps | ms a step | resident MiB | peak MiB | tensors |")
+    print("| --- | --- | --- | --- | --- |")
+    times = []
+    for step in range(1, steps + 1):
+        began = time.perf_counter()
+        made.step(step)
+        times.append(time.perf_counter() - began)
+        if step % block == 0:
+            resident = psutil.Process().memory_info().rss / 2**20
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+            tensors = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+            print(f"| {step:,} | {median(times) * 1e3:.2f} | {resident:.1f} | {peak:.1f} | {tensors} |", flush=True)
+            times.clear()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        if sys.argv[1:2] == ["growth"]:
+            growth(place, int(sys.argv[2]) if len(sys.argv) > 2 else 10_000)
+        elif sys.argv[1:] == ["fit"]:
+            fit(place)
+        else:
+            sys.exit(__doc__)
