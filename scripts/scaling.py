@@ -1,9 +1,12 @@
 """Does cost grow as it should? `python scripts/scaling.py fit` and `python scripts/scaling.py growth [STEPS]`.
 
 One rank on this machine's CPU, one thread. `fit` times a step of models of many sizes, varied one size at a time, and
-fits  seconds = fixed + FLOPs / rate + bytes / bandwidth  (of optimizer state) to all of them by least squares: a term
-that the closed forms do not have would show in the last column. `growth` does 10,000 short steps and prints after each
-thousand: step time, resident memory, tensors alive.
+fits
+
+    seconds = FLOPs / rate + bytes of activations / bandwidth + parameters x constant
+
+to all of them by least squares: a term that the closed forms do not have would show in the last column. `growth` does
+10,000 short steps and prints after each thousand: step time, resident memory, tensors alive.
 """
 
 import gc
@@ -18,7 +21,7 @@ import psutil
 import torch
 
 from tptrain.config import load_config
-from tptrain.config.sizes import flops_per_token, parameter_count
+from tptrain.config.sizes import flops_per_token, parameter_count, rank_memory
 from tptrain.mesh import make_mesh
 from tptrain.train import Trainer, build
 
@@ -37,7 +40,11 @@ def trainer(sizes: dict[str, int], folder: str) -> Trainer:
         f"{'train' if key in ('seq_len', 'micro_batch_size') else 'model'}.{key}={n}" for key, n in sizes.items()
     ]
     hidden = sizes["hidden_size"]
-    settings += [f"model.num_attention_heads={hidden // 32}", f"model.intermediate_size={hidden * 11 // 4}"]
+    settings += [
+        f"model.num_attention_heads={hidden // 32}",
+        "model.num_key_value_heads=null",
+        f"model.intermediate_size={hidden * 11 // 4}",
+    ]
     settings += [f"train.global_batch_size={sizes['micro_batch_size']}", f"run.dir={folder}", "train.device=cpu"]
     return build(load_config(settings), make_mesh(1, 1, torch.device("cpu")))
 
@@ -58,20 +65,20 @@ def fit(folder: str) -> None:
         made = trainer(sizes, folder)
         train = made.config.train
         tokens = train.global_batch_size * train.seq_len
-        rows.append(
-            (1.0, flops_per_token(made.config.model, train.seq_len) * tokens, parameter_count(made.config.model))
-        )
+        flops = flops_per_token(made.config.model, train.seq_len) * tokens
+        rows.append((flops, rank_memory(made.config, 1)["activations"], parameter_count(made.config.model)))
         measured.append(seconds(made))
     design, target = np.array(rows), np.array(measured)
     scaled = design / target[:, None]  # relative errors count
     fitted, *_ = np.linalg.lstsq(scaled, np.ones(len(target)), rcond=None)
-    print(f"fixed {fitted[0] * 1e3:.1f} ms, {1 / fitted[1] / 1e9:.0f} GFLOP/s, {fitted[2] * 1e9:.1f} ns a parameter")
+    rates = [1e-9 / each for each in fitted[:2]]
+    print(f"{rates[0]:.0f} GFLOP/s, {rates[1]:.2f} GB/s of activations, {fitted[2] * 1e9:.1f} ns a parameter")
     print("| layers | hidden | sequence | batch | GFLOPs | ms | fitted | |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for sizes, row, took in zip(cases, design, target, strict=True):
         told = float(row @ fitted)
         cells = " | ".join(str(n) for n in sizes.values())
-        print(f"| {cells} | {row[1] / 1e9:.1f} | {took * 1e3:.0f} | {told * 1e3:.0f} | {took / told - 1:+.0%} |")
+        print(f"| {cells} | {row[0] / 1e9:.1f} | {took * 1e3:.0f} | {told * 1e3:.0f} | {took / told - 1:+.0%} |")
 
 
 def growth(folder: str, steps: int) -> None:
@@ -87,7 +94,7 @@ def growth(folder: str, steps: int) -> None:
         if step % block == 0:
             resident = psutil.Process().memory_info().rss / 2**20
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-            tensors = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+            tensors = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
             print(f"| {step:,} | {median(times) * 1e3:.2f} | {resident:.1f} | {peak:.1f} | {tensors} |", flush=True)
             times.clear()
 
