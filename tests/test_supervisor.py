@@ -39,11 +39,11 @@ MODEL = ModelConfig(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_att
 EVERYWHERE = ((2, 0), (2, 1), (4, 0), (4, 3))  # worlds, and the rank in each that has the fault
 FAULTS = {  # the verdict's kind and text; {tp} and {dp} stand for the rank's groups, and {tp} for both without dp
     "stops": ("hang", r"stopped \(SIGSTOP\) .* never entered .* of \(16, 16\) float32 over {tp} \(layers.py"),
-    "hangs": ("hang", r"never entered .* of \(\d+,\) float32 over {dp} \(optim.py"),
+    "hangs": ("hang", r"never entered .* of \([\d, ]+\) float32 over {dp} \(optim.py"),
     "dies": ("died", r"killed by SIGKILL .* never entered .* of \(16, 16\) float32 over {tp} \(layers.py"),
     "dies-alone": ("died", r"killed by SIGKILL after step 2"),
     "raises": ("bug", r"ended after step 2: ValueError: made up$"),
-    "vanishes": ("gone", r"does not answer.* without entering .* of \(\d+,\) float32 over {dp} \(optim.py"),
+    "vanishes": ("gone", r"does not answer.* without entering .* of \([\d, ]+\) float32 over {dp} \(optim.py"),
     "skips-a-layer": (
         "mismatch",
         r"all_reduce of \(16, 16\) float32 over {tp} \(linear.py:\d+ forward < linear.py:\d+ row_",
