@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SHAPES = 64  # for which a function may be compiled: of layers and heads, of a last chunk, a last batch of a validation
 aten = torch.ops.aten
 _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # model.hidden_act -> F.gelu's
 
@@ -28,8 +29,10 @@ class _Fusible:
         if not _Fusible.enabled:
             return self.function(*arguments)
         if self.compiled is None:
+            torch._dynamo.config.recompile_limit = SHAPES
             self.compiled = torch.compile(self.function, dynamic=False, fullgraph=True)
-        return self.compiled(*arguments)
+        # Detached: whether autograd looks on makes no other code.
+        return self.compiled(*(each.detach() if isinstance(each, Tensor) else each for each in arguments))
 
 
 def compile_all(enabled: bool) -> None:
