@@ -4,6 +4,7 @@ Shapes: B batch, T sequence, H query heads, K KV heads, G = H / K queries that s
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,15 +65,21 @@ class _Attention(torch.autograd.Function):
         return grad_q, *(x.view(B, K, T, d).transpose(1, 2) for x in (grad_k, grad_v))
 
 
+@cache
+def _mask(length: int, G: int, dtype: torch.dtype) -> Tensor:
+    """(b*G, b): what hides later keys from queries; one tensor for all layers and steps."""
+    time = torch.arange(length)
+    unseen = time > time.repeat_interleave(G).unsqueeze(1)
+    return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
+
+
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Problems, queries and keys of each block, and the additive mask of the keys that only some of its queries see."""
     X, T, _ = k.shape
     G = q.shape[1] // T
     for start in range(0, T, BLOCK):
         end = min(start + BLOCK, T)
-        time = torch.arange(end - start)
-        unseen = time > time.repeat_interleave(G).unsqueeze(1)  # (b*G, b)
-        mask = torch.zeros(unseen.shape, dtype=q.dtype).masked_fill_(unseen, -torch.inf)
+        mask = _mask(end - start, G, q.dtype)
         count = max(1, SCORES // (mask.shape[0] * end))
         for first in range(0, X, count):
             yield slice(first, first + count), slice(start * G, end * G), slice(end), mask

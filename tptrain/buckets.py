@@ -45,7 +45,7 @@ class Bucket:
         length = math.ceil(sum(sizes) / (BUCKET_ROW * dp)) * BUCKET_ROW * dp
         self.weights = torch.zeros(length, dtype=dtype, device=first.device)
         self.grads = torch.zeros(length, dtype=torch.float32, device=first.device)
-        self.own = slice(part * length // parts, (part + 1) * length // parts)
+        self.own = self.part(part, parts)
         mine = self.weights[self.own]
         self.master = nn.Parameter(mine if dtype == torch.float32 else mine.float())
         self.padding = self.grads[sum(sizes) :]
@@ -59,6 +59,11 @@ class Bucket:
                 place = slice(low - self.own.start, high - self.own.start)
                 self.pieces.append(Piece(name, p, low - offset, place))
             offset += size
+
+    def part(self, index: int, count: int) -> slice:
+        """One of `count` equal parts."""
+        length = len(self.grads)
+        return slice(index * length // count, (index + 1) * length // count)
 
     def square_sums(self, part: slice) -> Tensor:
         """Sum of the squares of some gradients, a scalar, each global element counted once when summed over tp.

@@ -4,6 +4,8 @@ A group of None is a group of one rank: nothing is sent. The collectives stand i
 and `optim.py`, each where it happens.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -39,12 +41,10 @@ def all_reduce_(x: Tensor, group: Group | None, op: Any = dist.ReduceOp.SUM, asy
     """Reduce `x`, which is contiguous, over the group, in place. With `async_op`, wait on what is returned."""
     if group is None:
         return NOTHING
-    number = group.enter("all_reduce", x)
-    if group.shared is not None:
-        finish = group.shared.all_reduce_(x, op)
-    else:
-        finish = _finish(dist.all_reduce(x, op=op, group=group.process_group, async_op=async_op))
-    return _done(Pending(finish, group.box, number), async_op)
+    memory, process_group = group.shared, group.process_group
+    shared = partial(memory.all_reduce_, x, op) if memory else None
+    sent = partial(dist.all_reduce, x, op=op, group=process_group, async_op=async_op)
+    return _do("all_reduce", x, group, async_op, shared, sent)
 
 
 def all_gather(
@@ -56,12 +56,10 @@ def all_gather(
     x = x.contiguous()
     if out is None:
         out = x.new_empty(len(group.ranks) * x.shape[0], *x.shape[1:])
-    number = group.enter("all_gather", x)
-    if group.shared is not None and x.nbytes <= group.shared.largest:
-        finish = group.shared.all_gather(out, x)
-    else:
-        finish = _finish(dist.all_gather_into_tensor(out, x, group=group.process_group, async_op=async_op))
-    return out, _done(Pending(finish, group.box, number), async_op)
+    memory, process_group = group.shared, group.process_group
+    shared = partial(memory.all_gather, out, x) if memory and x.nbytes <= memory.largest else None
+    sent = partial(dist.all_gather_into_tensor, out, x, group=process_group, async_op=async_op)
+    return out, _do("all_gather", x, group, async_op, shared, sent)
 
 
 def reduce_scatter(
@@ -73,19 +71,19 @@ def reduce_scatter(
     x = x.contiguous()
     if out is None:
         out = x.new_empty(x.shape[0] // len(group.ranks), *x.shape[1:])
-    number = group.enter("reduce_scatter", x)
-    if group.shared is not None and x.nbytes <= group.shared.largest:
-        finish = group.shared.reduce_scatter(out, x)
-    else:
-        finish = _finish(dist.reduce_scatter_tensor(out, x, group=group.process_group, async_op=async_op))
-    return out, _done(Pending(finish, group.box, number), async_op)
+    memory, process_group = group.shared, group.process_group
+    shared = partial(memory.reduce_scatter, out, x) if memory and x.nbytes <= memory.largest else None
+    sent = partial(dist.reduce_scatter_tensor, out, x, group=process_group, async_op=async_op)
+    return out, _do("reduce_scatter", x, group, async_op, shared, sent)
 
 
-def _finish(work: Any) -> Any:
-    return work.wait if work is not None else NOTHING.wait
-
-
-def _done(pending: Pending, async_op: bool) -> Work:
+def _do(
+    op: str, x: Tensor, group: Group, async_op: bool, shared: Callable[[], Any] | None, sent: Callable[[], Any]
+) -> Work:
+    """Note the collective and do it: `shared`, through shared memory, returns what finishes it; `sent` torch's work."""
+    number = group.enter(op, x)
+    finish = shared() if shared is not None else (sent() or NOTHING).wait  # torch has no work where it is done
+    pending = Pending(finish, group.box, number)
     if async_op:
         return pending
     pending.wait()

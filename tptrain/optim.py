@@ -95,9 +95,7 @@ class Optimizer:
         """
         total = torch.zeros(1, 2, device=self.mesh.device)
         for bucket in self.buckets:
-            share = len(bucket.grads) // self.mesh.dp
-            part = slice(self.mesh.dp_rank * share, (self.mesh.dp_rank + 1) * share)
-            total[0, 0] += bucket.square_sums(part)
+            total[0, 0] += bucket.square_sums(bucket.part(self.mesh.dp_rank, self.mesh.dp))
         total[0, 1] = float(flag)
         total = all_gather(total, self.mesh.world_group)[0].sum(0)  # (world, 2) -> (2,)
         total[0].sqrt_()

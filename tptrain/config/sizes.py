@@ -19,13 +19,12 @@ FLOAT = 4  # bytes of a float32
 ID = 8  # bytes of a token id
 BUCKET_ELEMENTS = 16 * 2**20  # of gradients that are reduced at once: 64 MiB of float32
 BUCKET_ROW = 4096  # elements whose squares are summed at once: a bucket is rounded up to whole rows
-LOGITS_BYTES = {"cpu": 4 * 2**20}  # of a chunk of logits in float32: on a cpu, what stays in its caches
-LOGITS_BYTES_CUDA = 256 * 2**20
+LOGITS_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}  # of a chunk in float32: on a cpu, what stays in its caches
 
 
 def loss_chunk(tokens: int, columns: int, device: str = "cuda") -> int:
     """Tokens whose logits exist at once, on a rank with so many columns of the vocabulary: equal but for the last."""
-    most = max(1, LOGITS_BYTES.get(device, LOGITS_BYTES_CUDA) // (FLOAT * max(1, columns)))
+    most = max(1, LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"]) // (FLOAT * max(1, columns)))
     return math.ceil(tokens / math.ceil(tokens / most))
 
 
