@@ -80,12 +80,14 @@ class Follower:
 
     def follow(self) -> int:
         """Returns the job's exit code: 0 done, 2 for a user's mistake, 1 for anything else, Ctrl-C included."""
-        incomplete = 0.0
+        looked = incomplete = 0.0
         while self._alive():
             try:
                 self._show()
                 now = time.monotonic()
-                incomplete = (incomplete or now) if len(self._running()) < self.ranks else 0.0
+                if now - looked > 1:  # not each time: it reads all of /proc, on cores that the ranks want
+                    looked = now
+                    incomplete = (incomplete or now) if len(self._running()) < self.ranks else 0.0
                 if (incomplete and now - incomplete > GRACE_S) or (
                     self.interrupted and now - self.interrupted > STOP_S
                 ):

@@ -155,7 +155,7 @@ def measure(config: Config, tp: int, dp: int) -> Measured:
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", sdpa))
         _fused_kernels(stack)
         live = stack.enter_context(LiveBytes())
-        decoder = Decoder(model, mesh, train.recompute)
+        decoder = Decoder(model, mesh, train.recompute, config.parallel.overlap)
         optimizer = Optimizer(decoder, config.optim, mesh, DTYPES[train.precision], config.parallel.zero == 1)
         state = live.now
         with saved_tensors_hooks(note, lambda t: t):

@@ -29,6 +29,7 @@ class Topology:
     zero: bool = False
     shared: bool = False  # reduce through shared memory
     recompute: str = "none"
+    overlap: bool = False
 
 
 def distances(
@@ -42,7 +43,7 @@ def distances(
     case = ref.CASES[name]
     grid = mesh(where.tp, kv_heads(case.ours), device, where.shared, where.sequence_parallel)
     with MUTATIONS[mutation]() if mutation else nullcontext():
-        model = Decoder(case.ours, grid, where.recompute)
+        model = Decoder(case.ours, grid, where.recompute, where.overlap)
         settings = OptimConfig(
             beta1=ref.BETAS[0], beta2=ref.BETAS[1], eps=ref.EPS, weight_decay=ref.DECAY, grad_clip=ref.CLIP
         )
@@ -105,12 +106,17 @@ def _part(x: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
 
 
 def _drop_row_parallel_sum() -> AbstractContextManager:
-    return patch.object(linear, "sum_partial", _part)
+    return patch.object(linear, "sum_partial", lambda x, group, some, **_: (_part(x, group, some), collectives.NOTHING))
 
 
 def _average_instead_of_sum() -> AbstractContextManager:
     right = collectives.sum_partial
-    return patch.object(linear, "sum_partial", lambda x, group, some: right(x, group, some) / len(group.ranks))
+
+    def average(x: Tensor, group: Any, some: bool, async_op: bool) -> tuple[Tensor, collectives.Work]:
+        total, _ = right(x, group, some)
+        return total / len(group.ranks), collectives.NOTHING
+
+    return patch.object(linear, "sum_partial", average)
 
 
 def _drop_input_gradient_all_reduce() -> AbstractContextManager:
@@ -121,10 +127,10 @@ def _reduce_twice_backward() -> AbstractContextManager:
     """torch.distributed.nn.functional.all_reduce: its backward is another all-reduce."""
     right = linear._RowParallel.backward
 
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, _: None) -> Any:
         grad = grad.clone()
         collectives.all_reduce_(grad, ctx.mesh.tp_group)
-        return right(ctx, grad)
+        return right(ctx, grad, None)
 
     return patch.object(linear._RowParallel, "backward", staticmethod(backward))
 
@@ -154,14 +160,13 @@ def _forget_partial_gradients() -> AbstractContextManager:
 
 
 def _bias_on_every_rank() -> AbstractContextManager:
-    def row_parallel(x: Tensor, grid: layers.Mesh, row: linear.RowLinear, again: linear.Again = None) -> Tensor:
-        bias = 0 if row.bias is None else use(row.bias)
-        y: Any = linear._RowParallel.apply(x, again, grid, row.weight)
-        return y + bias * grid.tp
+    right = linear.Summing.value
 
-    from tptrain import model
+    def value(self: linear.Summing) -> Tensor:
+        y = right(self)
+        return y if self.bias is None else y + use(self.bias) * (dist.get_world_size() - 1)
 
-    return patch.object(model, "row_parallel", row_parallel)
+    return patch.object(linear.Summing, "value", value)
 
 
 MUTATIONS: dict[str, Callable[[], AbstractContextManager]] = {

@@ -17,10 +17,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import mesh, run_ranks
 from tptrain import shared_memory
-from tptrain.collectives import all_gather, all_reduce_, reduce_scatter
-from tptrain.config.schema import OptimConfig
+from tptrain.collectives import GATHER, SCATTER, all_gather, all_reduce_, reduce_scatter
+from tptrain.config.schema import ModelConfig, OptimConfig
 from tptrain.linear import ColumnLinear, column_parallel
+from tptrain.model import Decoder
 from tptrain.optim import Optimizer
+
+
+def _watched(events: list[str], name: str, right: Any) -> Any:
+    """A patch that notes the call of a collective and what waits for it."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        events.append(name)
+        work = right(*arguments, **options)
+
+        class Work:
+            def wait(self) -> None:
+                events.append(f"wait for {name}")
+                if work is not None:
+                    work.wait()
+
+        return Work()
+
+    return patch.object(dist, right.__name__, call)
 
 
 def _order(sequence_parallel: bool) -> list[str]:
@@ -33,20 +52,6 @@ def _order(sequence_parallel: bool) -> list[str]:
     y = column_parallel(x, grid, *module.linears)  # type: ignore[arg-type]
     events: list[str] = []
 
-    def watched(name: str, right: Any) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            events.append(name)
-            work = right(*arguments, **options)
-
-            class Work:
-                def wait(self) -> None:
-                    events.append(f"wait for {name}")
-                    work.wait()
-
-            return Work()
-
-        return patch.object(dist, right.__name__, call)
-
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = func.overloadpacket.__name__
@@ -57,21 +62,41 @@ def _order(sequence_parallel: bool) -> list[str]:
             return func(*args, **(kwargs or {}))
 
     with (
-        watched("reduce", dist.all_reduce),
-        watched("gather", dist.all_gather_into_tensor),
-        watched("scatter", dist.reduce_scatter_tensor),
+        _watched(events, "reduce", dist.all_reduce),
+        _watched(events, "gather", getattr(dist, GATHER)),
+        _watched(events, "scatter", getattr(dist, SCATTER)),
         Watch(),
     ):
         y.sum().backward()
     return events
 
 
+def _order_of_halves() -> list[str]:
+    """What the forward of a decoder of one layer does with `parallel.overlap`, in order."""
+    grid, events = mesh(2), []
+    config = ModelConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=8)
+    model = Decoder(config, grid, overlap=True)
+    Optimizer(model, OptimConfig(), grid, torch.float32, zero=False)
+    with _watched(events, "reduce", dist.all_reduce):
+        model(torch.zeros(2, 4, dtype=torch.long))
+    return events
+
+
 def _orders() -> list[list[str]]:
-    return [_order(False), _order(True)]
+    return [_order(False), _order(True), _order_of_halves()]
+
+
+def test_one_halfs_sum_travels_while_the_other_computes() -> None:
+    _, _, events = run_ranks(2, _orders)[0]
+    embedding, attention, ffn = events[:2], events[2:4], events[4:8]
+    assert embedding == ["reduce", "wait for reduce"]
+    assert attention == ["reduce", "reduce"]
+    assert ffn == ["wait for reduce", "reduce"] * 2, "each half computes after its own sum, before the other's"
+    assert events[8:] == ["wait for reduce"] * 2
 
 
 def test_weight_gradients_are_computed_while_the_input_gradient_travels() -> None:
-    plain, sequence_parallel = run_ranks(2, _orders)[0]
+    plain, sequence_parallel, _ = run_ranks(2, _orders)[0]
     assert plain == ["input gradient", "reduce", "weight gradient", "wait for reduce"]
     assert sequence_parallel == [
         "gather",  # the input's tokens, while the input gradient is computed

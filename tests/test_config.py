@@ -114,6 +114,15 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # overrides -> words that 
     "heads % kv heads": (["model.num_key_value_heads=3"], ["num_key_value_heads=3", "num_attention_heads=8"]),
     "world % tp": (["parallel.tp=4", "cluster.tasks_per_node=6"], ["parallel.tp=4", "6 ranks"]),
     "batch": (["train.global_batch_size=10", "train.micro_batch_size=4"], ["global_batch_size=10", "4"]),
+    "overlap of an odd batch": (
+        ["parallel.overlap=true", "train.micro_batch_size=1"],
+        ["micro_batch_size=1", "even"],
+    ),
+    "overlap of scattered tokens": (
+        ["parallel.overlap=true", "parallel.sequence_parallel=true"],
+        ["parallel.overlap", "sequence_parallel"],
+    ),
+    "overlap of what is recomputed": (["parallel.overlap=true", "train.recompute=full"], ["overlap", "recompute"]),
     "a negative size": (["model.hidden_size=-256"], ["model.hidden_size=-256", "at least 1"]),
     "zero steps": (["train.steps=0"], ["train.steps=0", "at least 1"]),
     "a zero rate": (["optim.lr=0"], ["optim.lr=0", "greater than 0"]),

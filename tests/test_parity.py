@@ -15,6 +15,8 @@ TOPOLOGIES = {
     "tp1 x dp4, zero": Topology(1, zero=True),
     "tp2 x dp2, zero, sequence parallel": Topology(2, sequence_parallel=True, zero=True, shared=True),
     "tp4, sequence parallel": Topology(4, sequence_parallel=True, recompute="selective"),
+    "tp2 x dp2, overlap": Topology(2, zero=True, overlap=True),
+    "tp4, overlap, shared": Topology(4, shared=True, recompute="selective", overlap=True),
     "tp2 x dp2, everything recomputed": Topology(2, recompute="full"),
     "tp4, sequence parallel, shared": Topology(4, sequence_parallel=True, shared=True),
 }

@@ -94,6 +94,7 @@ MEMORY = {  # overrides, tp, dp
     "8b": (["model=llama3_8b", "train=pretrain"], 8, 4),
     "8b, sequence parallel": (["model=llama3_8b", "train=pretrain", "parallel.sequence_parallel=true"], 8, 1),
     "selective recomputation": (["model=llama3_8b", "train=pretrain", "train.recompute=selective"], 8, 1),
+    "overlap": (["model=llama3_8b", "train=pretrain", "train.micro_batch_size=2", "parallel.overlap=true"], 8, 1),
     "full recomputation": (["model=llama3_8b", "train=pretrain", "train.recompute=full"], 8, 1),
     "full recomputation, sequence parallel": (
         ["model=llama3_8b", "train=pretrain", "train.recompute=full", "parallel.sequence_parallel=true"],
@@ -112,6 +113,7 @@ def test_memory_is_what_autograd_keeps(case: str) -> None:
     config = load_config(overrides)
     parts, measured = rank_memory(config, tp, dp), measure(config, tp, dp)
     seeds = 24 * config.model.num_hidden_layers  # which the fused attention keeps for a dropout that is not used
+    seeds *= 2 if config.parallel.overlap else 1
     head = BYTES[config.train.precision] * config.train.micro_batch_size * config.train.seq_len
     head *= config.model.hidden_size  # the loss's input, which no node keeps
     head //= tp if config.parallel.sequence_parallel else 1
@@ -133,6 +135,7 @@ def test_memory_is_what_autograd_keeps(case: str) -> None:
         ["parallel.zero=0", "train.recompute=full"],
         ["parallel.sequence_parallel=true"],
         ["parallel.sequence_parallel=true", "train.recompute=full"],
+        ["parallel.overlap=true", "train.recompute=selective"],
     ],
 )
 @pytest.mark.parametrize("dp", [1, 2])
@@ -150,7 +153,7 @@ def test_collectives_are_those_of_a_step(name: str, tp: int, dp: int, precision:
     tokens = np.zeros((2, 17), dtype=np.int64)
     data: Any = type("Data", (), {"samples": lambda *call: tokens, "prefetch": lambda *call: None})()
     with Sent() as sent:
-        decoder = Decoder(config.model, mesh, config.train.recompute)
+        decoder = Decoder(config.model, mesh, config.train.recompute, config.parallel.overlap)
         optimizer = Optimizer(decoder, config.optim, mesh, DTYPES[precision], config.parallel.zero == 1)
         with patch.object(optimizer.adamw, "step"):  # not on the meta device
             Trainer(config, mesh, data, decoder, optimizer).step(1)

@@ -11,6 +11,7 @@ import torch
 
 from launch.verdict import Report, Verdict, judge, nodes, read
 from tptrain.blackbox import SLOTS, BlackBox
+from tptrain.collectives import GATHER
 from tptrain.config import Config, ModelConfig
 from tptrain.mesh import Group, Mesh
 from tptrain.model import Decoder
@@ -248,7 +249,7 @@ def validated(rank: int) -> list[str]:
     optimizer = Optimizer(model, config.optim, grid, torch.float32, zero=True)
     held_out = MagicMock(sequence=lambda index: np.arange(9) + index, __len__=lambda self: 5)
     trainer = Trainer(config, grid, Mock(validation=held_out), model, optimizer)
-    with patch.object(torch.distributed, "all_reduce"), patch.object(torch.distributed, "all_gather_into_tensor"):
+    with patch.object(torch.distributed, "all_reduce"), patch.object(torch.distributed, GATHER):
         trainer.validation_loss()
     return [f"{call['op']} {call['shape']} {call['axis']} {call['site']}" for call in box.collectives()]
 

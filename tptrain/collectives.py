@@ -14,6 +14,10 @@ from torch import Tensor
 from tptrain.blackbox import BlackBox
 from tptrain.mesh import Group
 
+# torch 2.13 has new names for them and warns of the old ones
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
 
 class Pending:
     """A collective under way: `wait` before reading its result or changing its input."""
@@ -58,7 +62,7 @@ def all_gather(
         out = x.new_empty(len(group.ranks) * x.shape[0], *x.shape[1:])
     memory, process_group = group.shared, group.process_group
     shared = partial(memory.all_gather, out, x) if memory and x.nbytes <= memory.largest else None
-    sent = partial(dist.all_gather_into_tensor, out, x, group=process_group, async_op=async_op)
+    sent = partial(getattr(dist, GATHER), out, x, group=process_group, async_op=async_op)
     return out, _do("all_gather", x, group, async_op, shared, sent)
 
 
@@ -73,7 +77,7 @@ def reduce_scatter(
         out = x.new_empty(x.shape[0] // len(group.ranks), *x.shape[1:])
     memory, process_group = group.shared, group.process_group
     shared = partial(memory.reduce_scatter, out, x) if memory and x.nbytes <= memory.largest else None
-    sent = partial(dist.reduce_scatter_tensor, out, x, group=process_group, async_op=async_op)
+    sent = partial(getattr(dist, SCATTER), out, x, group=process_group, async_op=async_op)
     return out, _do("reduce_scatter", x, group, async_op, shared, sent)
 
 
@@ -90,12 +94,9 @@ def _do(
     return NOTHING
 
 
-def sum_partial(x: Tensor, group: Group | None, sequence_parallel: bool) -> Tensor:
+def sum_partial(x: Tensor, group: Group | None, sequence_parallel: bool, async_op: bool = False) -> tuple[Tensor, Work]:
     """Partial results (N, ...) -> their sum over the ranks, of all tokens or each rank's own N/tp. Overwrites x."""
-    if sequence_parallel:
-        return reduce_scatter(x, group)[0]
-    all_reduce_(x, group)
-    return x
+    return reduce_scatter(x, group, async_op) if sequence_parallel else (x, all_reduce_(x, group, async_op=async_op))
 
 
 def whole(x: Tensor, group: Group | None, sequence_parallel: bool, async_op: bool = False) -> tuple[Tensor, Work]:

@@ -164,7 +164,7 @@ class _Embedding(torch.autograd.Function):
         x = F.embedding(local, weight)  # (N, D)
         if outside is not None:
             x.masked_fill_(outside.unsqueeze(-1), 0.0)
-        return sum_partial(x, mesh.tp_group, mesh.sequence_parallel)  # (n, D)
+        return sum_partial(x, mesh.tp_group, mesh.sequence_parallel)[0]  # (n, D)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]

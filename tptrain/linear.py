@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tptrain.collectives import all_reduce_, reduce_scatter, sum_partial, whole
+from tptrain.collectives import Work, all_reduce_, reduce_scatter, sum_partial, whole
 from tptrain.layers import Parameter, ShardSpec, parameter, use
 from tptrain.mesh import Mesh
 
@@ -53,10 +53,23 @@ def column_parallel(x: Tensor, mesh: Mesh, *linears: ColumnLinear, again: Again 
     return y + torch.cat(biases) if biases else y
 
 
-def row_parallel(x: Tensor, mesh: Mesh, linear: RowLinear, again: Again = None) -> Tensor:
+def row_parallel(x: Tensor, mesh: Mesh, linear: RowLinear, again: Again = None) -> "Summing":
     """(N, F/tp), this rank's features -> (n, D), the same on every rank or its own tokens. One all-reduce, forward."""
-    y: Any = _RowParallel.apply(x, again, mesh, linear.weight)
-    return y if linear.bias is None else y + use(linear.bias)  # after the sum: once, not tp times
+    y, work = _RowParallel.apply(x, again, mesh, linear.weight)  # type: ignore[misc]
+    return Summing(y, work, linear.bias)
+
+
+class Summing:
+    """A row-parallel linear's output, whose summands are on their way between the ranks."""
+
+    def __init__(self, y: Tensor, work: Work, bias: Parameter | None) -> None:
+        self.y, self.work, self.bias = y, work, bias
+
+    def value(self) -> Tensor:
+        """(n, D), once it has arrived."""
+        with torch.no_grad():  # the sum is the end of a forward pass that autograd has noted
+            self.work.wait()
+        return self.y if self.bias is None else self.y + use(self.bias)  # after the sum: once, not tp times
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -86,14 +99,14 @@ class _ColumnParallel(torch.autograd.Function):
 
 class _RowParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, again: Again, mesh: Mesh, weight: Parameter) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, again: Again, mesh: Mesh, weight: Parameter) -> tuple[Tensor, Work]:  # type: ignore[override]
         _keep(ctx, x, again)
         ctx.mesh, ctx.weight = mesh, weight
         partial = x @ weight.t()  # (N, D), one summand of tp
-        return sum_partial(partial, mesh.tp_group, mesh.sequence_parallel)  # (n, D)
+        return sum_partial(partial, mesh.tp_group, mesh.sequence_parallel, async_op=True)  # (n, D)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, no_grad: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mesh, weight = _kept(ctx), ctx.mesh, ctx.weight
         grad, _ = whole(grad, mesh.tp_group, mesh.sequence_parallel)  # (N, D); a sum's gradient reaches every summand
         add_weight_gradient(grad, x, (weight,))

@@ -7,6 +7,7 @@ which this rank has its part. Parameter names follow Hugging Face's Llama.
 
 import math
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ from tptrain import fused
 from tptrain.attention import attention
 from tptrain.config import ModelConfig
 from tptrain.config.schema import RopeScaling, head_dim, kv_heads, padded_vocab_size
-from tptrain.layers import Norm, Parameter, ShardSpec, VocabEmbedding, parameter, use
-from tptrain.linear import Again, ColumnLinear, RowLinear, column_parallel, row_parallel
+from tptrain.layers import Norm, Parameter, ShardSpec, VocabEmbedding, parameter, parameters, use
+from tptrain.linear import Again, ColumnLinear, RowLinear, Summing, column_parallel, row_parallel
 from tptrain.mesh import Mesh
 
 
@@ -42,7 +43,7 @@ class Attention(nn.Module):
             self.q_norm = Norm(mesh, self.d, kind="rmsnorm", eps=eps, partial_grad=True)
             self.k_norm = Norm(mesh, self.d, kind="rmsnorm", eps=eps, partial_grad=True)
 
-    def forward(self, x: Tensor, T: int, rotation: Tensor | None, again: Again) -> Tensor:
+    def forward(self, x: Tensor, T: int, rotation: Tensor | None, again: Again) -> Summing:
         """(n, D) -> (n, D)."""
         qkv = column_parallel(x, self.mesh, self.q_proj, self.k_proj, self.v_proj, again=again)  # (N, (H + 2 K)/tp * d)
         heads = [self.heads, self.kv_heads, self.kv_heads]
@@ -71,7 +72,7 @@ class FFN(nn.Module):
         self.up_proj = ColumnLinear(mesh, hidden, width, std=std, bias=bias)
         self.down_proj = RowLinear(mesh, width, hidden, std=_residual_std(config), bias=bias)
 
-    def forward(self, x: Tensor, again: Again) -> Tensor:
+    def forward(self, x: Tensor, again: Again) -> Summing:
         """(n, D) -> (n, D)."""
         act, plain, first = fused.activated, fused.activated, (self.up_proj,)
         if self.gate_proj is not None:
@@ -82,7 +83,12 @@ class FFN(nn.Module):
         return row_parallel(h, self.mesh, self.down_proj, again)
 
 
+Stream = tuple[Tensor, Summing | None]  # the residual stream (n, D), and the branch that is added to it next
+
+
 class Layer(nn.Module):
+    """Two branches from the residual stream, each with an all-reduce at its entrance (backward) and exit (forward)."""
+
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
         super().__init__()
         norm = {"kind": config.norm, "eps": config.rms_norm_eps}
@@ -91,25 +97,35 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(mesh, config.hidden_size, **norm)
         self.mlp = FFN(config, mesh)
 
-    def forward(
-        self, x: Tensor, branch: Tensor | None, T: int, rotation: Tensor | None, selective: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream and the branch to be added to it next, (n, D) each -> the same after this layer.
+    def attend(self, stream: Stream, T: int, rotation: Tensor | None, selective: bool) -> Stream:
+        """`selective`: the linears' inputs are made again in the backward pass, not kept."""
+        x, h = _normed(self.input_layernorm, stream)
+        return x, self.self_attn(h, T, rotation, self.input_layernorm.recipe(x) if selective else None)
 
-        `selective`: the linears' inputs are made again in the backward pass, not kept.
-        """
-        x, h = self.input_layernorm.add(x, branch)
-        branch = self.self_attn(h, T, rotation, self.input_layernorm.recipe(x) if selective else None)
-        x, h = self.post_attention_layernorm.add(x, branch)
+    def feed_forward(self, stream: Stream, selective: bool) -> Stream:
+        x, h = _normed(self.post_attention_layernorm, stream)
         return x, self.mlp(h, self.post_attention_layernorm.recipe(x) if selective else None)
+
+    def forward(self, x: Tensor, T: int, rotation: Tensor | None) -> Tensor:
+        """The whole layer, (n, D) -> (n, D), for what is computed again as one."""
+        x, branch = self.feed_forward(self.attend((x, None), T, rotation, False), False)
+        return x if branch is None else x + branch.value()
+
+
+def _normed(norm: Norm, stream: Stream) -> tuple[Tensor, Tensor]:
+    """The residual stream with its branch added, and the norm of it: (n, D) each."""
+    x, branch = stream
+    return norm.add(x, branch.value() if branch is not None else None)
 
 
 class Decoder(nn.Module):
     """Embedding, layers, norm; the output head is run by `loss.py`. Activations have the precision of the weights."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, recompute: str = "none") -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, recompute: str = "none", overlap: bool = False) -> None:
+        """`overlap`: in training, the layers run the two halves of a batch in turn; one's sums travel meanwhile."""
         super().__init__()
         self.config, self.mesh, self.recompute = config, mesh, recompute
+        self.halves = 2 if overlap and mesh.tp > 1 else 1
         std, vocab = config.initializer_range, padded_vocab_size(config.vocab_size)
         self.embed_tokens = VocabEmbedding(mesh, vocab, config.hidden_size, std=std)
         self.embed_positions: Parameter | None = None
@@ -118,6 +134,9 @@ class Decoder(nn.Module):
             self.embed_positions = parameter(mesh, ShardSpec(shape, mesh.tp, 0, mesh.tp, mesh.sequence_parallel), std)
         self.layers = nn.ModuleList(Layer(config, mesh) for _ in range(config.num_hidden_layers))
         self.norm = Norm(mesh, config.hidden_size, kind=config.norm, eps=config.rms_norm_eps)
+        for module in (self.layers, self.norm):
+            for _, p in parameters(module):
+                p.uses = self.halves
         self.lm_head = ColumnLinear(mesh, config.hidden_size, vocab, std=std)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -130,15 +149,18 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens.flatten())  # (n, D)
         if self.embed_positions is not None:
             x = x + F.embedding(self._positions(tokens), use(self.embed_positions))
-        branch, rotation = None, self._rotation(T)
-        for layer in self.layers:
-            if self.recompute == "full" and torch.is_grad_enabled():
-                x = x if branch is None else x + branch
-                arguments = (x, None, T, rotation, False)
-                x, branch = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, branch = layer(x, branch, T, rotation, self.recompute == "selective")
-        return self.norm.add(x, branch)[1]
+        rotation, training = self._rotation(T), torch.is_grad_enabled()
+        if self.recompute == "full" and training:
+            for layer in self.layers:
+                x = checkpoint(layer, x, T, rotation, use_reentrant=False, preserve_rng_state=False)
+            return self.norm(x)
+        selective = self.recompute == "selective"
+        streams: list[Stream] = [(part, None) for part in x.chunk(self.halves if training else 1)]
+        for layer in cast("list[Layer]", self.layers):
+            streams = [layer.attend(stream, T, rotation, selective) for stream in streams]
+            streams = [layer.feed_forward(stream, selective) for stream in streams]
+        parts = [_normed(self.norm, stream)[1] for stream in streams]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def logits(self, x: Tensor) -> Tensor:
         """(n, D) -> (N, V/tp), this rank's columns of the padded vocabulary."""

@@ -112,7 +112,7 @@ def build(config: Config, mesh: Mesh) -> Trainer:
     compile_all(
         config.train.compile == "elementwise" or (config.train.compile == "auto" and mesh.device.type == "cuda")
     )
-    model = Decoder(config.model, mesh, config.train.recompute)
+    model = Decoder(config.model, mesh, config.train.recompute, config.parallel.overlap)
     optimizer = Optimizer(model, config.optim, mesh, DTYPES[config.train.precision], config.parallel.zero == 1)
     optimizer.initialise(lambda name, p: initial_values(name, p, config.train.seed, mesh.tp_rank))
     return Trainer(config, mesh, data, model, optimizer)

@@ -70,6 +70,7 @@ class ModelConfig:
 class ParallelConfig:
     tp: int = size(1)
     sequence_parallel: bool = False  # between the linears each TP rank holds 1/tp of the tokens, not all of them
+    overlap: bool = False  # a micro-batch's halves run in turn, so that one's forward all-reduce hides behind the other
     zero: int = number(1, least=0, most=1)  # 1: a dp rank holds 1/dp of the optimizer's state (ZeRO-1); 0: all of it
     backend: str = choice("auto", "auto", "nccl", "gloo")  # auto: nccl on cuda; on cpu memory within a node, else gloo
     tp_across_nodes: bool = False  # whether a TP group may span nodes, its all-reduces crossing the network

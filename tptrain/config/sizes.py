@@ -282,6 +282,7 @@ def _tp_collectives(config: Config, tp: int, dp: int) -> list[Collective]:
     hidden = tokens * model.hidden_size * BYTES[train.precision]
     entrances = 2 * model.num_hidden_layers * batches  # of column-parallel linears, and as many exits of row-parallel
     again = entrances if train.recompute == "full" else 0  # a layer's forward pass comes twice
+    parts = 2 if config.parallel.overlap else 1  # of a micro-batch, each on its own
     chunk = loss_chunk(tokens, padded_vocab_size(model.vocab_size) // tp)
     chunks = Counter([chunk] * (tokens // chunk) + ([tokens % chunk] if tokens % chunk else []))
     found = [
@@ -291,8 +292,8 @@ def _tp_collectives(config: Config, tp: int, dp: int) -> list[Collective]:
     if not config.parallel.sequence_parallel:
         return [
             Collective("embedding, forward", "all_reduce", batches, hidden, "tp"),
-            Collective("layers, forward", "all_reduce", entrances + again, hidden, "tp"),
-            Collective("layers, backward", "all_reduce", entrances, hidden, "tp"),
+            Collective("layers, forward", "all_reduce", parts * (entrances + again), hidden // parts, "tp"),
+            Collective("layers, backward", "all_reduce", parts * entrances, hidden // parts, "tp"),
             Collective("output head, backward", "all_reduce", batches, hidden, "tp"),
             *found,
         ]

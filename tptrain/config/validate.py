@@ -191,8 +191,20 @@ def _check_train(config: Config) -> None:
             f"parallel.sequence_parallel: parallel.tp={tp} does not divide the {tokens} tokens of a micro-batch "
             f"(train.micro_batch_size={train.micro_batch_size} x train.seq_len={train.seq_len}). Change one of them."
         )
+    if config.parallel.overlap:
+        _check_overlap(config)
     if config.parallel.backend == "nccl" and train.device == "cpu":
         raise UserError("parallel.backend=nccl: needs train.device=cuda. Use parallel.backend=gloo on the cpu.")
+
+
+def _check_overlap(config: Config) -> None:
+    size = config.train.micro_batch_size
+    if size % 2:
+        raise UserError(f"parallel.overlap: train.micro_batch_size={size} has no two halves. Make it even.")
+    if config.parallel.sequence_parallel:
+        raise UserError("parallel.overlap: not with parallel.sequence_parallel=true. Choose one of them.")
+    if config.train.recompute == "full":
+        raise UserError("parallel.overlap: has no effect with train.recompute=full. Choose one of them.")
 
 
 def _check_unused(config: Config) -> None:
