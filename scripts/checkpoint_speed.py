@@ -1,16 +1,21 @@
 """How fast a checkpoint is written and read on this disk: `python scripts/checkpoint_speed.py FOLDER [MODEL]`.
 
-One rank, model gpt2 unless told: 1.5 GB of weights and moments. The stall is how long `Saver.save` holds training up;
-the whole save is the time to the commit marker, and what a save in the foreground would cost. `dd` writes as many zeros
-to the same folder, to the disk (conv=fdatasync).
+One rank, model gpt2 unless told: 1.5 GB of weights and moments. The stall is how long a save holds training up: what
+`Saver.save` takes, and then the wait for the copy of the state before the weights may change, after a forward and
+backward pass as short as there is (a micro-batch of one sequence of 256 tokens). That pass is timed with and without a
+save beside it. The whole save is the time to the commit marker with nothing beside it, which is what one in the
+foreground would cost. `dd` writes as many zeros to the same folder, to the disk (conv=fdatasync).
 """
 
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -18,46 +23,51 @@ from tptrain.checkpoint import Saver, load_newest, step_folder
 from tptrain.config import load_config
 from tptrain.config.sizes import checkpoint_bytes
 from tptrain.mesh import make_mesh
-from tptrain.model import Decoder
-from tptrain.optim import Optimizer
+from tptrain.train import build
 
-ROUNDS = 3
+ROUNDS = 5
 
 
 def main(folder: Path, model: str) -> None:
-    config = load_config([f"model={model}", f"run.dir={folder}", "checkpoint.keep=1"])
+    small = ["train.micro_batch_size=1", "train.global_batch_size=1", "train.seq_len=256"]
+    config = load_config([f"model={model}", f"run.dir={folder}", "checkpoint.keep=1", *small])
     mesh = make_mesh(1, 1, torch.device("cpu"))
-    optimizer = Optimizer(Decoder(config.model, mesh), config.optim, mesh, torch.float32, zero=False)
-    for bucket in optimizer.buckets:
-        for tensor in (bucket.master.data, *(t for t in optimizer.adamw.state[bucket.master].values() if t.dim())):
+    trainer = build(config, mesh)
+    for bucket in trainer.optimizer.buckets:
+        for tensor in (t for t in trainer.optimizer.adamw.state[bucket.master].values() if t.dim()):
             tensor.normal_()  # zeros would be written faster on some file systems
-    saver, size = Saver(folder, optimizer, config, "data", mesh), checkpoint_bytes(config.model)
-    stalls, saves, loads, disks = [], [], [], []
+    saver, size = Saver(folder, trainer.optimizer, config, "data", mesh), checkpoint_bytes(config.model)
+    tokens = trainer.data.samples(0, 1)
+    taken: dict[str, list[float]] = {name: [] for name in ("call", "pass", "beside", "wait", "save", "load", "dd")}
+
+    def timed(name: str, work: Callable[[], Any]) -> None:
+        began = time.perf_counter()
+        work()
+        taken[name].append(time.perf_counter() - began)
+
+    def disk() -> None:
+        dd = ["dd", "if=/dev/zero", f"of={folder / 'zeros'}", "bs=4M", f"count={size // 2**22}", "conv=fdatasync"]
+        subprocess.run([*dd, "status=none"], check=True)
+
     for step in range(1, ROUNDS + 2):
-        began = time.perf_counter()
-        saver.save(step)
-        stall = time.perf_counter() - began
+        timed("pass", lambda: trainer.forward_backward(tokens, 1.0))
+        timed("call", partial(saver.save, 2 * step))
+        timed("beside", lambda: trainer.forward_backward(tokens, 1.0))
+        timed("wait", trainer.optimizer.copied.wait)
         saver.finish()
-        whole = time.perf_counter() - began
-        began = time.perf_counter()
-        assert load_newest(folder, optimizer, mesh, print)
-        load = time.perf_counter() - began
-        zeros = folder / "zeros"
-        began = time.perf_counter()
-        dd = ["dd", "if=/dev/zero", f"of={zeros}", "bs=4M", f"count={size // 2**22}", "conv=fdatasync", "status=none"]
-        subprocess.run(dd, check=True)
-        disk = time.perf_counter() - began
-        zeros.unlink()
-        if step > 1:  # the first one makes its buffers
-            for values, value in ((stalls, stall), (saves, whole), (loads, load), (disks, disk)):
-                values.append(value)
-    shutil.rmtree(step_folder(folder, ROUNDS + 1))
-    stall, whole, load, disk = (median(values) for values in (stalls, saves, loads, disks))
+        timed("save", lambda step=step: (saver.save(2 * step + 1), saver.finish()))
+        timed("load", lambda: load_newest(folder, trainer.optimizer, mesh, print))
+        timed("dd", disk)
+        (folder / "zeros").unlink()
+    shutil.rmtree(step_folder(folder, 2 * ROUNDS + 3))
+    # The first round makes the buffers.
+    call, alone, beside, wait, save, load, dd = (median(seconds[1:]) for seconds in taken.values())
     print(f"{model}: {size / 1e9:.2f} GB; medians of {ROUNDS} rounds")
-    print(f"stall  {stall:7.3f} s, {stall / whole:.1%} of a whole save")
-    print(f"save   {whole:7.3f} s, {size / whole / 1e6:,.0f} MB/s, {disk / whole:.0%} of dd's rate")
+    print(f"stall  {call + wait:7.3f} s, {(call + wait) / save:.1%} of a whole save")
+    print(f"pass   {beside:7.3f} s beside the save, {alone:.3f} s without it")
+    print(f"save   {save:7.3f} s, {size / save / 1e6:,.0f} MB/s, {dd / save:.0%} of dd's rate")
     print(f"load   {load:7.3f} s, {size / load / 1e6:,.0f} MB/s, checksums verified")
-    print(f"dd     {disk:7.3f} s, {size / disk / 1e6:,.0f} MB/s")
+    print(f"dd     {dd:7.3f} s, {size / dd / 1e6:,.0f} MB/s")
 
 
 if __name__ == "__main__":

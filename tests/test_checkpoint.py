@@ -148,28 +148,50 @@ def test_commit_tells_the_position_in_the_data(run: Run) -> None:
 def test_training_goes_on_while_a_save_is_written(run: Run) -> None:
     gate, right = threading.Event(), checkpoint._write_shards
 
-    def slow(*arguments: Any) -> None:
+    def slow(*arguments: Any) -> Any:
         assert gate.wait(60)
-        right(*arguments)
+        return right(*arguments)
 
     with patch.object(checkpoint, "_write_shards", slow):
         run.fill(5)
         run.saver.save(5)  # returns although nothing is written
         assert run.steps() == []
-        run.fill(6)  # what is written is what was there when `save` returned
+        run.optimizer.copied.wait()
+        run.fill(6)  # what is written is what was there when it had been copied
         gate.set()
         run.saver.finish()
     assert run.steps() == [5]
     assert run.load() == 5
 
 
+def test_the_weights_do_not_change_before_they_are_copied(run: Run) -> None:
+    gate, right = threading.Event(), checkpoint.Saver._copy
+
+    def slow(saver: checkpoint.Saver) -> Any:
+        assert gate.wait(60)
+        return right(saver)
+
+    with patch.object(checkpoint.Saver, "_copy", slow):
+        run.fill(5)
+        run.saver.save(5)
+        update = threading.Thread(target=run.optimizer.step, args=(1.0,))
+        update.start()
+        update.join(0.3)
+        assert update.is_alive()
+        gate.set()
+        update.join(60)
+        run.saver.finish()
+    assert run.load() == 5
+
+
 def test_a_save_waits_for_the_one_before(run: Run) -> None:
     order, right = [], checkpoint._write_shards
 
-    def noted(target: Path, *arguments: Any) -> None:
+    def noted(target: Path, *arguments: Any) -> Any:
         order.append(f"begin {target.name[-1]}")
-        right(target, *arguments)
+        measured = right(target, *arguments)
         order.append(f"end {target.name[-1]}")
+        return measured
 
     with patch.object(checkpoint, "_write_shards", noted):
         for step in (1, 2, 3):

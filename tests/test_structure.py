@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["config"],
-    ["blackbox", "preflight", "plan", "shared_memory", "fused", "attention"],
+    ["blackbox", "preflight", "plan", "shared_memory", "fused", "attention", "files"],
     ["mesh"],
     ["collectives"],
     ["layers"],

@@ -9,7 +9,6 @@ Every rank says which boxes of each global tensor it has, so torch loads them at
 import contextlib
 import errno
 import json
-import os
 import re
 import shutil
 import threading
@@ -27,9 +26,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.serialization import set_crc32_options
 
 from tptrain.config import Config, write_config
 from tptrain.config.load import write_atomically
+from tptrain.files import Files, measure, sync
 from tptrain.mesh import Group, Mesh, gather
 from tptrain.optim import Optimizer
 from tptrain.shards import flat, rng_state, state_dict
@@ -76,7 +77,8 @@ def _step_folders(folder: Path) -> list[Path]:
 
 
 class Saver:
-    """Writes checkpoints in the background: training waits only while the state is copied to host memory.
+    """Writes checkpoints in the background, after copying the state to host memory there: the next forward and backward
+    pass go on meanwhile, and only the next update of the weights waits for the copy.
 
     Every rank makes one. The writing ranks talk over a group of their own, so training's collectives are not disturbed.
     """
@@ -99,21 +101,13 @@ class Saver:
         Every rank calls it. Raises what `finish` raises.
         """
         self.finish()
-        began = time.perf_counter()
-        if self.copies is None:
-            self.copies = [
-                {kind: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for kind, t in now.items()}
-                for now in flat(self.optimizer)
-            ]
-        for copy, now in zip(self.copies, flat(self.optimizer), strict=True):
-            for kind, tensor in now.items():
-                copy[kind].copy_(tensor, non_blocking=True)
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize()
-        state = state_dict(self.optimizer.buckets, self.copies, self.mesh.tp_rank) | rng_state(self.mesh)
         samples = step * self.config.train.global_batch_size
         commit = Commit(step, samples, self.mesh.world, self.mesh.tp, self.data, self.optimizer.updates, {})
-        self.thread = threading.Thread(target=self._work, args=(state, commit, began), daemon=True)
+        stream = torch.cuda.Stream() if self.mesh.device.type == "cuda" else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        self.optimizer.copied.clear()
+        self.thread = threading.Thread(target=self._work, args=(commit, rng_state(self.mesh), stream), daemon=True)
         self.thread.start()
 
     def finish(self) -> None:
@@ -126,12 +120,32 @@ class Saver:
             problem, self.problem = self.problem, None
             raise problem
 
-    def _work(self, state: dict[str, Any], commit: Commit, began: float) -> None:
+    def _work(self, commit: Commit, rng: dict[str, Tensor], stream: torch.cuda.Stream | None) -> None:
+        began = time.perf_counter()
         try:
-            self._write(state, commit)
+            try:
+                with torch.cuda.stream(stream):
+                    copies = self._copy()
+                if stream is not None:
+                    stream.synchronize()
+            finally:
+                self.optimizer.copied.set()
+            self._write(state_dict(self.optimizer.buckets, copies, self.mesh.tp_rank) | rng, commit)
         except BaseException as error:
             self.problem = error
         self.seconds = time.perf_counter() - began
+
+    def _copy(self) -> list[dict[str, Tensor]]:
+        """This rank's state on the host, or on its way there."""
+        if self.copies is None:
+            self.copies = [
+                {kind: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for kind, t in now.items()}
+                for now in flat(self.optimizer)
+            ]
+        for copy, now in zip(self.copies, flat(self.optimizer), strict=True):
+            for kind, tensor in now.items():
+                copy[kind].copy_(tensor, non_blocking=True)
+        return self.copies
 
     def _write(self, state: dict[str, Any], commit: Commit) -> None:
         """Write, commit, and delete all but the newest `checkpoint.keep`; where it fails, remove what was written."""
@@ -140,13 +154,9 @@ class Saver:
         def on_main(work: Callable[[], None]) -> None:
             _agreed(work if mesh.is_main else lambda: None, target, mesh)
 
-        def measure() -> dict[str, list[Any]]:
-            return {file.name: _measure(file) for file in target.glob(f"__{mesh.rank}_*.distcp")}
-
         try:
             on_main(lambda: _make_empty(target))
-            _agreed(lambda: _write_shards(target, state, mesh), target, mesh)
-            for part in _agreed(measure, target, mesh):
+            for part in _agreed(lambda: _write_shards(target, state, mesh), target, mesh):
                 commit.files.update(part)
             on_main(lambda: _commit(target, commit, self.config))
         except CheckpointError:
@@ -190,10 +200,14 @@ def _make_empty(target: Path) -> None:
     target.mkdir(parents=True)
 
 
-def _write_shards(target: Path, state: dict[str, Any], mesh: Mesh) -> None:
+def _write_shards(target: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, list[Any]]:
+    """Returns name, size and checksum of the file that this rank wrote."""
     writer = FileSystemWriter(target, single_file_per_rank=True, sync_files=True)
+    writer.fs = files = Files()
+    set_crc32_options(False)  # one checksum is enough
     with _quiet():
         state_dict_saver.save(state, storage_writer=writer, **_over(mesh.saving))
+    return {name: measured for name, measured in files.measured.items() if name.endswith(".distcp")}
 
 
 def _commit(target: Path, commit: Commit, config: Config) -> None:
@@ -202,13 +216,13 @@ def _commit(target: Path, commit: Commit, config: Config) -> None:
             raise OSError(f"rank 0 does not see {name}: run.dir must be on a file system that all nodes share")
     write_config(config, target / "config.yaml")
     for name in (".metadata", "config.yaml"):
-        _sync(target / name)
-        commit.files[name] = _measure(target / name)
-    _sync(target)
+        sync(target / name)
+        commit.files[name] = measure(target / name)
+    sync(target)
     body = asdict(commit)
     write_atomically(target / COMMIT, json.dumps({"commit": body, "xxh3_128": _digest(body)}, indent=1))
-    _sync(target)
-    _sync(target.parent)
+    sync(target)
+    sync(target.parent)
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
@@ -223,23 +237,6 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     for path in _step_folders(folder):
         if not (path / COMMIT).exists():
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _measure(file: Path) -> list[Any]:
-    digest, length = xxhash.xxh3_128(), 0
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 22):
-            digest.update(block)
-            length += len(block)
-    return [length, digest.hexdigest()]
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -294,7 +291,7 @@ def damage(file: Path, length: int, digest: str) -> str | None:
     try:
         if (actual := file.stat().st_size) != length:
             return f"{file.name}: {actual} bytes instead of {length}"
-        if (found := _measure(file)[1]) != digest:
+        if (found := measure(file)[1]) != digest:
             return f"{file.name}: checksum {found} instead of {digest}"
     except FileNotFoundError:
         return f"{file.name}: missing"

@@ -1,6 +1,7 @@
 """The optimizer step: gradients summed over dp, their norm, clipping, AdamW on float32 masters, and the new weights."""
 
 import math
+import threading
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,8 @@ class Optimizer:
         self.adamw = _adamw(self.buckets, config)
         self.reducing: list[Work] = []
         self.waiting: dict[int, int] = {}  # bucket -> gradients still to come in the last backward pass of a step
+        self.copied = threading.Event()  # not set while a checkpoint copies the state: `step` waits for it
+        self.copied.set()
         for index, bucket in enumerate(self.buckets):
             for _, p in bucket.members:
                 p.arrived = lambda index=index: self._arrived(index)
@@ -112,6 +115,7 @@ class Optimizer:
 
     def step(self, lr: float, skip: Tensor | None = None) -> None:
         """Update the masters and publish them. Where `skip` is 1 the masters stay as they are."""
+        self.copied.wait()
         if skip is not None:
             self.adamw.found_inf = skip  # type: ignore[attr-defined]
         for group in self.adamw.param_groups:

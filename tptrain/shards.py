@@ -83,7 +83,9 @@ class _Part(torch.Tensor):
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(box for offsets, box in self.boxes if tuple(offsets) == tuple(index.offset or ()))
+        box = next(box for offsets, box in self.boxes if tuple(offsets) == tuple(index.offset or ()))
+        # With a storage of its own: of a part of a larger one torch writes a copy.
+        return torch.from_numpy(box.numpy()) if box.device.type == "cpu" else box
 
 
 def rng_state(mesh: Mesh) -> dict[str, Tensor]:
