@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from launch import verdict
 from launch.allocation import Allocation
 from launch.place import find_place
@@ -18,7 +20,12 @@ from tptrain.config import Config, UserError, read_config
 Entry = Callable[[Config, BlackBox, Any, str, Callable[[], None]], int]
 
 
-def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None]) -> int:
+def command_time() -> float:
+    """Unix time at which this process, the user's command, was started."""
+    return psutil.Process().create_time()
+
+
+def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None], launched: float = 0.0) -> int:
     """For submitit: set this rank's variables, run it on the run's snapshot and return its exit code.
 
     Under Slurm a failed rank ends its process with that code, upon which srun ends the others.
@@ -29,7 +36,7 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None]) -> in
         else:
             os.environ[name] = value
     try:
-        code = supervised(entry, read_config(Path(run_dir) / "config.yaml"))
+        code = supervised(entry, read_config(Path(run_dir) / "config.yaml"), launched=launched)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
@@ -38,12 +45,13 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None]) -> in
     return code
 
 
-def supervised(entry: Entry, config: Config, claim: Callable[[], None] = lambda: None) -> int:
+def supervised(entry: Entry, config: Config, claim: Callable[[], None] = lambda: None, launched: float = 0.0) -> int:
     """Run this process's rank; `claim` runs on rank 0 once all are there. Raises UserError for a misplaced one."""
     place = find_place()
     _keep_nccl_record(verdict.folder_of(Path(config.run.dir or "."), place.attempt), place.attempt)
     allocation = Allocation() if place.on_slurm else None
     supervisor = Supervisor(config, place, allocation)
+    supervisor.box.state.launched = 0.0 if place.restart else launched  # a restart was not waited for since then
     return supervisor.run(lambda box: entry(config, box, allocation, place.attempt, claim))
 
 

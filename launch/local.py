@@ -16,7 +16,7 @@ from submitit.core.utils import pickle_load
 from tqdm import tqdm
 
 from launch import verdict
-from launch.job import Entry, run_rank, shell_lines
+from launch.job import Entry, command_time, run_rank, shell_lines
 from launch.place import free_port
 from launch.run_dir import newest_checkpoint, read_job, record_job
 from tptrain.config import Config
@@ -47,7 +47,7 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
     }
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # children inherit it
     try:
-        job = executor.submit(run_rank, entry, str(run_dir), variables)
+        job = executor.submit(run_rank, entry, str(run_dir), variables, command_time())
     finally:
         signal.signal(signal.SIGINT, before)
     record_job(run_dir, kind="local", id=job.job_id, logs=str(run_dir / "logs" / job.job_id), attempt=f"{name}-0")

@@ -12,7 +12,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError
 
-from launch.job import Entry, run_rank, shell_lines
+from launch.job import Entry, command_time, run_rank, shell_lines
 from launch.run_dir import record_job
 from tptrain.config import Config, UserError
 
@@ -40,9 +40,10 @@ def submit(configs: list[Config], base: Path, entry: Entry) -> str:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
             if len(configs) == 1:
-                jobs = [executor.submit(run_rank, entry, dirs[0], {})]
+                jobs = [executor.submit(run_rank, entry, dirs[0], {}, command_time())]
             else:
-                jobs = executor.map_array(run_rank, [entry] * len(dirs), dirs, [{}] * len(dirs))
+                count = len(dirs)
+                jobs = executor.map_array(run_rank, [entry] * count, dirs, [{}] * count, [command_time()] * count)
     except (FailedJobError, subprocess.CalledProcessError) as error:
         lines = [line.strip() for line in (getattr(error, "stderr", None) or str(error)).splitlines() if line.strip()]
         reason = next((line for line in lines if "error:" in line), lines[0])

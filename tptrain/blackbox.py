@@ -25,6 +25,8 @@ class _State(ctypes.Structure):
         ("phase", ctypes.c_int32),
         ("step", ctypes.c_int64),  # the last that was finished
         ("since", ctypes.c_double),  # monotonic clock at the last sign of life
+        ("launched", ctypes.c_double),  # unix time of the command that started the run; 0 where not known
+        ("began", ctypes.c_double * (1 + len(PHASES))),  # unix time: of this record, and of each phase the first time
         ("entered", ctypes.c_int64),  # collectives, over the whole life of the trainer
         ("signal", ctypes.c_int32),  # the first that asked for a stop; 0 for none
         ("signalled", ctypes.c_double),  # monotonic clock, then
@@ -44,6 +46,7 @@ class BlackBox:
         self.slots = size
         self.rank = 0
         self.counts_signals = True  # not in the trainer: its handler may run long after the signal came
+        self.state.began[0] = time.time()
         self.touch()
 
     # ------------------------------------------------------------------------------------------------ signs of life
@@ -56,7 +59,17 @@ class BlackBox:
         """The trainer is alive, and in this phase from now on (None: still in the same)."""
         if phase is not None:
             self.state.phase = PHASES.index(phase)
+            self.state.began[1 + self.state.phase] = self.state.began[1 + self.state.phase] or time.time()
         self.state.since = time.monotonic()
+
+    def start_up(self) -> dict[str, float]:
+        """Seconds from the launch to the end of the first step, by what they went for; the launch, which has Slurm's
+        queue in it, where its time is known.
+        """
+        names = ("launch", "imports", "rendezvous", "data and model", "first step")
+        times = [self.state.launched, *self.state.began[: len(names)]]
+        parts = {name: end - start for name, start, end in zip(names, times, times[1:], strict=False)}
+        return {name: seconds for name, seconds in parts.items() if name != "launch" or self.state.launched}
 
     def end(self, kind: str, message: str = "") -> None:
         """How the trainer ends: one of done, stopped, user, diverged, bug, lost, disk; and why, for people."""

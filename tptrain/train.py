@@ -207,9 +207,16 @@ def _loop(
         stop.save_s = saver.needs_s
         if recorder is not None:
             recorder.tick(step)
+            if step == start + 1:
+                recorder.say(_started(mesh.box.start_up()))
         if agreed is not None:
             return agreed
     return None
+
+
+def _started(parts: dict[str, float]) -> str:
+    each = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+    return f"started in {sum(parts.values()):.1f} s: {each}"
 
 
 def _check_finite(config: Config, step: int, loss: float, norm: float) -> None:
