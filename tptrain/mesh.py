@@ -251,9 +251,13 @@ def _pick_device(config: Config, local_rank: int, local_world: int) -> torch.dev
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         _keep_freed_memory()
+        cores = sorted(os.sched_getaffinity(0))
+        each = len(cores) // local_world
         if "OMP_NUM_THREADS" not in os.environ:  # else every rank would start a thread for every core
-            cores = len(os.sched_getaffinity(0)) // local_world
-            torch.set_num_threads(max(1, int(os.environ.get("SLURM_CPUS_PER_TASK", cores))))
+            torch.set_num_threads(max(1, int(os.environ.get("SLURM_CPUS_PER_TASK", each))))
+        if each and "SLURM_PROCID" not in os.environ:  # Slurm binds its tasks itself
+            # Otherwise two ranks share a core now and then, and each step waits for both.
+            os.sched_setaffinity(0, cores[local_rank * each : (local_rank + 1) * each])
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("train.device=cuda: this machine shows no CUDA device to torch. Use train.device=cpu.")
