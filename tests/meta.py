@@ -29,7 +29,7 @@ class _Group:
     """The name and size of an axis, without processes."""
 
     def __init__(self, axis: str, size: int) -> None:
-        self.axis, self.ranks = axis, range(size)
+        self.axis, self.ranks, self.shared = axis, range(size), None
 
 
 def meta_mesh(model: ModelConfig, tp: int, dp: int = 1, sequence_parallel: bool = False) -> Mesh:
@@ -56,6 +56,9 @@ class Sent(ExitStack):
                 self.calls["all_reduce", group.axis, x.nbytes] += 1
             return done
 
+        def all_reduce(x: Tensor, group: _Group | None, async_op: bool = False) -> Any:
+            return x, all_reduce_(x, group)
+
         def all_gather(x: Tensor, group: _Group | None, async_op: bool = False, out: Tensor | None = None) -> Any:
             if group is None:
                 return x, done
@@ -67,7 +70,7 @@ class Sent(ExitStack):
             self.calls["reduce_scatter", group.axis, x.nbytes] += 1
             return x.new_empty(len(x) // len(group.ranks), *x.shape[1:]) if out is None else out, done
 
-        for function in (all_reduce_, all_gather, reduce_scatter):
+        for function in (all_reduce_, all_reduce, all_gather, reduce_scatter):
             for module in (collectives, linear, loss, optim):
                 if hasattr(module, function.__name__):
                     self.enter_context(patch.object(module, function.__name__, function))

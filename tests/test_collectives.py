@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import mesh, run_ranks
 from tptrain import shared_memory
-from tptrain.collectives import GATHER, SCATTER, all_gather, all_reduce_, reduce_scatter
+from tptrain.collectives import GATHER, SCATTER, all_gather, all_reduce, all_reduce_, reduce_scatter, summand
 from tptrain.config.schema import ModelConfig, OptimConfig
 from tptrain.linear import ColumnLinear, column_parallel
 from tptrain.model import Decoder
@@ -56,9 +56,8 @@ def _order(sequence_parallel: bool) -> list[str]:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = func.overloadpacket.__name__
             if name in ("mm", "addmm_"):
-                events.append(
-                    "weight gradient" if "out" in (kwargs or {}) else "input gradient"
-                )  # written into its bucket
+                tokens = len((kwargs or {}).get("out", args[0])) == len(y)
+                events.append("input gradient" if tokens else "weight gradient")
             return func(*args, **(kwargs or {}))
 
     with (
@@ -133,6 +132,10 @@ def _compared() -> list[str]:
             first, second = (all_reduce_(each, shared, async_op=True) for each in (y, z))  # one after another
             second.wait()
             first.wait()
+            part = summand(tuple(x.shape), x, shared)
+            pairs["summand"] = [pairs[str(dist.ReduceOp.SUM)][1], all_reduce(part.copy_(x), shared)[0]]
+            part = summand(tuple(x.shape), x, shared)
+            pairs["summand, scattered"] = [pairs["scatter"][1], reduce_scatter(part.copy_(x), shared)[0].clone()]
             pairs["background"] = [y, pairs[str(dist.ReduceOp.SUM)][1]]
             pairs["background, second"] = [z, y]
             for name, (theirs, ours) in pairs.items():

@@ -179,19 +179,21 @@ def sleep_forever() -> None:
 @contextlib.contextmanager
 def astray(fault: str) -> Iterator[None]:
     """One collective is left out (of a layer, the second: the first attention's), or sends another shape."""
-    right, calls = collectives.all_reduce_, 0
+    name, module = ("all_reduce", collectives) if fault == "skips-a-layer" else ("all_reduce_", loss)
+    right, calls = getattr(collectives, name), 0
 
     def wrong(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if fault == ("skips-a-layer" if calls == 2 else "skips-in-the-loss" if calls == 1 else None):
+        if fault == "skips-a-layer" and calls == 2:
+            return x, collectives.NOTHING
+        if fault == "skips-in-the-loss" and calls == 1:
             return collectives.NOTHING
         if fault == "sends-less" and calls == 1:
             return right(x[:-1].clone(), *arguments, **options)
         return right(x, *arguments, **options)
 
-    module = collectives if fault == "skips-a-layer" else loss
-    with patch.object(module, "all_reduce_", wrong if fault.startswith(("skips", "sends")) else right):
+    with patch.object(module, name, wrong if fault.startswith(("skips", "sends")) else right):
         yield
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -49,6 +50,24 @@ def all_reduce_(x: Tensor, group: Group | None, op: Any = dist.ReduceOp.SUM, asy
     shared = partial(memory.all_reduce_, x, op) if memory else None
     sent = partial(dist.all_reduce, x, op=op, group=process_group, async_op=async_op)
     return _do("all_reduce", x, group, async_op, shared, sent)
+
+
+def summand(shape: tuple[int, ...], like: Tensor, group: Group | None) -> Tensor:
+    """Memory for this rank's part of a sum that comes next, `all_reduce` or `reduce_scatter`: of the type of `like`."""
+    shared = group.shared.summand(shape, like.dtype) if group is not None and group.shared is not None else None
+    return like.new_empty(shape) if shared is None else shared
+
+
+def all_reduce(x: Tensor, group: Group | None, async_op: bool = False) -> tuple[Tensor, Work]:
+    """The sum of a `summand` over the group. It takes the place of `x`."""
+    if group is not None and group.shared is not None and group.shared.holds(x):
+        out = torch.empty_like(x)
+        return out, _do("all_reduce", x, group, async_op, partial(group.shared.all_reduce, out, x), _impossible)
+    return x, all_reduce_(x, group, async_op=async_op)
+
+
+def _impossible() -> None:
+    raise AssertionError("what lies in shared memory is not sent")
 
 
 def all_gather(
@@ -95,8 +114,8 @@ def _do(
 
 
 def sum_partial(x: Tensor, group: Group | None, sequence_parallel: bool, async_op: bool = False) -> tuple[Tensor, Work]:
-    """Partial results (N, ...) -> their sum over the ranks, of all tokens or each rank's own N/tp. Overwrites x."""
-    return reduce_scatter(x, group, async_op) if sequence_parallel else (x, all_reduce_(x, group, async_op=async_op))
+    """Partial results (N, ...), a `summand` -> their sum over the ranks, of all tokens or each rank's own N/tp."""
+    return reduce_scatter(x, group, async_op) if sequence_parallel else all_reduce(x, group, async_op)
 
 
 def whole(x: Tensor, group: Group | None, sequence_parallel: bool, async_op: bool = False) -> tuple[Tensor, Work]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tptrain.collectives import Work, all_reduce_, reduce_scatter, sum_partial, whole
+from tptrain.collectives import Work, all_reduce, reduce_scatter, sum_partial, summand, whole
 from tptrain.layers import Parameter, ShardSpec, parameter, use
 from tptrain.mesh import Mesh
 
@@ -86,12 +86,13 @@ class _ColumnParallel(torch.autograd.Function):
         x, mesh, weights = _kept(ctx), ctx.mesh, ctx.weights
         # Gathered again: to keep all tokens would cost what sequence parallelism saves.
         x, gathering = whole(x, mesh.tp_group, mesh.sequence_parallel, async_op=True)  # (N, D)
-        grad_x = input_gradient(grad, weights)  # (N, D), this rank's part of the sum over tp
+        partial = summand((len(grad), x.shape[1]), grad, mesh.tp_group)
+        input_gradient(grad, weights, partial)  # (N, D), this rank's part of the sum over tp
         if mesh.sequence_parallel:
             gathering.wait()
-            grad_x, summing = reduce_scatter(grad_x, mesh.tp_group, async_op=True)  # (n, D)
+            grad_x, summing = reduce_scatter(partial, mesh.tp_group, async_op=True)  # (n, D)
         else:
-            summing = all_reduce_(grad_x, mesh.tp_group, async_op=True)
+            grad_x, summing = all_reduce(partial, mesh.tp_group, async_op=True)
         add_weight_gradient(grad, x, weights)  # while the input gradient travels
         summing.wait()
         return grad_x, None, None, *(None for _ in weights)
@@ -102,7 +103,8 @@ class _RowParallel(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, again: Again, mesh: Mesh, weight: Parameter) -> tuple[Tensor, Work]:  # type: ignore[override]
         _keep(ctx, x, again)
         ctx.mesh, ctx.weight = mesh, weight
-        partial = x @ weight.t()  # (N, D), one summand of tp
+        partial = summand((len(x), len(weight)), x, mesh.tp_group)
+        torch.mm(x, weight.t(), out=partial)  # (N, D), one summand of tp
         return sum_partial(partial, mesh.tp_group, mesh.sequence_parallel, async_op=True)  # (n, D)
 
     @staticmethod
@@ -127,14 +129,13 @@ def _kept(ctx: Any) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ matrix products
 
 
-def input_gradient(grad: Tensor, weights: tuple[Parameter, ...]) -> Tensor:
-    """(N, sum of F/tp) -> (N, D): what the linears of one input send back to it, summed."""
+def input_gradient(grad: Tensor, weights: tuple[Parameter, ...], out: Tensor) -> None:
+    """(N, sum of F/tp) -> out (N, D): what the linears of one input send back to it, summed."""
     stacks = _stacked(weights)
     parts = grad.split([len(stack) for stack in stacks], dim=-1)
-    grad_x = parts[0] @ stacks[0]  # (N, D)
+    torch.mm(parts[0], stacks[0], out=out)
     for part, stack in zip(parts[1:], stacks[1:], strict=True):
-        grad_x.addmm_(part, stack)
-    return grad_x
+        out.addmm_(part, stack)
 
 
 def add_weight_gradient(grad: Tensor, x: Tensor, weights: tuple[Parameter, ...]) -> None:

@@ -9,6 +9,7 @@ rely on x86's order of stores, so this is for Linux on x86-64; `connect` returns
 """
 
 import ctypes
+import math
 import mmap
 import os
 import platform
@@ -45,6 +46,31 @@ class SharedMemory:
         self.unfinished: Callable[[], None] | None = None
 
     # ---------------------------------------------------------------------------------------------------- operations
+
+    def summand(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Where this rank's operand of the next operation will lie: written there, it need not be copied.
+
+        It holds until then, and not beyond. None where it is too large for a slot.
+        """
+        size = math.prod(shape) * dtype.itemsize
+        if size > SLOT_BYTES:
+            return None
+        self._finish()
+        return self.slots[self.index][(self.number + 1) % 2, :size].view(dtype).view(shape)
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether `x` is the next operation's `summand`."""
+        return x.data_ptr() == self.slots[self.index][(self.number + 1) % 2].data_ptr()
+
+    def all_reduce(self, out: Tensor, x: Tensor) -> Callable[[], None]:
+        """Begin to sum `x`, a `summand`, into `out`."""
+        flat, total = x.view(-1), out.view(-1)
+        self._post(flat)
+
+        def add() -> None:
+            torch.add(flat, self._read(1 - self.index, flat), out=total)
+
+        return self._later(add if self.size == 2 else lambda: self._sum_in_parts(total, dist.ReduceOp.SUM))
 
     def all_reduce_(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Callable[[], None]:
         """Begin to reduce `x` in place; call what is returned before reading it. All ranks get the same bits."""
@@ -117,12 +143,19 @@ class SharedMemory:
         self.unfinished = finish
         return finish
 
-    def _post(self, x: Tensor) -> None:
-        """Write `x` into the next slot and say so."""
+    def _finish(self) -> None:
+        """The operation before: until then the others may read what this rank is about to overwrite."""
         if self.unfinished is not None:
             self.unfinished()
+
+    def _post(self, x: Tensor) -> None:
+        """Write `x` into the next slot, unless it lies there, and say so."""
+        self._finish()
         self.number += 1
-        self._slot(self.index, x).copy_(x)
+        slot, beyond = self._slot(self.index, x), x.data_ptr() - self.slots[self.index].data_ptr()
+        if beyond != slot.data_ptr() - self.slots[self.index].data_ptr():
+            assert not 0 <= beyond < 2 * SLOT_BYTES, "a summand of another operation"
+            slot.copy_(x)
         self.headers[self.index].bytes[self.number % 2] = x.nbytes
         self.headers[self.index].posted = self.number
 
