@@ -4,14 +4,16 @@ import argparse
 import os
 import shlex
 import shutil
+import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from peers import report, runs
-from peers.cells import CHECKED_STEPS, MODELS, PRECISIONS
+from peers.cells import CHECKED_STEPS, MODELS, PRECISIONS, Machine
 from peers.chart import draw
-from peers.roster import ENTRIES, Entry, variant
+from peers.roster import CUDA, ENTRIES, Entry, variant
 from peers.summary import Cell, Row, one_line
 from rich.console import Console
 from tqdm import tqdm
@@ -21,6 +23,7 @@ examples:
   scripts/bench                                       all four cells, three rounds: about an hour on two cores
   scripts/bench --models S --precisions fp32 --rounds 1
   scripts/bench --only tptrain,dtensor,hf
+  scripts/bench --device cuda                         one GPU: a model of 1.5 B parameters in bf16, with MFU
   scripts/bench --variant 'sp: parallel.sequence_parallel=true'
 """
 
@@ -30,8 +33,8 @@ def arguments() -> argparse.Namespace:
         prog="scripts/bench", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     keys = ",".join(entry.key for entry in ENTRIES)
-    parser.add_argument("--models", default=",".join(MODELS), help=f"default: {','.join(MODELS)}")
-    parser.add_argument("--precisions", default=",".join(PRECISIONS), help=f"default: {','.join(PRECISIONS)}")
+    parser.add_argument("--models", help="of S, M, 1B; default: S,M on a cpu, 1B on cuda")
+    parser.add_argument("--precisions", help="default: fp32,bf16 on a cpu, bf16 on cuda")
     parser.add_argument("--only", default="", metavar="KEYS", help=f"of {keys}; default: all")
     parser.add_argument(
         "--variant", action="append", default=[], metavar="'NAME: OVERRIDES'", help="a further row of tptrain"
@@ -40,17 +43,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="measured steps of a round (default: S 30, M 8)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default: 3)")
     parser.add_argument("--no-communication", action="store_true", help="leave out the profiled run of each contestant")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: model 1B in bf16, one GPU")
+    parser.add_argument("--ranks", type=int, help="TP degree (default: 2 on a cpu, 1 on cuda, where none communicates)")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds after which a run is given up (1200)")
     parser.add_argument("--out", default="runs/bench", type=Path, help="default: runs/bench")
     chosen = parser.parse_args()
-    if chosen.device == "cuda":
-        parser.error("--device cuda: not implemented yet. The benchmark runs on CPUs, over gloo.")
     if chosen.rounds < 1 or chosen.warmup < 1 or (chosen.steps is not None and chosen.steps < 1):
         parser.error("--rounds, --steps, --warmup: at least 1 each")
-    chosen.models = _listed(parser, "--models", chosen.models, list(MODELS))
-    chosen.precisions = _listed(parser, "--precisions", chosen.precisions, list(PRECISIONS))
-    chosen.only = _listed(parser, "--only", chosen.only or keys, keys.split(","))
+    gpu = chosen.device == "cuda"
+    chosen.machine = Machine(chosen.device, chosen.ranks or (1 if gpu else 2))
+    chosen.models = _listed(parser, "--models", chosen.models or ("1B" if gpu else "S,M"), list(MODELS))
+    chosen.precisions = _listed(parser, "--precisions", chosen.precisions or "bf16" * gpu or "fp32,bf16", PRECISIONS)
+    chosen.only = _listed(parser, "--only", chosen.only or ",".join(CUDA) * gpu or keys, keys.split(","))
+    if chosen.machine.ranks == 1:
+        chosen.only = [key for key in chosen.only if key != "threads"]
     try:
         chosen.variant = [variant(text) for text in chosen.variant]
     except ValueError as error:
@@ -58,7 +64,7 @@ def arguments() -> argparse.Namespace:
     return chosen
 
 
-def _listed(parser: argparse.ArgumentParser, option: str, text: str, known: list[str]) -> list[str]:
+def _listed(parser: argparse.ArgumentParser, option: str, text: str, known: Sequence[str]) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
@@ -69,8 +75,12 @@ def _listed(parser: argparse.ArgumentParser, option: str, text: str, known: list
 def main() -> int:
     chosen = arguments()
     cores = len(os.sched_getaffinity(0))
-    if cores < 2:
-        print(f"error: two ranks need two cores, and this process may use {cores}", file=sys.stderr)
+    if cores < chosen.machine.ranks:
+        print(f"error: {chosen.machine.ranks} ranks need as many cores; this process has {cores}", file=sys.stderr)
+        return 2
+    seen = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
+    if chosen.device == "cuda" and subprocess.run(seen).returncode:
+        print("error: --device cuda: this machine shows no CUDA device to torch", file=sys.stderr)
         return 2
     entries = [entry for entry in ENTRIES if entry.key in chosen.only]
     after = 1 if entries and entries[0].key == "tptrain" else 0
@@ -84,7 +94,9 @@ def main() -> int:
     cells: list[Cell] = []
     for model in chosen.models:
         for precision in chosen.precisions:
-            cells.append(measure(Cell(MODELS[model], precision, [Row(entry) for entry in entries]), chosen, out))
+            cells.append(
+                measure(Cell(MODELS[model], precision, chosen.machine, [Row(entry) for entry in entries]), chosen, out)
+            )
             report.print_table(cells[-1], console)
             save(cells, session, out)  # after each cell: what is done is not lost
     console.print(report.explanation(), style="dim", highlight=False)
@@ -103,7 +115,7 @@ def measure(cell: Cell, chosen: argparse.Namespace, out: Path) -> Cell:
     work = out / "work" / f"{model.name}-{precision}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    place = runs.Place(work, out / "data", out / "work" / f"inputs-{model.name}", chosen.timeout)
+    place = runs.Place(work, out / "data", chosen.machine, out / "work" / f"inputs-{model.name}", chosen.timeout)
     total = 1 + chosen.rounds * (len(cell.rows) + 1) + (0 if chosen.no_communication else len(cell.rows))
     with tqdm(total=total, desc=f"{model.name} {precision}", unit="run", disable=None, dynamic_ncols=True) as progress:
 
@@ -145,7 +157,7 @@ def tell(entry: Entry, failed: runs.Failed, place: runs.Place, name: str) -> Non
 
 def save(cells: list[Cell], session: report.Session, out: Path) -> None:
     facts = session.facts()
-    caption = f"TP=2 on two ranks, one thread each, gloo. {facts['cpu']}, {facts['cores']} cores; {session.date[:10]}"
+    caption = f"{cells[-1].machine}. {facts['cpu']}, {facts['cores']} cores; {session.date[:10]}"
     draw(cells, caption, out / "results.svg")
     (out / "results.json").write_text(report.raw(cells, session))
     (out / "results.md").write_text(report.markdown(cells, session, "results.svg"))

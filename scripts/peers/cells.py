@@ -35,6 +35,7 @@ MODELS = {
     for model in (
         Model("S", 4, 256, 8, 4, 688, 4096, seq_len=256, batch=8, steps=30),
         Model("M", 8, 512, 8, 4, 1376, 8192, seq_len=512, batch=8, steps=8),
+        Model("1B", 16, 2048, 32, 8, 8192, 128256, seq_len=4096, batch=2, steps=20),  # llama3_1b, its head untied
     )
 }
 PRECISIONS = ("fp32", "bf16")
@@ -42,8 +43,18 @@ PRECISIONS = ("fp32", "bf16")
 # different places (tptrain keeps the residual stream in bf16, autocast keeps it in float32), in fp32 only sums differ.
 TOLERANCE = {"fp32": 2e-3, "bf16": 2e-2}
 CHECKED_STEPS = 10
-RANKS = 2
 SEED = 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a contestant runs on."""
+
+    device: str  # cpu or cuda
+    ranks: int  # the TP degree; on a cpu each has one thread
+
+    def __str__(self) -> str:
+        return f"TP={self.ranks}, {self.device}" if self.ranks > 1 else f"one rank, {self.device}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ class Job:
     model: Model
     precision: str
     steps: int  # all, warm-up included
+    machine: Machine
     overrides: list[str]  # of tptrain, where it is profiled
     inputs: str  # folder with config.json, model.safetensors and tokens.npy
     result: str  # JSON file that rank 0 writes
@@ -81,4 +93,4 @@ class Job:
     @staticmethod
     def read(path: str) -> "Job":
         values = json.loads(Path(path).read_text())
-        return Job(**values | {"model": Model(**values["model"])})
+        return Job(**values | {"model": Model(**values["model"]), "machine": Machine(**values["machine"])})

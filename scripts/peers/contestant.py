@@ -65,7 +65,7 @@ def clip(parameters: Iterable[Tensor]) -> None:
 
 def clip_shards(parameters: Sequence[Tensor]) -> None:
     """Clipping where all are plain tensors: matrices are this rank's shards, vectors are whole on every rank."""
-    square = torch.zeros(2)  # of the vectors' gradients, of the matrices'
+    square = torch.zeros(2, device=parameters[0].device)  # of the vectors' gradients, of the matrices'
     for p, norm in zip(parameters, torch._foreach_norm([p.grad for p in parameters]), strict=True):
         square[int(p.dim() > 1)] += norm.square()
     dist.all_reduce(square[1:])

@@ -30,13 +30,15 @@ def build(job: Job) -> Contestant:
     model = Llama(job.model)
     weights = load_file(Path(job.inputs) / "model.safetensors")
     model.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
-    mesh = init_device_mesh("cpu", (2,))
-    shard(model, mesh, sequence=job.options.get("sequence", False))
+    model.to(job.machine.device)
+    if job.machine.ranks > 1:  # else it is plain PyTorch
+        mesh = init_device_mesh(job.machine.device, (job.machine.ranks,))
+        shard(model, mesh, sequence=job.options.get("sequence", False))
     if job.options.get("compile"):
         model.compile()
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16"):
+        with torch.autocast(job.machine.device, torch.bfloat16, enabled=job.precision == "bf16"):
             logits = model(inputs)  # (B, T, V) as a DTensor that is sharded over the vocabulary
         with loss_parallel():
             return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

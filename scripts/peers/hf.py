@@ -1,5 +1,6 @@
 # pyright: basic, reportMissingImports=false, reportPrivateImportUsage=false
-"""Hugging Face Transformers: LlamaForCausalLM with its own TP plan (`tp_plan="auto"`) and SDPA attention.
+"""Hugging Face Transformers: LlamaForCausalLM with its own TP plan (`tp_plan="auto"`, where there are ranks to shard it
+over) and SDPA attention; eager or compiled.
 
 bf16 is torch.autocast over float32 parameters, as Transformers' Trainer does with bf16=True.
 """
@@ -14,16 +15,20 @@ from .contestant import Contestant, adamw, clip
 
 
 def build(job: Job) -> Contestant:
+    ranks, device = job.machine.ranks, job.machine.device
     # The spelling of tp_plan="auto" since Transformers 5.18; the bare argument is deprecated.
     model = LlamaForCausalLM.from_pretrained(
         job.inputs,
-        distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"),
+        distributed_config=DistributedConfig(tp_size=ranks, tp_plan="auto") if ranks > 1 else None,
         attn_implementation="sdpa",
         dtype=torch.float32,
-    ).train()
+    )
+    model = torch.nn.Module.to(model, device).train()
+    if job.options.get("compile"):
+        model.compile()
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=job.precision == "bf16"):
             return model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
 
     return Contestant(loss, lambda total: total.backward(), lambda: clip(model.parameters()), adamw(model.parameters()))

@@ -36,8 +36,9 @@ class SDPA(nn.Module):
 
 
 def build(job: Job) -> Contestant:
-    torch.cuda.current_device = lambda: torch.device("cpu")  # Megatron asks it where to put its buffers
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    if job.machine.device == "cpu":
+        torch.cuda.current_device = lambda: torch.device("cpu")  # Megatron asks it where to put its buffers
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=job.machine.ranks)
     initialize_rng_tracker(inference_rng_tracker=True)  # the tracker that does nothing: there is no dropout
     m, bf16 = job.model, job.precision == "bf16"
     config = TransformerConfig(
@@ -53,7 +54,7 @@ def build(job: Job) -> Contestant:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=2,
+        tensor_model_parallel_size=job.machine.ranks,
         use_cpu_initialization=True,
         perform_initialization=False,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -90,10 +91,10 @@ def build(job: Job) -> Contestant:
 
 def load(model: nn.Module, m: Model, weights: dict[str, Tensor]) -> None:
     """This rank's part, in Megatron's layout: q, k, v of a KV head side by side, gate over up."""
-    rank, d, mine = dist.get_rank(), m.head_dim, {}
+    rank, ranks, d, mine = dist.get_rank(), dist.get_world_size(), m.head_dim, {}
 
     def rows(weight: Tensor) -> Tensor:
-        return weight.chunk(2)[rank]
+        return weight.chunk(ranks)[rank]
 
     for layer in range(m.layers):
         hf, ours = f"model.layers.{layer}.", f"decoder.layers.{layer}."
@@ -103,8 +104,8 @@ def load(model: nn.Module, m: Model, weights: dict[str, Tensor]) -> None:
         mine[f"{ours}self_attention.linear_qkv.weight"] = rows(torch.cat([q, k, v], 1)).reshape(-1, m.hidden)
         gate, up = (rows(weights[f"{hf}mlp.{x}_proj.weight"]) for x in ("gate", "up"))
         mine[f"{ours}mlp.linear_fc1.weight"] = torch.cat([gate, up])
-        mine[f"{ours}mlp.linear_fc2.weight"] = weights[f"{hf}mlp.down_proj.weight"].chunk(2, 1)[rank]
-        mine[f"{ours}self_attention.linear_proj.weight"] = weights[f"{hf}self_attn.o_proj.weight"].chunk(2, 1)[rank]
+        mine[f"{ours}mlp.linear_fc2.weight"] = weights[f"{hf}mlp.down_proj.weight"].chunk(ranks, 1)[rank]
+        mine[f"{ours}self_attention.linear_proj.weight"] = weights[f"{hf}self_attn.o_proj.weight"].chunk(ranks, 1)[rank]
         mine[f"{ours}input_layernorm.weight"] = weights[f"{hf}input_layernorm.weight"]
         mine[f"{ours}pre_mlp_layernorm.weight"] = weights[f"{hf}post_attention_layernorm.weight"]
     mine["embedding.word_embeddings.weight"] = rows(weights["model.embed_tokens.weight"])

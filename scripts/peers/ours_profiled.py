@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .cells import RANKS, Job
+from .cells import Job
 
 
 class Ours:
@@ -19,9 +19,9 @@ class Ours:
         from tptrain.shared_memory import SharedMemory
         from tptrain.train import build as build_trainer
 
-        config = load_config([*job.overrides, f"parallel.tp={RANKS}"])
+        config = load_config([*job.overrides, f"parallel.tp={job.machine.ranks}"])
         mesh = make_mesh(
-            RANKS,
+            job.machine.ranks,
             job.model.kv_heads,
             torch.device("cpu"),
             shared=config.parallel.backend == "auto",

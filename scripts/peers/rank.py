@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import resource
 import sys
 import time
@@ -24,9 +25,11 @@ def main() -> None:
     job = Job.read(sys.argv[1])
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo")
+    if job.machine.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if job.machine.device == "cuda" else "gloo")
     contestant = importlib.import_module(f".{job.module}", __package__).build(job)
-    tokens = torch.from_numpy(np.load(Path(job.inputs) / "tokens.npy"))  # (steps, B, T + 1)
+    tokens = torch.from_numpy(np.load(Path(job.inputs) / "tokens.npy")).to(job.machine.device)  # (steps, B, T + 1)
     result = profile(contestant, tokens) if job.profile else train(contestant, tokens[: job.steps])
     if dist.get_rank() == 0:
         Path(job.result).write_text(json.dumps(result))
@@ -42,6 +45,8 @@ def train(contestant: Contestant | Ours, tokens: Tensor) -> dict[str, object]:
         seconds.append(time.perf_counter() - began)
         first = first or time.time()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB
+    if tokens.is_cuda:
+        memory = torch.cuda.max_memory_allocated() / 2**30
     return {"losses": losses, "seconds": seconds, "first_step_at": first, "memory_gb": memory}
 
 

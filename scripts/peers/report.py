@@ -23,6 +23,7 @@ HEADER = (
     "of best peer",
     "of DTensor",
     "of 1 process",
+    "MFU",
     "of GEMM limit",
     "in collectives",
     "first step",
@@ -67,7 +68,7 @@ def cpu_model() -> str:
 def cells_of(cell: Cell, row: Row) -> tuple[str, ...]:
     """The texts of a table row, in the order of HEADER."""
     if not row.rounds:
-        return (row.entry.label, *["-"] * 9, f"did not run: {one_line(row.failure or '')}")
+        return (row.entry.label, *["-"] * 10, f"did not run: {one_line(row.failure or '')}")
     speed = row.speed or 0.0
 
     def against(other: Row | None) -> str:
@@ -87,6 +88,7 @@ def cells_of(cell: Cell, row: Row) -> tuple[str, ...]:
         against(cell.best_peer()),
         against(cell.row_of("dtensor")),
         against(cell.row_of("threads")),
+        percent(cell.mfu(row)),
         percent(cell.limit_share(row)),
         percent(row.communication),
         f"{row.rounds[0]['first_step_s']:.1f} s",
@@ -112,11 +114,12 @@ def explanation() -> str:
     """What the columns mean."""
     tolerances = ", ".join(f"{value:g} in {name}" for name, value in TOLERANCE.items())
     return f"""\
-TP=2 on two gloo ranks with one thread each, the same weights and batches for all.
+The same weights and batches for all; on a CPU, ranks of one thread each over gloo.
 - tokens/s: of the median step of a round; median, lowest and highest of the rounds
 - of best peer, of DTensor, of 1 process: ratio of tokens/s, median of the rounds, to the fastest other framework,
   to PyTorch DTensor eager, and to tptrain in one process with two threads, which communicates nothing
-- of GEMM limit: the time that the linears of one rank take alone, both cores busy, over the time of the step
+- MFU: PaLM's FLOPs of a token over the device's peak, where that is known (no CPU's is)
+- of GEMM limit: the time that the linears of one rank take alone, all ranks busy, over the time of the step
 - in collectives: share of a profiled step with a gloo collective under way, waiting included
 - first step: seconds from the launch to the end of the first step, in the first round, with nothing compiled before
 - memory: resident peak of rank 0
@@ -139,7 +142,7 @@ def markdown(cells: list[Cell], session: Session, chart: str | None) -> str:
     if chart:
         lines += [f"![tokens per second]({chart})", ""]
     for cell in cells:
-        lines += [f"## {cell.title}", "", "| " + " | ".join(HEADER) + " |", "| --- |" + " ---: |" * 9 + " --- |"]
+        lines += [f"## {cell.title}", "", "| " + " | ".join(HEADER) + " |", "| --- |" + " ---: |" * 10 + " --- |"]
         for row in cell.rows:
             texts = [text.replace("|", "\\|") for text in cells_of(cell, row)]
             texts[0] = f"**{texts[0]}**" if row.entry.kind == "ours" else texts[0]

@@ -23,7 +23,8 @@ ENTRIES = (
     Entry("dtensor", "PyTorch DTensor", "peer", "dtensor"),
     Entry("dtensor-sp", "PyTorch DTensor, sequence parallel", "peer", "dtensor", {"sequence": True}),
     Entry("dtensor-compile", "PyTorch DTensor, compiled", "peer", "dtensor", {"compile": True}),
-    Entry("hf", "Transformers tp_plan", "peer", "hf", package="transformers"),
+    Entry("hf", "Transformers", "peer", "hf", package="transformers"),
+    Entry("hf-compile", "Transformers, compiled", "peer", "hf", {"compile": True}, package="transformers"),
     Entry("megatron", "Megatron-core", "peer", "megatron_core", package="megatron-core"),
     Entry("megatron-sdpa", "Megatron-core with SDPA", "peer", "megatron_core", {"sdpa": True}, package="megatron-core"),
     Entry("titan", "torchtitan", "peer", "titan", package="torchtitan"),
@@ -31,6 +32,9 @@ ENTRIES = (
     Entry("titan-compile", "torchtitan, compiled", "peer", "titan", {"compile": True}, package="torchtitan"),
     Entry("threads", "tptrain, 1 process x 2 threads", "reference", package="tptrain"),
 )
+
+
+CUDA = ("tptrain", "dtensor", "dtensor-compile", "hf", "hf-compile", "titan", "titan-compile")  # one rank: no TP
 
 
 def variant(text: str) -> Entry:

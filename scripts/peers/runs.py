@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from .cells import RANKS, Job, Model
+from .cells import Job, Machine, Model
 from .roster import Entry
 from .settings import overrides
 
@@ -32,6 +32,7 @@ class Place:
 
     work: Path  # logs, run directories, compiled code; one for each cell
     cache_dir: Path  # tptrain's packed tokens
+    machine: Machine
     inputs: Path  # config.json, model.safetensors, tokens.npy
     timeout_s: float
 
@@ -67,9 +68,11 @@ def busy() -> float:
 
 def gemm_limit(model: Model, precision: str, name: str, place: Place) -> float:
     """Seconds that a step's matrix products take alone, on as many processes as there are ranks. Raises Failed."""
-    results = [place.work / f"{name}-{rank}.json" for rank in range(RANKS)]
-    commands = [[sys.executable, "-m", "peers.limit", model.name, precision, str(result)] for result in results]
-    _run(commands, [_environment(place, name)] * RANKS, place.work / f"{name}.log", place.timeout_s)
+    device, ranks = place.machine.device, place.machine.ranks
+    results = [place.work / f"{name}-{rank}.json" for rank in range(ranks)]
+    command = [sys.executable, "-m", "peers.limit", model.name, precision, device, str(ranks)]
+    commands = [[*command, str(result)] for result in results]
+    _run(commands, [_environment(place, name)] * ranks, place.work / f"{name}.log", place.timeout_s)
     return max(json.loads(result.read_text()) for result in results)
 
 
@@ -78,21 +81,22 @@ def _run_ranks(
 ) -> dict[str, Any]:
     job_file, result = place.work / f"{name}.job.json", place.work / f"{name}.json"
     result.unlink(missing_ok=True)
-    settings = [*overrides(model, precision, place.cache_dir), *entry.overrides]
-    inputs, profile = str(place.inputs), steps == 0
-    Job(module, entry.options, model, precision, steps, settings, inputs, str(result), profile).write(job_file)
+    settings = [*overrides(model, precision, place.cache_dir, place.machine.device), *entry.overrides]
+    inputs, profile, ranks = str(place.inputs), steps == 0, place.machine.ranks
+    job = Job(module, entry.options, model, precision, steps, place.machine, settings, inputs, str(result), profile)
+    job.write(job_file)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environments = [
         _environment(place, entry.key)
-        | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+        | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        for rank in range(RANKS)
+        for rank in range(ranks)
     ]
     began = time.time()
     command = [sys.executable, "-m", "peers.rank", str(job_file)]
-    _run([command] * RANKS, environments, place.work / f"{name}.log", place.timeout_s)
+    _run([command] * ranks, environments, place.work / f"{name}.log", place.timeout_s)
     found = json.loads(result.read_text())
     if not profile:
         found["first_step_s"] = found.pop("first_step_at") - began
@@ -103,10 +107,10 @@ def _run_ours(entry: Entry, model: Model, precision: str, steps: int, name: str,
     """Through the real command line; the figures are those of its metrics.jsonl."""
     folder = place.work / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
-    alone = entry.kind == "reference"
+    alone, ranks, device = entry.kind == "reference", place.machine.ranks, place.machine.device
     command = [sys.executable, "-m", "tptrain", "launch", "cluster=local"]
-    command += overrides(model, precision, place.cache_dir)
-    command += [f"parallel.tp={1 if alone else RANKS}", f"cluster.env.OMP_NUM_THREADS={RANKS if alone else 1}"]
+    command += overrides(model, precision, place.cache_dir, device)
+    command += [f"parallel.tp={1 if alone else ranks}", f"cluster.env.OMP_NUM_THREADS={ranks if alone else 1}"]
     command += [f"train.steps={steps}", f"run.dir={folder}", f"run.name={name}", *entry.overrides]
     metrics, first = folder / "metrics.jsonl", 0.0
     began = time.time()
@@ -126,6 +130,7 @@ def _run_ours(entry: Entry, model: Model, precision: str, steps: int, name: str,
         "seconds": [row["step_time_s"] for row in rows],
         "first_step_s": first - began,
         "memory_gb": max(row["memory_gb"] for row in rows),
+        "mfu": [row["mfu"] for row in rows if "mfu" in row],
     }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from .cells import ADAM, SEED, Model
 
 
-def overrides(model: Model, precision: str, cache_dir: Path) -> list[str]:
+def overrides(model: Model, precision: str, cache_dir: Path, device: str = "cpu") -> list[str]:
     """tptrain's settings for a cell; topology, steps and run directory are left to the caller."""
     settings = {
         "model.name": model.name,
@@ -31,7 +31,7 @@ def overrides(model: Model, precision: str, cache_dir: Path) -> list[str]:
         "train.micro_batch_size": model.batch,
         "train.precision": precision,
         "train.seed": SEED,
-        "train.device": "cpu",
+        "train.device": device,
         "train.compile": "elementwise",
         "train.eval_every": 0,
         "train.eval_sequences": model.batch,

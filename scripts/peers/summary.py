@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from .cells import CHECKED_STEPS, TOLERANCE, Model
+from .cells import CHECKED_STEPS, TOLERANCE, Machine, Model
 from .roster import Entry
 
 BUSY = 0.1  # share of the cores from which on a run counts as disturbed by other work
@@ -31,6 +31,7 @@ class Row:
 class Cell:
     model: Model
     precision: str
+    machine: Machine
     rows: list[Row]
     limits: list[float] = field(default_factory=list)  # seconds of a step's matrix products, of each round
     baseline: str = ""  # label of the row whose losses the others are held against
@@ -40,7 +41,7 @@ class Cell:
         m = self.model
         return (
             f"{m.name} {self.precision}: {m.layers} layers, hidden {m.hidden}, vocabulary {m.vocab}, "
-            f"{m.batch} x {m.seq_len} tokens"
+            f"{m.batch} x {m.seq_len} tokens; {self.machine}"
         )
 
     def summarise(self, warmup: int) -> None:
@@ -74,6 +75,12 @@ class Cell:
         if not self.limits or not row.speed:
             return None
         return median(self.limits) * row.speed / self.model.tokens
+
+    def mfu(self, row: Row) -> float | None:
+        """From tptrain's own: the FLOPs of a token are the same for all."""
+        ours = self.row_of("tptrain")
+        known = [share for one in ours.rounds for share in one["mfu"]] if ours else []
+        return median(known) * row.speed / ours.speed if ours and known and row.speed and ours.speed else None
 
     def disturbed(self) -> str | None:
         """A warning where other work was on the machine."""

@@ -38,21 +38,22 @@ from .contestant import Contestant, adamw, clip_shards
 
 
 def build(job: Job) -> Contestant:
-    m, plain = job.model, job.options.get("spmd_types", False)
+    m, plain, device, ranks = job.model, job.options.get("spmd_types", False), job.machine.device, job.machine.ranks
     parallelism = ParallelismConfig(
-        tensor_parallel_degree=2,
+        tensor_parallel_degree=ranks,
         spmd_backend="spmd_types" if plain else "partial_dtensor",
         enable_sequence_parallel=not plain,
     )
-    parallel_dims.device_type = "cpu"  # torchtitan means CUDA wherever it finds no accelerator
+    parallel_dims.device_type = device  # torchtitan means CUDA wherever it finds no accelerator
     dist_utils.set_spmd_backend(parallelism.spmd_backend)
-    dims = ParallelDims.from_config(parallelism, world_size=2)
+    dims = ParallelDims.from_config(parallelism, world_size=ranks)
     dims.build_mesh()
     in_context = dist_utils.get_spmd_context(parallel_dims=dims)
     config = llama(m)
     set_llama3_sharding_config(config, enable_sp=parallelism.enable_sequence_parallel)
     model = config.build()  # whole, on each rank; parallelising keeps this rank's part
-    model.init_states(buffer_device=torch.device("cpu"))  # the rotary cache is among the states
+    model.to(device)
+    model.init_states(buffer_device=torch.device(device))  # the rotary cache is among the states
     weights = load_file(Path(job.inputs) / "model.safetensors")
     model.load_state_dict(Llama3StateDictAdapter(config, None).from_hf(weights), strict=False)
     if plain:
@@ -68,11 +69,12 @@ def build(job: Job) -> Contestant:
             ac_config=None,
             dump_folder="",
         )
-    positions = torch.arange(m.seq_len).expand(m.batch, -1)
+    positions = torch.arange(m.seq_len, device=device).expand(m.batch, -1)
+    autocast = job.precision == "bf16" and (plain or ranks == 1)  # FSDP's mixed precision needs a mesh
     parameters = list(model.parameters())
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        with in_context(), torch.autocast("cpu", torch.bfloat16, enabled=plain and job.precision == "bf16"):
+        with in_context(), torch.autocast(device, torch.bfloat16, enabled=autocast):
             logits = model(inputs, positions)
         with in_context():
             return cross_entropy_loss(logits, targets, global_vocab_size=m.vocab) / m.tokens
