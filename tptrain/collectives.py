@@ -48,8 +48,8 @@ def all_reduce_(x: Tensor, group: Group | None, op: Any = dist.ReduceOp.SUM, asy
         return NOTHING
     memory, process_group = group.shared, group.process_group
     shared = partial(memory.all_reduce_, x, op) if memory else None
-    sent = partial(dist.all_reduce, x, op=op, group=process_group, async_op=async_op)
-    return _do("all_reduce", x, group, async_op, shared, sent)
+    sent = partial(_send, dist.all_reduce, x, op=op, group=process_group, async_op=async_op)
+    return _do("all_reduce", x, group, async_op, shared or sent)
 
 
 def summand(shape: tuple[int, ...], like: Tensor, group: Group | None) -> Tensor:
@@ -62,12 +62,8 @@ def all_reduce(x: Tensor, group: Group | None, async_op: bool = False) -> tuple[
     """The sum of a `summand` over the group. It takes the place of `x`."""
     if group is not None and group.shared is not None and group.shared.holds(x):
         out = torch.empty_like(x)
-        return out, _do("all_reduce", x, group, async_op, partial(group.shared.all_reduce, out, x), _impossible)
+        return out, _do("all_reduce", x, group, async_op, partial(group.shared.all_reduce, out, x))
     return x, all_reduce_(x, group, async_op=async_op)
-
-
-def _impossible() -> None:
-    raise AssertionError("what lies in shared memory is not sent")
 
 
 def all_gather(
@@ -81,8 +77,8 @@ def all_gather(
         out = x.new_empty(len(group.ranks) * x.shape[0], *x.shape[1:])
     memory, process_group = group.shared, group.process_group
     shared = partial(memory.all_gather, out, x) if memory and x.nbytes <= memory.largest else None
-    sent = partial(getattr(dist, GATHER), out, x, group=process_group, async_op=async_op)
-    return out, _do("all_gather", x, group, async_op, shared, sent)
+    sent = partial(_send, getattr(dist, GATHER), out, x, group=process_group, async_op=async_op)
+    return out, _do("all_gather", x, group, async_op, shared or sent)
 
 
 def reduce_scatter(
@@ -96,17 +92,19 @@ def reduce_scatter(
         out = x.new_empty(x.shape[0] // len(group.ranks), *x.shape[1:])
     memory, process_group = group.shared, group.process_group
     shared = partial(memory.reduce_scatter, out, x) if memory and x.nbytes <= memory.largest else None
-    sent = partial(getattr(dist, SCATTER), out, x, group=process_group, async_op=async_op)
-    return out, _do("reduce_scatter", x, group, async_op, shared, sent)
+    sent = partial(_send, getattr(dist, SCATTER), out, x, group=process_group, async_op=async_op)
+    return out, _do("reduce_scatter", x, group, async_op, shared or sent)
 
 
-def _do(
-    op: str, x: Tensor, group: Group, async_op: bool, shared: Callable[[], Any] | None, sent: Callable[[], Any]
-) -> Work:
-    """Note the collective and do it: `shared`, through shared memory, returns what finishes it; `sent` torch's work."""
+def _send(collective: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[], Any]:
+    """Begin one of torch's; returns what finishes it."""
+    return (collective(*arguments, **options) or NOTHING).wait  # torch has no work where it is done
+
+
+def _do(op: str, x: Tensor, group: Group, async_op: bool, begin: Callable[[], Callable[[], Any]]) -> Work:
+    """Note a collective and do it: `begin` returns what finishes it."""
     number = group.enter(op, x)
-    finish = shared() if shared is not None else (sent() or NOTHING).wait  # torch has no work where it is done
-    pending = Pending(finish, group.box, number)
+    pending = Pending(begin(), group.box, number)
     if async_op:
         return pending
     pending.wait()

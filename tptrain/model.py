@@ -98,11 +98,12 @@ class Layer(nn.Module):
         self.mlp = FFN(config, mesh)
 
     def attend(self, stream: Stream, T: int, rotation: Tensor | None, selective: bool) -> Stream:
-        """`selective`: the linears' inputs are made again in the backward pass, not kept."""
+        """Begin attention; `selective`: the linears' inputs are made again in the backward pass, not kept."""
         x, h = _normed(self.input_layernorm, stream)
         return x, self.self_attn(h, T, rotation, self.input_layernorm.recipe(x) if selective else None)
 
     def feed_forward(self, stream: Stream, selective: bool) -> Stream:
+        """Wait for attention's sum, and begin the FFN."""
         x, h = _normed(self.post_attention_layernorm, stream)
         return x, self.mlp(h, self.post_attention_layernorm.recipe(x) if selective else None)
 

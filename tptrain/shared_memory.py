@@ -23,6 +23,7 @@ from torch import Tensor
 
 HEADER_BYTES = 4096
 SLOT_BYTES = 128 * 2**20  # address space: pages that no message reaches are never made
+SUMMAND_BYTES = 4 * 2**20  # beyond, a matrix product is faster into malloc's huge pages, and a copy
 SMALL_BYTES = 64 * 2**10  # up to here every rank sums all slots whole: the second round costs more than it saves
 SPINS = 2000  # looks at a flag before a rank lets others run, about a tenth of a millisecond
 
@@ -50,10 +51,10 @@ class SharedMemory:
     def summand(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Where this rank's operand of the next operation will lie: written there, it need not be copied.
 
-        It holds until then, and not beyond. None where it is too large for a slot.
+        It holds until then, and not beyond. None where it is too large for that.
         """
         size = math.prod(shape) * dtype.itemsize
-        if size > SLOT_BYTES:
+        if size > min(SUMMAND_BYTES, SLOT_BYTES):
             return None
         self._finish()
         return self.slots[self.index][(self.number + 1) % 2, :size].view(dtype).view(shape)

@@ -97,14 +97,21 @@ def cells_of(cell: Cell, row: Row) -> tuple[str, ...]:
     )
 
 
+def texts_of(cell: Cell) -> list[list[str]]:
+    """The header and the rows, without the columns that have nothing."""
+    columns = list(zip(HEADER, *(cells_of(cell, row) for row in cell.rows), strict=True))
+    return [list(line) for line in zip(*(c for c in columns if {*c[1:]} != {"-"}), strict=True)]
+
+
 def print_table(cell: Cell, console: Console) -> None:
     table = Table(title=cell.title, title_justify="left", title_style="bold")
-    for index, name in enumerate(HEADER):
-        table.add_column(name, justify="right" if 0 < index < len(HEADER) - 1 else "left", overflow="fold")
-    for row in cell.rows:
+    header, *rows = texts_of(cell)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if 0 < index < len(header) - 1 else "left", overflow="fold")
+    for row, texts in zip(cell.rows, rows, strict=True):
         style = "bold green" if row.entry.kind == "ours" else "dim" if not row.rounds else None
         style = style if cell.agrees(row) else "bold red"
-        table.add_row(*map(escape, cells_of(cell, row)), style=style)
+        table.add_row(*map(escape, texts), style=style)
     console.print(table)
     if warning := cell.disturbed():
         console.print(f"disturbed: {warning}", style="yellow")
@@ -142,9 +149,11 @@ def markdown(cells: list[Cell], session: Session, chart: str | None) -> str:
     if chart:
         lines += [f"![tokens per second]({chart})", ""]
     for cell in cells:
-        lines += [f"## {cell.title}", "", "| " + " | ".join(HEADER) + " |", "| --- |" + " ---: |" * 10 + " --- |"]
-        for row in cell.rows:
-            texts = [text.replace("|", "\\|") for text in cells_of(cell, row)]
+        header, *rows = texts_of(cell)
+        rule = "| --- |" + " ---: |" * (len(header) - 2) + " --- |"
+        lines += [f"## {cell.title}", "", "| " + " | ".join(header) + " |", rule]
+        for row, found in zip(cell.rows, rows, strict=True):
+            texts = [text.replace("|", "\\|") for text in found]
             texts[0] = f"**{texts[0]}**" if row.entry.kind == "ours" else texts[0]
             lines.append("| " + " | ".join(texts) + " |")
         lines.append("")
