@@ -27,7 +27,7 @@ class Ours:
             shared=config.parallel.backend == "auto",
             sequence_parallel=config.parallel.sequence_parallel,
         )
-        for name in ("all_reduce_", "all_gather", "reduce_scatter"):
+        for name in ("all_reduce", "all_reduce_", "all_gather", "reduce_scatter"):
             setattr(SharedMemory, name, _seen(getattr(SharedMemory, name)))
         self.trainer = build_trainer(config, mesh)
         self.done = 0
