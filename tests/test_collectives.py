@@ -3,6 +3,7 @@
 How much is sent is held to the closed form in test_plan.py.
 """
 
+import gc
 import os
 import signal
 import time
@@ -20,6 +21,7 @@ from tptrain import shared_memory
 from tptrain.collectives import GATHER, SCATTER, all_gather, all_reduce, all_reduce_, reduce_scatter, summand
 from tptrain.config.schema import ModelConfig, OptimConfig
 from tptrain.linear import ColumnLinear, column_parallel
+from tptrain.loss import cross_entropy_backward
 from tptrain.model import Decoder
 from tptrain.optim import Optimizer
 
@@ -105,6 +107,46 @@ def test_weight_gradients_are_computed_while_the_input_gradient_travels() -> Non
         "weight gradient",
         "wait for scatter",
     ]
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def _in_cycles() -> list[tuple[bool, bool, bool, int]]:
+    """Tensors of a forward and backward pass that are left to Python's search for cycles, for each kind of pass."""
+    found = []
+    config = ModelConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=8)
+    for shared, sequence_parallel, overlap in [
+        (True, False, False),
+        (True, True, False),
+        (True, False, True),
+        (False, False, False),
+    ]:
+        grid = mesh(2, shared=shared, sequence_parallel=sequence_parallel)
+        model = Decoder(config, grid, overlap=overlap)
+        optimizer = Optimizer(model, OptimConfig(), grid, torch.float32, zero=False)
+        optimizer.zero_grad()
+        gc.collect()
+        gc.disable()
+        tokens = torch.zeros(2, 4, dtype=torch.long)
+        x = model(tokens)
+        _, grad = cross_entropy_backward(x, model.lm_head.weight, tokens.flatten(), 8, grid, 1.0)
+        x.backward(grad)
+        optimizer.norm()
+        del x, grad
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found.append((shared, sequence_parallel, overlap, sum(isinstance(each, torch.Tensor) for each in gc.garbage)))
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    return found
+
+
+def test_no_tensor_outlives_its_last_use() -> None:
+    """One in a cycle of references would stay until Python looks for cycles, many steps later."""
+    for *passing, left in run_ranks(2, _in_cycles)[0]:
+        assert left == 0, passing
 
 
 # -------------------------------------------------------------------------------------------------------- shared memory

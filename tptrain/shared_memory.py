@@ -136,18 +136,22 @@ class SharedMemory:
     # ------------------------------------------------------------------------------------------------------- slots
 
     def _later(self, work: Callable[[], None]) -> Callable[[], None]:
-        def finish() -> None:
-            if self.unfinished is finish:
-                self.unfinished = None
-                work()
+        """What finishes an operation, once. It must not refer to itself: a cycle keeps its tensors until Python looks
+        for cycles, many steps later.
+        """
 
-        self.unfinished = finish
+        def finish() -> None:
+            if self.unfinished is work:
+                self._finish()
+
+        self.unfinished = work
         return finish
 
     def _finish(self) -> None:
         """The operation before: until then the others may read what this rank is about to overwrite."""
-        if self.unfinished is not None:
-            self.unfinished()
+        work, self.unfinished = self.unfinished, None
+        if work is not None:
+            work()
 
     def _post(self, x: Tensor) -> None:
         """Write `x` into the next slot, unless it lies there, and say so."""
