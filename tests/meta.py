@@ -138,7 +138,7 @@ def _fused_kernels(stack: ExitStack) -> None:
         "gate_product": lambda x, act: x.new_empty(len(x), x.shape[1] // 2),
         "_rotate": lambda x, cos, sin: torch.empty(x.shape, dtype=x.dtype, device="meta"),
         "statistics": lambda logits, local: logits.new_empty(1, 2, len(logits), dtype=torch.float32),
-        "logit_gradient": lambda logits, lse, local, scale: torch.empty_like(logits),
+        "_scaled_softmax": lambda logits, lse, scale: torch.empty_like(logits),
     }.items():
         stack.enter_context(patch.object(fused, name, fused._Fusible(made)))
 

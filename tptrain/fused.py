@@ -196,8 +196,19 @@ def statistics(logits: Tensor, local: Tensor) -> Tensor:
 
 
 @_Fusible
-def logit_gradient(logits: Tensor, lse: Tensor, local: Tensor, scale: float) -> Tensor:
-    """scale * (exp(logits - lse) - 1 at column `local`): (c, v), in the logits' precision."""
-    probabilities = (logits.float() - lse.unsqueeze(1)).exp()  # (c, v)
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    return (torch.where(columns == local.unsqueeze(1), probabilities - 1.0, probabilities) * scale).to(logits.dtype)
+def _scaled_softmax(logits: Tensor, lse: Tensor, scale: float) -> Tensor:
+    return ((logits.float() - lse.unsqueeze(1)).exp() * scale).to(logits.dtype)
+
+
+def logit_gradient(logits: Tensor, lse: Tensor, local: Tensor, at_target: Tensor, scale: float) -> Tensor:
+    """scale * (exp(logits - lse) - 1 at column `local`): (c, v), in the logits' precision.
+
+    The targets' columns, whose logits are `at_target`, are written apart: to compare each column with the target takes
+    a CPU as long as the rest.
+    """
+    grad = _scaled_softmax(logits, lse, scale)  # (c, v)
+    if grad.numel() > 0:
+        rows, column = torch.arange(len(local), device=local.device), local.clamp(0, grad.shape[1] - 1)  # (c,) each
+        value = (((at_target - lse).exp() - 1.0) * scale).to(grad.dtype)
+        grad[rows, column] = torch.where(column == local, value, grad[rows, column])
+    return grad

@@ -51,7 +51,7 @@ def cross_entropy_backward(
         logits, local = x[some] @ rows.t(), targets[some] - first  # (c, v), (c,)
         lse, at_target = _joined(logits, local, mesh)
         loss += (lse - at_target).sum()
-        grad = fused.logit_gradient(logits, lse, local, scale)  # (c, v)
+        grad = fused.logit_gradient(logits, lse, local, at_target, scale)  # (c, v)
         torch.mm(grad, rows, out=grad_x[some])  # this rank's part of the sum over tp
         if some.stop == len(x) and mesh.sequence_parallel:
             grad_x, summing = reduce_scatter(grad_x, mesh.tp_group, async_op=True)  # (n, D)

@@ -19,7 +19,7 @@ FLOAT = 4  # bytes of a float32
 ID = 8  # bytes of a token id
 BUCKET_ELEMENTS = 16 * 2**20  # of gradients that are reduced at once: 64 MiB of float32
 BUCKET_ROW = 4096  # elements whose squares are summed at once: a bucket is rounded up to whole rows
-LOGITS_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}  # of a chunk in float32: on a cpu, what stays in its caches
+LOGITS_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}  # of a chunk in float32
 
 
 def loss_chunk(tokens: int, columns: int, device: str = "cuda") -> int:
