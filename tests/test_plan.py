@@ -20,7 +20,6 @@ from tptrain.config.sizes import (
     checkpoint_bytes,
     collectives,
     gradient_buckets,
-    local_parameter_count,
     parameter_count,
     parameter_shapes,
     rank_memory,
@@ -51,7 +50,7 @@ def test_parameters_are_those_of_the_model(name: str, tp: int, sequence_parallel
         (found, p.spec.shape, p.spec.replicas, p.spec.partial_grad) for found, p in parameters(decoder)
     ]
     buckets = Optimizer(decoder, Config().optim, mesh, torch.float32, zero=False).buckets
-    assert local_parameter_count(model, tp) == sum(p.numel() for _, p in parameters(decoder))
+    assert sum(shape.local(tp) for shape in shapes) == sum(p.numel() for _, p in parameters(decoder))
     assert parameter_count(model) == sum(math.prod(p.spec.shape) for _, p in parameters(decoder))
     assert gradient_buckets(model, tp, 2, sequence_parallel) == [
         (bucket.replicas, bucket.partial_grad, len(bucket.grads)) for bucket in buckets

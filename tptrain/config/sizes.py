@@ -106,11 +106,6 @@ def parameter_count(model: ModelConfig) -> int:
     return sum(shape.elements for shape in parameter_shapes(model, tp=1))
 
 
-def local_parameter_count(model: ModelConfig, tp: int) -> int:
-    """Parameters that one rank holds, at a TP degree that the model allows. Every rank holds as many."""
-    return sum(shape.local(tp) for shape in parameter_shapes(model, tp))
-
-
 def checkpoint_bytes(model: ModelConfig) -> int:
     """A checkpoint's tensors: float32 weights and two float32 moments, each global element written once."""
     return 3 * FLOAT * parameter_count(model)
