@@ -145,7 +145,7 @@ def build_mesh(config: Config, box: BlackBox, claim: Callable[[], None] = lambda
     box.touch("rendezvous")
     rank, world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
     check_topology(config, world)
-    device = _pick_device(config, local_rank, int(env["LOCAL_WORLD_SIZE"]))
+    device = pick_device(config, local_rank, int(env["LOCAL_WORLD_SIZE"]))
     backend = config.parallel.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -245,7 +245,11 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def _pick_device(config: Config, local_rank: int, local_world: int) -> torch.device:
+def pick_device(config: Config, local_rank: int, local_world: int) -> torch.device:
+    """This rank's device; on a CPU it also gets its threads, its cores and a malloc that keeps what it has.
+
+    Raises UserError for a device that cannot be had.
+    """
     kind = config.train.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
