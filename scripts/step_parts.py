@@ -2,22 +2,24 @@
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 torchrun --standalone --nproc-per-node 2 scripts/step_parts.py [OVERRIDE ...]
 
-Milliseconds of rank 0 by part, from torch's profiler over a few steps of the real trainer at tp=2; the default model is
-the S of `scripts/bench`. The first three parts are the floor of a step that uses these kernels: it takes at least as
-long as its matrix products, attention and all-reduces. What the profiler costs goes to the rest.
+Milliseconds of rank 0 by part, medians over steps of the real trainer at tp=2; the default model is the S of
+`scripts/bench`. Timed by wrapping functions, because a profiler's own memory moves the trainer's to fresh pages. The
+first three parts are the floor of a step that uses these kernels: its matrix products, attention and all-reduces.
 """
 
 import os
 import sys
-from collections import Counter
+import time
+from collections import defaultdict
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch import Tensor
 
-from tptrain import fused
-from tptrain.attention import _Attention
+from tptrain import fused, model
 from tptrain.config import UserError, load_config
 from tptrain.config.schema import kv_heads
 from tptrain.mesh import make_mesh, pick_device
@@ -25,55 +27,73 @@ from tptrain.optim import Optimizer
 from tptrain.shared_memory import SharedMemory
 from tptrain.train import build
 
-WARMUP, STEPS = 6, 5
+WARMUP, STEPS = 6, 15
 S = ["model.hidden_size=256", "model.intermediate_size=688", "model.vocab_size=4096", "train.seq_len=256"]
 S += ["model.num_hidden_layers=4", "model.num_attention_heads=8", "model.num_key_value_heads=4"]
 BATCH = ["train.global_batch_size=8", "train.micro_batch_size=8", "optim=constant", "train.compile=elementwise"]
 
-FLOOR = ("matrix products", "attention", "all-reduces")
-# The part of an event is that of the innermost of its callers, itself included, whose name begins with one of these.
-PARTS = {
-    "aten::mm": "matrix products",
-    "aten::addmm_": "matrix products",
-    "aten::_scaled_dot_product": "attention",
-    "attention": "attention",
-    "all-reduces": "all-reduces",
-    "norms": "norms, residual stream",
-    "gate": "activation",
-    "rotary": "rotary",
-    "loss": "loss without products",
-    "optimizer": "optimizer",
-}
+PRODUCTS, ATTENTION, ALL_REDUCES = FLOOR = ("matrix products", "attention", "all-reduces")
 FUSED = {
-    "rms_norm": "norms",
-    "rms_norm_backward": "norms",
-    "add_rms_norm": "norms",
-    "add_rms_norm_backward": "norms",
-    "gate_product": "gate",
-    "_gated_backward": "gate",
+    "rms_norm": "norms, residual stream",
+    "rms_norm_backward": "norms, residual stream",
+    "add_rms_norm": "norms, residual stream",
+    "add_rms_norm_backward": "norms, residual stream",
+    "gate_product": "activation",
+    "_gated_backward": "activation",
     "_rotate_qkv": "rotary",
     "_rotate_qkv_backward": "rotary",
-    "statistics": "loss",
-    "logit_gradient": "loss",
+    "statistics": "loss without products",
+    "_scaled_softmax": "loss without products",
 }
 
+taken: dict[str, float] = defaultdict(float)  # seconds of this step, by part
+inside = [0.0]  # of the calls that are going on: what the timed calls within each have taken
 
-def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+
+def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Its time is that of the part `name`, but for the parts within it."""
+
     def call(*arguments: Any, **options: Any) -> Any:
-        with record_function(name):
-            result = function(*arguments, **options)
-        return named(name, result) if name == "all-reduces" and callable(result) else result  # what finishes it
+        inside.append(0.0)
+        began = time.perf_counter()
+        result = function(*arguments, **options)
+        whole = time.perf_counter() - began
+        taken[name] += whole - inside.pop()
+        inside[-1] += whole
+        return timed(name, result) if name == ALL_REDUCES and callable(result) else result  # what finishes it
 
     return call
 
 
-def part(event: Any) -> str:
-    while event is not None:
-        for beginning, name in PARTS.items():
-            if event.name.startswith(beginning):
-                return name
-        event = event.cpu_parent
-    return "the rest"
+class TimedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+        with torch.enable_grad():
+            ctx.y = timed(ATTENTION, right_attention)(*ctx.inputs)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        y, inputs = ctx.y, ctx.inputs
+        del ctx.y, ctx.inputs
+        return timed(ATTENTION, torch.autograd.grad)(y, inputs, grads)
+
+
+right_attention = model.attention
+
+
+def time_the_parts() -> None:
+    Tensor.__matmul__ = timed(PRODUCTS, Tensor.__matmul__)
+    Tensor.addmm_ = timed(PRODUCTS, Tensor.addmm_)
+    torch.mm = timed(PRODUCTS, torch.mm)
+    model.attention = TimedAttention.apply
+    for name in ("all_reduce", "all_reduce_", "all_gather", "reduce_scatter"):
+        setattr(SharedMemory, name, timed(ALL_REDUCES, getattr(SharedMemory, name)))
+    right = fused._Fusible.__call__
+    fused._Fusible.__call__ = lambda self, *given: timed(FUSED[self.function.__name__], right)(self, *given)
+    for name in ("norm", "clip", "step"):
+        setattr(Optimizer, name, timed("optimizer", getattr(Optimizer, name)))
 
 
 def main(overrides: list[str]) -> None:
@@ -81,28 +101,21 @@ def main(overrides: list[str]) -> None:
     config = load_config([*S, *BATCH, "parallel.tp=2", "train.device=cpu", *overrides])
     device = pick_device(config, int(os.environ["LOCAL_RANK"]), 2)
     mesh = make_mesh(2, kv_heads(config.model), device, shared=True)
-    for name, label in FUSED.items():
-        setattr(fused, name, named(label, getattr(fused, name)))
-    for name in ("all_reduce", "all_reduce_", "all_gather", "reduce_scatter"):
-        setattr(SharedMemory, name, named("all-reduces", getattr(SharedMemory, name)))
-    for name in ("norm", "clip", "step"):
-        setattr(Optimizer, name, named("optimizer", getattr(Optimizer, name)))
-    _Attention.backward = staticmethod(named("attention", _Attention.backward))
+    time_the_parts()
     trainer = build(config, mesh)
-    for step in range(1, WARMUP + 1):
-        trainer.step(step)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled, record_function("steps"):
-        for step in range(WARMUP + 1, WARMUP + STEPS + 1):
-            trainer.step(step)
-    taken: Counter[str] = Counter()
-    for event in profiled.events() or []:
-        taken[part(event)] += event.self_cpu_time_total / 1000 / STEPS
+    steps: list[dict[str, float]] = []
+    for step in range(1, WARMUP + STEPS + 1):
+        taken.clear()
+        timed("the rest", trainer.step)(step)
+        steps.append(dict(taken))
     if mesh.is_main:
-        rest = taken.pop("the rest")
-        for name, each in [*taken.most_common(), ("the rest", rest)]:
-            print(f"{name:24} {each:8,.1f} ms")
-        floor = sum(taken[name] for name in FLOOR)
-        print(f"{'step':24} {taken.total() + rest:8,.1f} ms, of which the first three take {floor:,.1f}")
+        parts = {name: 1000 * median(each[name] for each in steps[WARMUP:]) for name in steps[-1]}
+        rest = parts.pop("the rest")
+        floor = {name: parts.pop(name) for name in FLOOR}
+        for name, ms in [*floor.items(), *sorted(parts.items(), key=lambda each: -each[1]), ("the rest", rest)]:
+            print(f"{name:24} {ms:8,.1f} ms")
+        whole = 1000 * median(sum(each.values()) for each in steps[WARMUP:])
+        print(f"{'step':24} {whole:8,.1f} ms, of which the first three take {sum(floor.values()):,.1f}")
     dist.barrier()
     dist.destroy_process_group()
 
