@@ -1,10 +1,11 @@
 """Where a step's time goes, on two cores of a CPU:
 
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 torchrun --standalone --nproc-per-node 2 scripts/step_parts.py [OVERRIDE ...]
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 torchrun --standalone --nproc-per-node 2 scripts/step_parts.py S fp32
 
-Milliseconds of rank 0 by part, medians over steps of the real trainer at tp=2; the default model is the S of
-`scripts/bench`. Timed by wrapping functions, because a profiler's own memory moves the trainer's to fresh pages. The
-first three parts are the floor of a step that uses these kernels: its matrix products, attention and all-reduces.
+Milliseconds of rank 0 by part, medians over steps of the real trainer at tp=2, for a cell of `scripts/bench` (S or M,
+fp32 or bf16); overrides may follow. Timed by wrapping functions, because a profiler's own memory moves the trainer's to
+fresh pages. The first three parts are the floor of a step that uses these kernels: its matrix products, attention and
+all-reduces.
 """
 
 import os
@@ -12,11 +13,14 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from peers.cells import MODELS
+from peers.settings import overrides
 from torch import Tensor
 
 from tptrain import fused, model
@@ -28,9 +32,6 @@ from tptrain.shared_memory import SharedMemory
 from tptrain.train import build
 
 WARMUP, STEPS = 6, 15
-S = ["model.hidden_size=256", "model.intermediate_size=688", "model.vocab_size=4096", "train.seq_len=256"]
-S += ["model.num_hidden_layers=4", "model.num_attention_heads=8", "model.num_key_value_heads=4"]
-BATCH = ["train.global_batch_size=8", "train.micro_batch_size=8", "optim=constant", "train.compile=elementwise"]
 
 PRODUCTS, ATTENTION, ALL_REDUCES = FLOOR = ("matrix products", "attention", "all-reduces")
 FUSED = {
@@ -40,6 +41,7 @@ FUSED = {
     "add_rms_norm_backward": "norms, residual stream",
     "gate_product": "activation",
     "_gated_backward": "activation",
+    "_rotate": "rotary",
     "_rotate_qkv": "rotary",
     "_rotate_qkv_backward": "rotary",
     "statistics": "loss without products",
@@ -96,9 +98,10 @@ def time_the_parts() -> None:
         setattr(Optimizer, name, timed("optimizer", getattr(Optimizer, name)))
 
 
-def main(overrides: list[str]) -> None:
+def main(model_name: str, precision: str, *changes: str) -> None:
     dist.init_process_group("gloo")
-    config = load_config([*S, *BATCH, "parallel.tp=2", "train.device=cpu", *overrides])
+    cell = overrides(MODELS[model_name], precision, Path(load_config([]).data.cache_dir))
+    config = load_config([*cell, "parallel.tp=2", *changes])
     device = pick_device(config, int(os.environ["LOCAL_RANK"]), 2)
     mesh = make_mesh(2, kv_heads(config.model), device, shared=True)
     time_the_parts()
@@ -122,6 +125,6 @@ def main(overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        main(*sys.argv[1:])
     except UserError as error:
         sys.exit(f"error: {error}")

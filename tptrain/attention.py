@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-aten = torch.ops.aten
 BLOCK = 128  # query positions at once: a block skips the keys after its last query
 SCORES_BYTES = 2**20  # of the scores at once: half of a core's second-level cache
 WIDE = 64  # head_dim from which on float32 gains too
@@ -58,7 +57,7 @@ class _Attention(torch.autograd.Function):
             torch.softmax(p, -1, out=p)  # summed in float32
             grad_v[some, keys].baddbmm_(p.transpose(1, 2), g)
             grad_scores = torch.bmm(g, v[some, keys].transpose(1, 2))  # (x, b*G, n), of p until the next line
-            aten._softmax_backward_data.out(grad_scores, p, -1, p.dtype, grad_input=grad_scores)
+            torch.ops.aten._softmax_backward_data.out(grad_scores, p, -1, p.dtype, grad_input=grad_scores)
             grad_k[some, keys].baddbmm_(grad_scores.transpose(1, 2), query)
             torch.bmm(grad_scores, key, out=grad_q[some, queries])
         grad_q = (grad_q * d**-0.5).view(B, K, T, -1, d).transpose(1, 2).reshape(B, T, -1, d)
