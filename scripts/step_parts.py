@@ -44,7 +44,7 @@ FUSED = {
     "_rotate": "rotary",
     "_rotate_qkv": "rotary",
     "_rotate_qkv_backward": "rotary",
-    "statistics": "loss without products",
+    "_statistics": "loss without products",
     "_scaled_softmax": "loss without products",
 }
 

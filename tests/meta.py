@@ -129,15 +129,15 @@ def _fused_kernels(stack: ExitStack) -> None:
         "_rotate_qkv": lambda qkv, cos, sin, heads: tuple(
             qkv.new_empty(*qkv.shape[:2], count, qkv.shape[3]) for count in heads
         ),
-        "rms_norm_backward": lambda grad, x, weight, scale: (torch.empty_like(x), weight.float()),
-        "add_rms_norm_backward": lambda total, grad, x, weight, scale: (torch.empty_like(x), weight.float()),
+        "rms_norm_backward": lambda grad, x, weight, *_: (torch.empty_like(x), weight.float()),
+        "add_rms_norm_backward": lambda total, grad, x, weight, *_: (torch.empty_like(x), weight.float()),
         "_rotate_qkv_backward": lambda q, k, v, cos, sin: q.new_empty(
             *q.shape[:2], q.shape[2] + 2 * k.shape[2], q.shape[3]
         ),
         "_gated_backward": lambda grad, x, act: torch.empty_like(x),
         "gate_product": lambda x, act: x.new_empty(len(x), x.shape[1] // 2),
         "_rotate": lambda x, cos, sin: torch.empty(x.shape, dtype=x.dtype, device="meta"),
-        "statistics": lambda logits, local: logits.new_empty(1, 2, len(logits), dtype=torch.float32),
+        "_statistics": lambda logits, local: (torch.empty(len(logits), device="meta") for _ in range(3)),
         "_scaled_softmax": lambda logits, lse, scale: torch.empty_like(logits),
     }.items():
         stack.enter_context(patch.object(fused, name, fused._Fusible(made)))

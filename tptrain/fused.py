@@ -47,16 +47,25 @@ def compile_all(enabled: bool) -> None:
 @_Fusible
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang & Sennrich 2019, arXiv:1910.07467): that, in x's
-    precision, and the reciprocal of the root, float32, for the backward pass.
+    precision, and the sum of squares, float32, for the backward pass.
     """
-    wide = x.float()
-    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (wide * scale * weight.float()).to(x.dtype), scale
+    return _rms_norm(x.float(), weight, eps, x.dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    squares = x.square().sum(-1, keepdim=True)
+    return (x * _reciprocal_root(squares, x, eps) * weight.float()).to(dtype), squares
+
+
+def _reciprocal_root(squares: Tensor, x: Tensor, eps: float) -> Tensor:
+    """Not kept instead of the sum: what is made of a sum and kept costs a CPU one more walk over x."""
+    return (squares / x.shape[-1] + eps).rsqrt()
 
 
 @_Fusible
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, squares: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients to x, in its precision, and to the weight, float32."""
+    scale = _reciprocal_root(squares, x, eps)
     unit, wide = x.float() * scale, grad.float()
     weighted = wide * weight.float()
     grad_x = (weighted - unit * (weighted * unit).mean(-1, keepdim=True)) * scale
@@ -70,17 +79,17 @@ def _column_sums(x: Tensor) -> Tensor:
 
 @_Fusible
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x + y, and `rms_norm` of it."""
-    total = x + y
-    return total, *rms_norm.function(total, weight, eps)
+    """x + y, and `rms_norm` of it, taken before it is rounded."""
+    total = x.float() + y.float()
+    return total.to(x.dtype), *_rms_norm(total, weight, eps, x.dtype)
 
 
 @_Fusible
 def add_rms_norm_backward(
-    grad_total: Tensor, grad: Tensor, total: Tensor, weight: Tensor, scale: Tensor
+    grad_total: Tensor, grad: Tensor, total: Tensor, weight: Tensor, squares: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients to x and, the same, to y; and to the weight."""
-    grad_x, grad_weight = rms_norm_backward.function(grad, total, weight, scale)
+    grad_x, grad_weight = rms_norm_backward.function(grad, total, weight, squares, eps)
     return grad_x + grad_total, grad_weight
 
 
@@ -185,14 +194,22 @@ def rotate_qkv(qkv: Tensor, rotation: Tensor, heads: list[int]) -> tuple[Tensor,
 
 
 @_Fusible
-def statistics(logits: Tensor, local: Tensor) -> Tensor:
-    """log sum exp of each row of (c, v), and its element at column `local`, zero where that is outside: (1, 2, c)."""
+def _statistics(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of (c, v): its greatest, the sum of exp(it - the greatest), and `statistics`' second; (c,) each."""
     columns = logits.shape[1]
-    if columns == 0:
-        return torch.tensor([-torch.inf, 0.0], device=logits.device).view(1, 2, 1).repeat(1, 1, len(logits))
     inside = (local >= 0) & (local < columns)
     at_target = logits.gather(1, local.clamp(0, columns - 1).unsqueeze(1)).squeeze(1).float()
-    return torch.stack([logits.float().logsumexp(-1), torch.where(inside, at_target, 0.0)]).unsqueeze(0)
+    wide = logits.float()
+    top = wide.amax(-1, keepdim=True)
+    return top.squeeze(1), (wide - top).exp().sum(-1), torch.where(inside, at_target, 0.0)
+
+
+def statistics(logits: Tensor, local: Tensor) -> Tensor:
+    """log sum exp of each row of (c, v), and its element at column `local`, zero where that is outside: (1, 2, c)."""
+    if logits.shape[1] == 0:
+        return torch.tensor([-torch.inf, 0.0], device=logits.device).view(1, 2, 1).repeat(1, 1, len(logits))
+    top, total, at_target = _statistics(logits, local)
+    return torch.stack([top + total.log(), at_target]).unsqueeze(0)  # compiled too, log costs a CPU a second walk
 
 
 @_Fusible

@@ -213,15 +213,15 @@ class Norm(nn.Module):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Parameter, eps: float) -> Tensor:  # type: ignore[override]
-        y, scale = fused.rms_norm(x, weight.detach(), eps)
-        ctx.save_for_backward(x, scale)
-        ctx.weight = weight
+        y, squares = fused.rms_norm(x, weight.detach(), eps)
+        ctx.save_for_backward(x, squares)
+        ctx.weight, ctx.eps = weight, eps
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (x, scale), weight = ctx.saved_tensors, ctx.weight
-        grad_x, grad_weight = fused.rms_norm_backward(grad, x, weight.detach(), scale)
+        (x, squares), weight = ctx.saved_tensors, ctx.weight
+        grad_x, grad_weight = fused.rms_norm_backward(grad, x, weight.detach(), squares, ctx.eps)
         weight.add_grad(grad_weight)
         return grad_x, None, None
 
@@ -229,14 +229,14 @@ class _RMSNorm(torch.autograd.Function):
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Parameter, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        total, normed, scale = fused.add_rms_norm(x, y, weight.detach(), eps)
-        ctx.save_for_backward(total, scale)
-        ctx.weight = weight
+        total, normed, squares = fused.add_rms_norm(x, y, weight.detach(), eps)
+        ctx.save_for_backward(total, squares)
+        ctx.weight, ctx.eps = weight, eps
         return total, normed
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        (total, scale), weight = ctx.saved_tensors, ctx.weight
-        grad_x, grad_weight = fused.add_rms_norm_backward(grad_total, grad, total, weight.detach(), scale)
+        (total, squares), weight = ctx.saved_tensors, ctx.weight
+        grad_x, grad_weight = fused.add_rms_norm_backward(grad_total, grad, total, weight.detach(), squares, ctx.eps)
         weight.add_grad(grad_weight)
         return grad_x, grad_x, None, None

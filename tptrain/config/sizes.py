@@ -169,7 +169,7 @@ def _own_tokens(config: Config, tp: int) -> int:
 
 
 def _norm_activations(config: Config, n: int) -> int:
-    """A norm's input (n, D), and in float32 for each token 1 / rms (RMSNorm) or mean and 1 / deviation (LayerNorm)."""
+    """A norm's input (n, D), and for each token in float32 the sum of squares, or of LayerNorm two numbers."""
     statistics = 2 if config.model.norm == "layernorm" else 1
     return n * (BYTES[config.train.precision] * config.model.hidden_size + FLOAT * statistics)
 
@@ -179,8 +179,8 @@ def _layer_activations(config: Config, tp: int) -> int:
 
     Of (n, D): the inputs of both norms and their outputs, which are inputs of q, k, v and of the FFN. Attention: q, k,
     v as the kernel takes them, its output (which is o_proj's input) and the log-sum-exp of each query, float32, but no
-    scores; with qk_norm also q, k and v before it, and 1 / rms. FFN: gate, up and act(gate) * up, or up and act(up).
-    With selective recomputation the norms' outputs and the last product are not kept.
+    scores; with qk_norm also q, k and v before it, and their sums of squares. FFN: gate, up and act(gate) * up, or up
+    and act(up). With selective recomputation the norms' outputs and the last product are not kept.
     """
     model, train, c = config.model, config.train, BYTES[config.train.precision]
     T, d, n = train.seq_len, head_dim(model), _own_tokens(config, tp)
