@@ -1,11 +1,15 @@
-"""The CPU's own backward pass of attention, held to PyTorch's plain one in float64."""
+"""The CPU's own kernels of attention, held to the plain definition in float64."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tptrain.attention import WIDE, attention
+from tptrain.attention import _Kernels, attention, compile_kernels
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -17,18 +21,66 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhij,bjhd->bihd", F.softmax(scores.masked_fill(later, -torch.inf), -1), v)
 
 
-@pytest.mark.parametrize(("dtype", "d", "most"), [(torch.float32, WIDE, 2e-6), (torch.bfloat16, 32, 2e-2)])
-@pytest.mark.parametrize(("T", "H", "K"), [(1, 2, 2), (128, 4, 4), (300, 4, 2), (257, 3, 1)])
-def test_gradients_are_those_of_the_definition(T: int, H: int, K: int, dtype: torch.dtype, d: int, most: float) -> None:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def kernels(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no AVX-512")
+    monkeypatch.setattr(_Kernels, "library", None)
+    compile_kernels(compiled)
+    assert _Kernels.library is not None, "attention.c does not compile"
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+SHAPES = [(1, 2, 2, 32), (32, 2, 1, 16), (128, 4, 4, 64), (300, 4, 2, 32), (257, 3, 1, 80), (75, 6, 2, 20)]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize(("T", "H", "K", "d"), SHAPES)
+def test_results_are_those_of_the_definition(
+    T: int, H: int, K: int, d: int, dtype: torch.dtype, most: float, threads: int
+) -> None:
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
-    made = [torch.randn(2, T, heads, d).to(dtype) for heads in (H, K, K, H)]
+    made = [(2 * torch.randn(2, T, heads, d)).to(dtype) for heads in (H, K, K, H)]
     *inputs, grad = made
     ours = [x.clone().requires_grad_() for x in inputs]
     exact = [x.double().requires_grad_() for x in inputs]
     y, expected = attention(*ours), _plain(*exact)
-    assert "_Attention" in type(y.grad_fn).__name__, "this is to test our own backward pass"
+    assert "_Attention" in type(y.grad_fn).__name__, "this is to test our own kernels"
     results = [y, *torch.autograd.grad(y, ours, grad)]
     exact_results = [expected, *torch.autograd.grad(expected, exact, grad.double())]
     for name, result, right in zip(["y", *"qkv"], results, exact_results, strict=True):
         error = (result - right).norm() / right.norm().clamp(min=1e-9)  # one key: no gradient to q and k
         assert error < most, (name, error)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_great_scores_neither_overflow_nor_hide_what_is_no_number() -> None:
+    torch.manual_seed(0)
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 64, 1, 32))
+    y = attention(100 * q, 100 * k, v)  # scores in the tens of thousands: all weight on one key
+    assert torch.allclose(y, _plain(100 * q.double(), 100 * k.double(), v.double()).float(), atol=1e-4)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(y.sum(), (q, k, v)))
+    spoilt = q.detach().clone()
+    spoilt[0, 7] = torch.nan
+    y = attention(spoilt, k, v)[0, :, 0]
+    assert y[7].isnan().all()
+    assert y[:7].isfinite().all()
+    assert y[8:].isfinite().all()
+
+
+def test_without_a_compiler_pytorch_s_kernels_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Kernels, "library", None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    compile_kernels(tmp_path)
+    q, k, v = torch.randn(3, 2, 9, 2, 16)
+    torch.testing.assert_close(attention(q, k, v), _plain(q, k, v))
