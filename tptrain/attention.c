@@ -129,91 +129,124 @@ static inline float hide(float *row, long start, long i) {
     return greatest_of(greatest);
 }
 
-/* y of the problems from `first` to `last` of B * K, in float32. Returns 1 where there is no memory. */
-int attention_forward(long first, long last, long T, long K, long G, long d, const float *q, const float *k,
-                      const float *v, float *y) {
-    long N = (T + BLOCK - 1) / BLOCK * BLOCK, D = (d + COLUMNS - 1) / COLUMNS * COLUMNS, S = N + WIDTH;
-    float *memory = malloc((2 * N * D + S * D + BLOCK * (S + 2 * D)) * sizeof(float));
-    if (memory == NULL) return 1;
-    float *keys = memory, *values = keys + N * D, *keys_t = values + N * D, *p = keys_t + S * D, *mine = p + S * BLOCK,
-          *out = mine + BLOCK * D, share[BLOCK], scale = 1 / sqrtf(d);
-    for (long problem = first; problem < last; problem++) {
-        long kv = (problem / K * T * K + problem % K) * d;
-        pack(k, kv, K * d, 0, T, N, d, keys, D);
-        pack(v, kv, K * d, 0, T, N, d, values, D);
-        transpose(N, D, keys, keys_t, S);
-        for (long start = 0; start < T; start += BLOCK)
-            for (long g = 0; g < G; g++) {
-                long n = start + BLOCK, rows = T < n ? T - start : BLOCK, at = G * kv + g * d + start * K * G * d;
-                pack(q, at, K * G * d, 0, rows, BLOCK, d, mine, D);
-                product(BLOCK, n, D, mine, D, 1, keys_t, S, p, S, 0);
-                for (long i = 0; i < BLOCK; i++) {
-                    float *row = p + i * S, top = hide(row, start, i) * scale;
-                    Vector sum = all(0.0f);
-                    for (long j = 0; j < n; j += WIDTH) {
-                        Vector e = exponential(load(row + j) * scale - top);
-                        store(row + j, e);
-                        sum += e;
-                    }
-                    share[i] = 1 / sum_of(sum);
-                }
-                product(BLOCK, D, n, p, S, 1, values, D, out, D, 0);
-                for (long i = 0; i < BLOCK; i++)
-                    for (long j = 0; j < D; j++) out[i * D + j] *= share[i];
-                unpack(out, D, rows, d, y, at, K * G * d, 0);
-            }
-    }
-    free(memory);
-    return 0;
+typedef struct {
+    long T, K, G, d, N, D, S; /* see the top */
+} Sizes;
+
+static Sizes sizes(long T, long K, long G, long d) {
+    long N = (T + BLOCK - 1) / BLOCK * BLOCK, D = (d + COLUMNS - 1) / COLUMNS * COLUMNS;
+    return (Sizes){T, K, G, d, N, D, N + WIDTH};
 }
 
-/* The gradients of the problems from `first` to `last` of B * K. Returns 1 where there is no memory. */
-int attention_backward(long first, long last, long T, long K, long G, long d, long half, const void *q, const void *k,
-                       const void *v, const void *grad, void *grad_q, void *grad_k, void *grad_v) {
-    long N = (T + BLOCK - 1) / BLOCK * BLOCK, D = (d + COLUMNS - 1) / COLUMNS * COLUMNS, S = N + WIDTH;
-    float *memory = malloc((3 * N * D + 2 * S * D + BLOCK * (2 * S + 3 * D)) * sizeof(float));
-    if (memory == NULL) return 1;
-    float *keys = memory, *to_keys = keys + N * D, *to_values = to_keys + N * D, *keys_t = to_values + N * D,
-          *values_t = keys_t + S * D, *p = values_t + S * D, *to_scores = p + S * BLOCK,
-          *mine = to_scores + S * BLOCK, *given = mine + BLOCK * D, *to_mine = given + BLOCK * D, scale = 1 / sqrtf(d);
-    for (long problem = first; problem < last; problem++) {
-        long kv = (problem / K * T * K + problem % K) * d;
-        pack(v, kv, K * d, half, T, N, d, keys, D);
-        transpose(N, D, keys, values_t, S);
-        pack(k, kv, K * d, half, T, N, d, keys, D);
-        transpose(N, D, keys, keys_t, S);
-        memset(to_keys, 0, 2 * N * D * sizeof(float)); /* to_values follows */
-        for (long start = 0; start < T; start += BLOCK)
-            for (long g = 0; g < G; g++) {
-                long n = start + BLOCK, rows = T < n ? T - start : BLOCK, at = G * kv + g * d + start * K * G * d;
-                pack(q, at, K * G * d, half, rows, BLOCK, d, mine, D);
-                pack(grad, at, K * G * d, half, rows, BLOCK, d, given, D);
-                product(BLOCK, n, D, mine, D, 1, keys_t, S, p, S, 0);
-                product(BLOCK, n, D, given, D, 1, values_t, S, to_scores, S, 0); /* the gradient to p, as yet */
-                for (long i = 0; i < BLOCK; i++) {
-                    float *row = p + i * S, *to_row = to_scores + i * S, top = hide(row, start, i) * scale;
-                    Vector sum = all(0.0f), product_sum = all(0.0f);
-                    for (long j = 0; j < n; j += WIDTH) {
-                        Vector e = exponential(load(row + j) * scale - top);
-                        store(row + j, e);
-                        sum += e;
-                        product_sum += e * load(to_row + j);
-                    }
-                    float share = 1 / sum_of(sum), mean = sum_of(product_sum) * share;
-                    for (long j = 0; j < n; j += WIDTH) {
-                        Vector weight = load(row + j) * share;
-                        store(row + j, weight);
-                        store(to_row + j, weight * (load(to_row + j) - mean) * scale);
-                    }
+/* Where k and v of a problem begin; its queries begin at G times that, their heads d apart, their tokens K * G * d. */
+static long begins(Sizes z, long problem) { return (problem / z.K * z.T * z.K + problem % z.K) * z.d; }
+
+/* Memory for one thread, whose rows begin where cache lines do. */
+static float *floats(long count) { return aligned_alloc(64, count * sizeof(float)); }
+
+static void forward(Sizes z, long problem, const float *q, const float *k, const float *v, float *y, float *memory) {
+    float *keys = memory, *values = keys + z.N * z.D, *keys_t = values + z.N * z.D, *p = keys_t + z.S * z.D,
+          *mine = p + z.S * BLOCK, *out = mine + BLOCK * z.D, share[BLOCK], scale = 1 / sqrtf(z.d);
+    long kv = begins(z, problem), ld = z.K * z.G * z.d;
+    pack(k, kv, z.K * z.d, 0, z.T, z.N, z.d, keys, z.D);
+    pack(v, kv, z.K * z.d, 0, z.T, z.N, z.d, values, z.D);
+    transpose(z.N, z.D, keys, keys_t, z.S);
+    for (long start = 0; start < z.T; start += BLOCK)
+        for (long g = 0; g < z.G; g++) {
+            long n = start + BLOCK, rows = z.T < n ? z.T - start : BLOCK, at = z.G * kv + g * z.d + start * ld;
+            pack(q, at, ld, 0, rows, BLOCK, z.d, mine, z.D);
+            product(BLOCK, n, z.D, mine, z.D, 1, keys_t, z.S, p, z.S, 0);
+            for (long i = 0; i < BLOCK; i++) {
+                float *row = p + i * z.S, top = hide(row, start, i) * scale;
+                Vector sum = all(0.0f);
+                for (long j = 0; j < n; j += WIDTH) {
+                    Vector e = exponential(load(row + j) * scale - top);
+                    store(row + j, e);
+                    sum += e;
                 }
-                product(n, D, BLOCK, p, 1, S, given, D, to_values, D, 1);
-                product(n, D, BLOCK, to_scores, 1, S, mine, D, to_keys, D, 1);
-                product(BLOCK, D, n, to_scores, S, 1, keys, D, to_mine, D, 0);
-                unpack(to_mine, D, rows, d, grad_q, at, K * G * d, half);
+                share[i] = 1 / sum_of(sum);
             }
-        unpack(to_keys, D, T, d, grad_k, kv, K * d, half);
-        unpack(to_values, D, T, d, grad_v, kv, K * d, half);
+            product(BLOCK, z.D, n, p, z.S, 1, values, z.D, out, z.D, 0);
+            for (long i = 0; i < BLOCK; i++)
+                for (long j = 0; j < z.D; j++) out[i * z.D + j] *= share[i];
+            unpack(out, z.D, rows, z.d, y, at, ld, 0);
+        }
+}
+
+static void backward(Sizes z, long problem, int half, const void *q, const void *k, const void *v, const void *grad,
+                     void *grad_q, void *grad_k, void *grad_v, float *memory) {
+    float *keys = memory, *to_keys = keys + z.N * z.D, *to_values = to_keys + z.N * z.D,
+          *keys_t = to_values + z.N * z.D, *values_t = keys_t + z.S * z.D, *p = values_t + z.S * z.D,
+          *to_scores = p + z.S * BLOCK, *mine = to_scores + z.S * BLOCK, *given = mine + BLOCK * z.D,
+          *to_mine = given + BLOCK * z.D, scale = 1 / sqrtf(z.d);
+    long kv = begins(z, problem), ld = z.K * z.G * z.d;
+    pack(v, kv, z.K * z.d, half, z.T, z.N, z.d, keys, z.D);
+    transpose(z.N, z.D, keys, values_t, z.S);
+    pack(k, kv, z.K * z.d, half, z.T, z.N, z.d, keys, z.D);
+    transpose(z.N, z.D, keys, keys_t, z.S);
+    memset(to_keys, 0, 2 * z.N * z.D * sizeof(float)); /* to_values follows */
+    for (long start = 0; start < z.T; start += BLOCK)
+        for (long g = 0; g < z.G; g++) {
+            long n = start + BLOCK, rows = z.T < n ? z.T - start : BLOCK, at = z.G * kv + g * z.d + start * ld;
+            pack(q, at, ld, half, rows, BLOCK, z.d, mine, z.D);
+            pack(grad, at, ld, half, rows, BLOCK, z.d, given, z.D);
+            product(BLOCK, n, z.D, mine, z.D, 1, keys_t, z.S, p, z.S, 0);
+            product(BLOCK, n, z.D, given, z.D, 1, values_t, z.S, to_scores, z.S, 0); /* the gradient to p, as yet */
+            for (long i = 0; i < BLOCK; i++) {
+                float *row = p + i * z.S, *to_row = to_scores + i * z.S, top = hide(row, start, i) * scale;
+                Vector sum = all(0.0f), weighted = all(0.0f);
+                for (long j = 0; j < n; j += WIDTH) {
+                    Vector e = exponential(load(row + j) * scale - top);
+                    store(row + j, e);
+                    sum += e;
+                    weighted += e * load(to_row + j);
+                }
+                float share = 1 / sum_of(sum), mean = sum_of(weighted) * share;
+                for (long j = 0; j < n; j += WIDTH) {
+                    Vector weight = load(row + j) * share;
+                    store(row + j, weight);
+                    store(to_row + j, weight * (load(to_row + j) - mean) * scale);
+                }
+            }
+            product(n, z.D, BLOCK, p, 1, z.S, given, z.D, to_values, z.D, 1);
+            product(n, z.D, BLOCK, to_scores, 1, z.S, mine, z.D, to_keys, z.D, 1);
+            product(BLOCK, z.D, n, to_scores, z.S, 1, keys, z.D, to_mine, z.D, 0);
+            unpack(to_mine, z.D, rows, z.d, grad_q, at, ld, half);
+        }
+    unpack(to_keys, z.D, z.T, z.d, grad_k, kv, z.K * z.d, half);
+    unpack(to_values, z.D, z.T, z.d, grad_v, kv, z.K * z.d, half);
+}
+
+/* The kernels: B * K problems, shared by the threads. They return 1 where there is no memory. */
+
+int attention_forward(long threads, long problems, long T, long K, long G, long d, const float *q, const float *k,
+                      const float *v, float *y) {
+    Sizes z = sizes(T, K, G, d);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        float *memory = floats(2 * z.N * z.D + z.S * z.D + BLOCK * (z.S + 2 * z.D));
+        failed = memory == NULL;
+#pragma omp for schedule(static)
+        for (long problem = 0; problem < problems; problem++)
+            if (!failed) forward(z, problem, q, k, v, y, memory);
+        free(memory);
     }
-    free(memory);
-    return 0;
+    return failed;
+}
+
+int attention_backward(long threads, long problems, long T, long K, long G, long d, long half, const void *q,
+                       const void *k, const void *v, const void *grad, void *grad_q, void *grad_k, void *grad_v) {
+    Sizes z = sizes(T, K, G, d);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        float *memory = floats(3 * z.N * z.D + 2 * z.S * z.D + BLOCK * (2 * z.S + 3 * z.D));
+        failed = memory == NULL;
+#pragma omp for schedule(static)
+        for (long problem = 0; problem < problems; problem++)
+            if (!failed) backward(z, problem, half, q, k, v, grad, grad_q, grad_k, grad_v, memory);
+        free(memory);
+    }
+    return failed;
 }

@@ -8,9 +8,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLAGS = ("-O3", "-march=skylake-avx512", "-fno-math-errno", "-fno-strict-aliasing", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=skylake-avx512", "-fno-math-errno", "-fno-strict-aliasing", "-fopenmp", "-shared", "-fPIC")
 
 
 class _Kernels:
@@ -68,25 +65,11 @@ def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
 
 
 def _run(name: str, sizes: tuple[int, ...], *tensors: Tensor) -> None:
-    """A kernel over all B * K problems, divided among PyTorch's threads. Raises MemoryError."""
-    kernel: Callable[..., int] = getattr(_Kernels.library, name)
+    """A kernel over all B * K problems, in as many threads as PyTorch's. Raises MemoryError."""
     problems = tensors[1].shape[0] * tensors[1].shape[2]
-    parts = min(torch.get_num_threads(), problems)
-    bounds = [problems * part // parts for part in range(parts + 1)]
-    rest = [ctypes.c_long(size) for size in sizes] + [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-
-    def run(first: int, last: int) -> int:
-        return kernel(ctypes.c_long(first), ctypes.c_long(last), *rest)
-
-    one = parts == 1
-    failed = [run(0, problems)] if one else list(_pool(parts).map(run, bounds[:-1], bounds[1:]))
-    if any(failed):
+    numbers = [ctypes.c_long(size) for size in (torch.get_num_threads(), problems, *sizes)]
+    if getattr(_Kernels.library, name)(*numbers, *(ctypes.c_void_p(x.data_ptr()) for x in tensors)):
         raise MemoryError(name)
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
 
 
 def compile_kernels(folder: Path) -> None:
