@@ -38,6 +38,7 @@ def kernels(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+# T, H, K, d: within a block of queries and a tile, whole blocks, and beyond them
 SHAPES = [(1, 2, 2, 32), (32, 2, 1, 16), (128, 4, 4, 64), (300, 4, 2, 32), (257, 3, 1, 80), (75, 6, 2, 20)]
 
 

@@ -57,7 +57,7 @@ static inline Vector exponential(Vector x) {
 
 /* ------------------------------------------------------------------------------------------------- matrix products */
 
-/* c (ROWS, COLUMNS) = x (ROWS, k) y (k, COLUMNS), or more of it; x[i, j] lies at i * row + j * step. */
+/* c (ROWS, COLUMNS) = x (ROWS, k) y (k, COLUMNS), or c and that; x[i, j] lies at i * row + j * step. */
 static inline void tile(long k, const float *x, long row, long step, const float *y, long ldy, float *c, long ldc,
                         int more) {
     Vector sum[ROWS][2];
@@ -77,7 +77,7 @@ static inline void tile(long k, const float *x, long row, long step, const float
         for (int j = 0; j < 2; j++) store(c + i * ldc + j * WIDTH, sum[i][j]);
 }
 
-/* c (m, n) = x (m, k) y (k, n), or more of it. */
+/* c (m, n) = x (m, k) y (k, n), or, with `more`, c and that. */
 static void product(long m, long n, long k, const float *x, long row, long step, const float *y, long ldy, float *c,
                     long ldc, int more) {
     for (long j = 0; j < n; j += COLUMNS)
@@ -125,7 +125,10 @@ static inline float hide(float *row, long start, long i) {
         store(row + start + j, choose(later, all(-INFINITY), load(row + start + j)));
     }
     Vector greatest = load(row);
-    for (long j = WIDTH; j < start + BLOCK; j += WIDTH) greatest = choose(load(row + j) > greatest, load(row + j), greatest);
+    for (long j = WIDTH; j < start + BLOCK; j += WIDTH) {
+        Vector other = load(row + j);
+        greatest = choose(other > greatest, other, greatest);
+    }
     return greatest_of(greatest);
 }
 

@@ -5,10 +5,10 @@ Shapes: B batch, T sequence, H query heads, K KV heads, G = H / K queries that s
 
 import ctypes
 import hashlib
-import os
 import shutil
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -86,10 +86,11 @@ def compile_kernels(folder: Path) -> None:
     try:
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            made = library.with_suffix(f".{os.getpid()}")  # ranks and runs may do this at once
-            command = [compiler, *FLAGS, str(source), "-o", str(made), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
-            made.replace(library)
+            with TemporaryDirectory(dir=folder) as place:  # ranks and runs may do this at once
+                made = Path(place) / library.name
+                command = [compiler, *FLAGS, str(source), "-o", str(made), "-lm"]
+                subprocess.run(command, check=True, capture_output=True, timeout=60)
+                made.replace(library)
         _Kernels.library = ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError):
         return
