@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,7 @@ from tptrain.config.validate import minutes
 GRACE_S = 20  # between the first rank's exit and the end of the others
 A_YEAR_MIN = 60 * 24 * 365
 STOP_S = 120  # for a checkpoint after Ctrl-C
+STOPPING = "Ctrl-C: stopping after this step, with a checkpoint (again: at once, without)"
 
 
 def submit(config: Config, entry: Entry) -> submitit.Job[int]:
@@ -45,10 +47,13 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
         **{key: cluster.env[key] for key in ("MASTER_PORT", "CUDA_VISIBLE_DEVICES") if key in cluster.env},
     }
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # children inherit it
+    # Children inherit both: a SIGTERM that comes while a rank starts waits until its supervisor listens.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         job = executor.submit(run_rank, entry, str(run_dir), variables, command_time())
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, before)
     record_job(run_dir, kind="local", id=job.job_id, logs=str(run_dir / "logs" / job.job_id), attempt=f"{name}-0")
     return job
@@ -63,16 +68,29 @@ def _python(config: Config) -> str:
     return f"bash -c {shlex.quote(script)} bash"
 
 
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[float]]:
+    """The times (monotonic clock) of Ctrl-C from now on. As an exception it would end this process and no rank."""
+    presses: list[float] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as it is for `launch ... &` in a script
+        signal.signal(signal.SIGINT, lambda *_: presses.append(time.monotonic()))
+    try:
+        yield presses
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Follower:
     """Shows a local job's progress until its end, and ends what is left of it."""
 
-    def __init__(self, config: Config, job: submitit.Job[int]) -> None:
+    def __init__(self, config: Config, job: submitit.Job[int], presses: list[float]) -> None:
         self.run_dir = Path(config.run.dir or ".")
         self.ranks = config.cluster.tasks_per_node or 1
         self.prefix = str(self.run_dir / "logs" / job.job_id)
         self.controller = psutil.Process(int(job.job_id))
         self.log = Tail(Path(f"{self.prefix}_0_log.out"))
-        self.interrupted = 0.0  # monotonic clock at the first Ctrl-C
+        self.presses = presses  # of Ctrl-C, see `interrupts`
         self.told_verdict = False  # by rank 0, whose log is shown
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
@@ -81,33 +99,31 @@ class Follower:
     def follow(self) -> int:
         """Returns the job's exit code: 0 done, 2 for a user's mistake, 1 for anything else, Ctrl-C included."""
         looked = incomplete = 0.0
+        heard = 0
+        told: set[int] = set()  # pids of the ranks that have heard of the first Ctrl-C
         while self._alive():
-            try:
-                self._show()
-                now = time.monotonic()
-                if now - looked > 1:  # not each time: it reads all of /proc, on cores that the ranks want
-                    looked = now
-                    incomplete = (incomplete or now) if len(self._running()) < self.ranks else 0.0
-                if (incomplete and now - incomplete > GRACE_S) or (
-                    self.interrupted and now - self.interrupted > STOP_S
-                ):
-                    self._signal(signal.SIGKILL)
-                time.sleep(0.1)
-            except KeyboardInterrupt:
-                if self.interrupted:
-                    self._say("stopping at once")
-                    self._signal(signal.SIGKILL)
-                else:
-                    self._say("Ctrl-C: stopping after this step, with a checkpoint (again: at once, without)")
-                    self._signal(signal.SIGTERM)
-                self.interrupted = self.interrupted or time.monotonic()
+            self._show()
+            if len(self.presses) > heard:
+                heard += 1
+                self._say(STOPPING if heard == 1 else "stopping at once")
+                if heard > 1:
+                    self._kill()
+            if heard and len(told) < self.ranks:
+                ask_to_stop(self.controller, told)
+            now = time.monotonic()
+            if now - looked > 1:  # not each time: it reads all of /proc, on cores that the ranks want
+                looked = now
+                incomplete = (incomplete or now) if len(self._running()) < self.ranks else 0.0
+            if (incomplete and now - incomplete > GRACE_S) or (self.presses and now - self.presses[0] > STOP_S):
+                self._kill()
+            time.sleep(0.1)
         self._show()
         if self.bar is not None:
             self.bar.close()
         code = self._exit_code()
-        if code not in (0, 2) and not self.interrupted:
+        if code not in (0, 2) and not self.presses:
             self._explain()
-        return 1 if self.interrupted else code
+        return 1 if self.presses else code
 
     def _alive(self) -> bool:
         return self.controller.is_running() and self.controller.status() != psutil.STATUS_ZOMBIE
@@ -116,10 +132,10 @@ class Follower:
         """The ranks that live, by their supervisors."""
         return supervisors(self.controller)
 
-    def _signal(self, number: int) -> None:
+    def _kill(self) -> None:
         for rank in self._running():
             with contextlib.suppress(psutil.Error):
-                rank.send_signal(number)
+                rank.kill()
 
     def _show(self) -> None:
         for line in self.log.lines():
@@ -187,14 +203,25 @@ def _complain(text: str) -> None:
 
 def supervisors(controller: psutil.Process) -> list[psutil.Process]:
     """Of the ranks that live: the processes that submitit's controller started, not the trainers below them."""
-    entry, found = "submitit.core._submit", []
-    with contextlib.suppress(psutil.Error):  # one that ends while we look
-        for child in controller.children(recursive=True):
+    entry, found, children = "submitit.core._submit", [], []
+    with contextlib.suppress(psutil.Error):
+        children = controller.children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.Error):  # it ends while we look
             if child.status() != psutil.STATUS_ZOMBIE and entry in child.cmdline():
                 parent = child.parent()
                 if parent is not None and entry not in parent.cmdline():
                     found.append(child)
     return found
+
+
+def ask_to_stop(controller: psutil.Process, told: set[int]) -> None:
+    """SIGTERM to the ranks that are there and whose pids are not in `told`. Again: others may only be starting."""
+    for rank in supervisors(controller):
+        if rank.pid not in told:
+            with contextlib.suppress(psutil.Error):
+                rank.terminate()
+            told.add(rank.pid)
 
 
 class Tail:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from launch import verdict
 from launch.allocation import fields
-from launch.local import Tail, supervisors
+from launch.local import Tail, ask_to_stop, supervisors
 from launch.run_dir import newest_checkpoint, read_job
 from tptrain.config import Config, UserError, read_config
 
@@ -272,12 +272,14 @@ def _cancel_local(job: dict[str, Any]) -> None:
     if controller is None:
         return
     print(f"asking process {controller.pid} to save and stop ...", flush=True)
-    ranks = supervisors(controller)
+    told: set[int] = set()
+    deadline = time.monotonic() + 2 * CANCEL_S
     with contextlib.suppress(psutil.NoSuchProcess):
-        for process in ranks:
-            process.terminate()
-        _, alive = psutil.wait_procs([controller], timeout=2 * CANCEL_S)
+        alive = True
+        while alive and time.monotonic() < deadline:
+            ask_to_stop(controller, told)
+            alive = bool(psutil.wait_procs([controller], timeout=0.5)[1])
         if alive:
             print("they did not; killing them", flush=True)
-            for process in [*ranks, controller]:
+            for process in [*supervisors(controller), controller]:
                 process.kill()

@@ -2,10 +2,10 @@
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 torchrun --standalone --nproc-per-node 2 scripts/step_parts.py S fp32
 
-Milliseconds of rank 0 by part, medians over steps of the real trainer at tp=2, for a cell of `scripts/bench` (S or M,
-fp32 or bf16); overrides may follow. Timed by wrapping functions, because a profiler's own memory moves the trainer's to
-fresh pages. The first three parts are the floor of a step that uses these kernels: its matrix products, attention and
-all-reduces.
+Milliseconds of rank 0 by part, medians over steps of the real trainer, tp as many ranks as there are, for a cell of
+`scripts/bench` (S or M, fp32 or bf16); overrides may follow. Timed by wrapping functions, because a profiler's own
+memory moves the trainer's to fresh pages. The first three parts are the floor of a step that uses these kernels: its
+matrix products, attention and all-reduces.
 """
 
 import os
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peers.cells import MODELS
+from peers.ours_profiled import OPERATIONS
 from peers.settings import overrides
 from torch import Tensor
 
@@ -90,10 +91,13 @@ def time_the_parts() -> None:
     Tensor.addmm_ = timed(PRODUCTS, Tensor.addmm_)
     torch.mm = timed(PRODUCTS, torch.mm)
     model.attention = TimedAttention.apply
-    for name in ("all_reduce", "all_reduce_", "all_gather", "reduce_scatter"):
+    for name in OPERATIONS:
         setattr(SharedMemory, name, timed(ALL_REDUCES, getattr(SharedMemory, name)))
+    fused.add = timed(ALL_REDUCES, fused.add)  # of what was exchanged; in the forward pass the norms do it
     right = fused._Fusible.__call__
     fused._Fusible.__call__ = lambda self, *given: timed(FUSED[self.function.__name__], right)(self, *given)
+    for name in ("statistics", "logit_gradient"):
+        setattr(fused, name, timed("loss without products", getattr(fused, name)))
     for name in ("norm", "clip", "step"):
         setattr(Optimizer, name, timed("optimizer", getattr(Optimizer, name)))
 
@@ -101,9 +105,10 @@ def time_the_parts() -> None:
 def main(model_name: str, precision: str, *changes: str) -> None:
     dist.init_process_group("gloo")
     cell = overrides(MODELS[model_name], precision, Path(load_config([]).data.cache_dir))
-    config = load_config([*cell, "parallel.tp=2", *changes])
-    device = pick_device(config, int(os.environ["LOCAL_RANK"]), 2)
-    mesh = make_mesh(2, kv_heads(config.model), device, shared=True)
+    tp = dist.get_world_size()
+    config = load_config([*cell, f"parallel.tp={tp}", *changes])
+    device = pick_device(config, int(os.environ["LOCAL_RANK"]), tp)
+    mesh = make_mesh(tp, kv_heads(config.model), device, shared=True)
     time_the_parts()
     trainer = build(config, mesh)
     steps: list[dict[str, float]] = []
@@ -114,7 +119,7 @@ def main(model_name: str, precision: str, *changes: str) -> None:
     if mesh.is_main:
         parts = {name: 1000 * median(each[name] for each in steps[WARMUP:]) for name in steps[-1]}
         rest = parts.pop("the rest")
-        floor = {name: parts.pop(name) for name in FLOOR}
+        floor = {name: parts.pop(name, 0.0) for name in FLOOR}
         for name, ms in [*floor.items(), *sorted(parts.items(), key=lambda each: -each[1]), ("the rest", rest)]:
             print(f"{name:24} {ms:8,.1f} ms")
         whole = 1000 * median(sum(each.values()) for each in steps[WARMUP:])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.commands import kill_what_was_left
+from tptrain import native
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test waits for a network
 
@@ -30,6 +31,24 @@ def slurm() -> Iterator[None]:
     del os.environ["SLURM_CONF"]
     if not was_up:
         subprocess.run([SANDBOX, "down"], capture_output=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def kernels(_compiled: Path) -> Iterator[None]:
+    """The CPU's own, in this process and for this test; so is the number of threads."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no AVX-512")
+    native.compile_kernels(_compiled)
+    assert native.serves(torch.empty(0)), "the kernels do not compile"
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    native.compile_kernels(None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Run a function on n real ranks (gloo unless told otherwise), each a process, and get every rank's result."""
 
 import os
-import socket
+import pickle
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +10,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from launch.place import free_port
 from tptrain.mesh import Mesh, make_mesh
 
-TIMEOUT_S = 240
+FORKSERVER = mp.get_context("forkserver")  # starts processes that need not import torch
+FORKSERVER.set_forkserver_preload(["tests.distributed", "tptrain.train"])
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, backend: str = "gloo") -> list[Any]:
     """`function(*arguments)` on `world` ranks; their return values in rank order. A rank's exception fails the call."""
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    results = FORKSERVER.SimpleQueue()
+    port = free_port()
+    task = pickle.dumps((function, arguments))  # as Process would, each tensor were a file of its own: too many
     processes = [
-        context.Process(target=_rank, args=(rank, world, port, backend, results, function, arguments), daemon=True)
+        FORKSERVER.Process(target=_rank, args=(rank, world, port, backend, results, task), daemon=True)
         for rank in range(world)
     ]
     for process in processes:
@@ -46,12 +46,11 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, backend
     return [answers[rank] for rank in range(world)]
 
 
-def _rank(
-    rank: int, world: int, port: int, backend: str, results: Any, function: Callable[..., Any], arguments: tuple
-) -> None:
+def _rank(rank: int, world: int, port: int, backend: str, results: Any, task: bytes) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
+        function, arguments = pickle.loads(task)
         store = f"tcp://127.0.0.1:{port}"
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=world)
         results.put((rank, function(*arguments), None))

@@ -56,8 +56,8 @@ class Sent(ExitStack):
                 self.calls["all_reduce", group.axis, x.nbytes] += 1
             return done
 
-        def all_reduce(x: Tensor, group: _Group | None, async_op: bool = False) -> Any:
-            return x, all_reduce_(x, group)
+        def all_reduce(x: Tensor, group: _Group | None) -> Any:
+            return collectives.Sum(x, all_reduce_(x, group))
 
         def all_gather(x: Tensor, group: _Group | None, async_op: bool = False, out: Tensor | None = None) -> Any:
             if group is None:
@@ -121,7 +121,7 @@ def _fused_kernels(stack: ExitStack) -> None:
     """As compiled ones, they make nothing but their results."""
     for name, made in {
         "rms_norm": lambda x, weight, eps: (torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)),
-        "add_rms_norm": lambda x, y, weight, eps: (
+        "add_rms_norm": lambda x, y, other, weight, eps: (
             torch.empty_like(x),
             torch.empty_like(x),
             x.new_empty(*x.shape[:-1], 1, dtype=torch.float32),

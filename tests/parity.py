@@ -106,21 +106,40 @@ def _part(x: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
 
 
 def _drop_row_parallel_sum() -> AbstractContextManager:
-    return patch.object(linear, "sum_partial", lambda x, group, some, **_: (_part(x, group, some), collectives.NOTHING))
+    """Of the row-parallel linears: backward there is another."""
+    right = linear._RowParallel.forward
+
+    def forward(*arguments: Any) -> Any:
+        with _unsummed():
+            return right(*arguments)
+
+    return patch.object(linear._RowParallel, "forward", staticmethod(forward))
+
+
+def _unsummed() -> AbstractContextManager:
+    def sum_partial(x: Tensor, group: Any, some: bool) -> collectives.Sum:
+        return collectives.Sum(_part(x, group, some).clone(), collectives.NOTHING)
+
+    return patch.object(linear, "sum_partial", sum_partial)
 
 
 def _average_instead_of_sum() -> AbstractContextManager:
     right = collectives.sum_partial
 
-    def average(x: Tensor, group: Any, some: bool, async_op: bool) -> tuple[Tensor, collectives.Work]:
-        total, _ = right(x, group, some)
-        return total / len(group.ranks), collectives.NOTHING
+    def average(x: Tensor, group: Any, some: bool) -> collectives.Sum:
+        return collectives.Sum(right(x, group, some).value() / len(group.ranks), collectives.NOTHING)
 
     return patch.object(linear, "sum_partial", average)
 
 
 def _drop_input_gradient_all_reduce() -> AbstractContextManager:
-    return patch.object(linear, "all_reduce", lambda x, *_, **__: (x, collectives.NOTHING))
+    right = linear._ColumnParallel.backward
+
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with _unsummed():
+            return right(ctx, grad)
+
+    return patch.object(linear._ColumnParallel, "backward", staticmethod(backward))
 
 
 def _reduce_twice_backward() -> AbstractContextManager:
@@ -160,13 +179,13 @@ def _forget_partial_gradients() -> AbstractContextManager:
 
 
 def _bias_on_every_rank() -> AbstractContextManager:
-    right = linear.Summing.value
+    right = linear.Summing.terms
 
-    def value(self: linear.Summing) -> Tensor:
-        y = right(self)
-        return y if self.bias is None else y + use(self.bias) * (dist.get_world_size() - 1)
+    def terms(self: linear.Summing) -> tuple[Tensor, ...]:
+        y, *others = right(self)
+        return (y if self.bias is None else y + use(self.bias) * (dist.get_world_size() - 1), *others)
 
-    return patch.object(linear.Summing, "value", value)
+    return patch.object(linear.Summing, "terms", terms)
 
 
 MUTATIONS: dict[str, Callable[[], AbstractContextManager]] = {

@@ -1,7 +1,6 @@
 """The CPU's own kernels of attention, held to the plain definition in float64."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tptrain.attention import _Kernels, attention, compile_kernels
+from tptrain.attention import attention
+from tptrain.native import compile_kernels
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -19,23 +19,6 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5  # (B, H, T, T)
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     return torch.einsum("bhij,bjhd->bihd", F.softmax(scores.masked_fill(later, -torch.inf), -1), v)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture
-def kernels(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("this processor has no AVX-512")
-    monkeypatch.setattr(_Kernels, "library", None)
-    compile_kernels(compiled)
-    assert _Kernels.library is not None, "attention.c does not compile"
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 # T, H, K, d: within a block of queries and a tile, whole blocks, and beyond them
@@ -80,7 +63,6 @@ def test_great_scores_neither_overflow_nor_hide_what_is_no_number() -> None:
 
 
 def test_without_a_compiler_pytorch_s_kernels_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Kernels, "library", None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     compile_kernels(tmp_path)
     q, k, v = torch.randn(3, 2, 9, 2, 16)

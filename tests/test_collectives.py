@@ -175,7 +175,7 @@ def _compared() -> list[str]:
             second.wait()
             first.wait()
             part = summand(tuple(x.shape), x, shared)
-            pairs["summand"] = [pairs[str(dist.ReduceOp.SUM)][1], all_reduce(part.copy_(x), shared)[0]]
+            pairs["summand"] = [pairs[str(dist.ReduceOp.SUM)][1], all_reduce(part.copy_(x), shared).value()]
             part = summand(tuple(x.shape), x, shared)
             pairs["summand, scattered"] = [pairs["scatter"][1], reduce_scatter(part.copy_(x), shared)[0].clone()]
             pairs["background"] = [y, pairs[str(dist.ReduceOp.SUM)][1]]
@@ -194,6 +194,23 @@ def _compared() -> list[str]:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_shared_memory_does_what_gloo_does(world: int) -> None:
     assert run_ranks(world, _compared) == [[]] * world
+
+
+def _begin(value: float, group: Any) -> Any:
+    return all_reduce(summand((1000,), torch.empty(0), group).fill_(value), group)
+
+
+def _read_late() -> list[list[float]]:
+    group = mesh(2, shared=True).tp_group
+    first, second = _begin(1.0, group), _begin(2.0, group)
+    if dist.get_rank() == 1:
+        time.sleep(0.5)  # the other reads both and begins a third, in the memory of the first
+    sums = [first.value(), second.value(), _begin(3.0, group).value()]
+    return [each.unique().tolist() for each in sums]
+
+
+def test_a_sum_may_be_read_when_the_next_has_begun() -> None:
+    assert run_ranks(2, _read_late) == [[[2.0], [4.0], [6.0]]] * 2
 
 
 def _uneven() -> str:

@@ -14,7 +14,8 @@ from tptrain.metrics import read_rows
 
 pytestmark = [pytest.mark.drill, pytest.mark.slurm, pytest.mark.usefixtures("slurm"), pytest.mark.timeout(900)]
 
-STEPS = 400
+STEPS = 1000
+FEW_STEPS = 400
 HOUR = [*JOB, f"train.steps={STEPS}", "train.seq_len=256", "train.micro_batch_size=1", "checkpoint.every=40"]
 
 
@@ -87,20 +88,25 @@ def test_a_node_that_dies(folder: Path, undisturbed: list[float], node: str, wha
 
 
 @pytest.mark.usefixtures("all_nodes")
-def test_the_next_attempt_may_have_another_world(folder: Path, undisturbed: list[float]) -> None:
-    """Two ranks take up, from its snapshot, a run that four began; then four again. The losses stay."""
+def test_the_next_attempt_may_have_another_world(folder: Path) -> None:
+    """Two ranks take up, from its snapshot, a run that four began; then four again. The losses stay.
+
+    Rounding differs, so the run ends before the model learns its few sequences by heart, in which differences grow.
+    """
     run_dir = folder / "smaller"
-    job = submit(*overrides(folder, "smaller"), *HOUR)
+    lines = [*HOUR, f"train.steps={FEW_STEPS}"]
+    assert wait_for_end(submit(*overrides(folder, "as-large"), *lines), 600) == "COMPLETED"
+    job = submit(*overrides(folder, "smaller"), *lines)
     wait_until(lambda: len(read_rows(run_dir / "metrics.jsonl")) >= 50, "50 steps")
     ask("scancel", "--signal=USR2", job)
     wait_until(lambda: ask("squeue", "-h", "-j", job, "-o", "%T") == "PENDING", "the queue")
     ask("scancel", job)
     small = subprocess.Popen(["srun", "-N1", "-n2", *TPTRAIN, "train", f"run.dir={run_dir}"], env=environment())
     wait_until(lambda: len(read_rows(run_dir / "metrics.jsonl")) >= 120, "120 steps")
-    small.send_signal(signal.SIGTERM)  # which srun passes on
+    small.send_signal(signal.SIGTERM)  # on which srun kills its tasks: the checkpoint before counts
     small.wait(60)
-    assert wait_for_end(submit(*overrides(folder, "smaller"), *HOUR), 400) == "COMPLETED"
+    assert wait_for_end(submit(*overrides(folder, "smaller"), *lines), 400) == "COMPLETED"
     assert [event["dp"] for event in events(run_dir, "start")] == [2, 1, 2]
     found = losses(run_dir)
-    assert len(found) == STEPS
-    assert max(abs(a - b) for a, b in zip(found, undisturbed, strict=True)) < 2e-4
+    assert len(found) == FEW_STEPS
+    assert max(abs(a - b) for a, b in zip(found, losses(folder / "as-large"), strict=True)) < 2e-4

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,18 @@ def test_ctrl_c_saves_and_the_next_launch_goes_on(finished: Path) -> None:
     undisturbed = tptrain("launch", *launch_lines(finished, *longer, name="undisturbed"))
     assert undisturbed.returncode == 0, undisturbed.stdout
     assert losses(finished / "ctrl-c") == losses(finished / "undisturbed")
+
+
+@pytest.mark.parametrize("pause_s", [0, 0.4])  # no rank is there yet; ranks do not listen yet
+def test_ctrl_c_while_the_ranks_start(finished: Path, pause_s: float) -> None:
+    launch = start_launch(*launch_lines(finished, "train.steps=5000", name=f"early-{pause_s}"))
+    assert launch.stdout is not None
+    while not launch.stdout.readline().startswith("job "):
+        assert launch.poll() is None
+    time.sleep(pause_s)
+    os.killpg(launch.pid, signal.SIGINT)
+    assert "SIGTERM before the first step: nothing was trained" in finish(launch)
+    assert launch.returncode == 1
 
 
 @pytest.mark.parametrize("moment", ["training", "saving"])
@@ -250,7 +263,7 @@ def test_a_second_launch_into_a_run_that_goes_on_is_refused(finished: Path) -> N
     assert "is running. Wait for it, or stop it first" in refused.stdout
     assert (finished / "twice" / "config.yaml").read_text() == before
     os.killpg(launch.pid, signal.SIGINT)
-    finish(launch)
+    assert "stopped at step" in finish(launch)
 
 
 def test_a_run_whose_data_changed_behind_its_name_is_not_resumed(finished: Path, tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ WORLD = 4
 TOLERANCE = 1e-5  # relative, in the 2-norm of each tensor, float32
 TOPOLOGIES = {
     "tp1 x dp4": Topology(1),
-    "tp2 x dp2": Topology(2),
+    "tp2 x dp2": Topology(2, shared=True),
     "tp4": Topology(4, shared=True),
     "tp1 x dp4, zero": Topology(1, zero=True),
     "tp2 x dp2, zero, sequence parallel": Topology(2, sequence_parallel=True, zero=True, shared=True),
     "tp4, sequence parallel": Topology(4, sequence_parallel=True, recompute="selective"),
-    "tp2 x dp2, overlap": Topology(2, zero=True, overlap=True),
+    "tp2 x dp2, overlap": Topology(2, zero=True, overlap=True, shared=True),
     "tp4, overlap, shared": Topology(4, shared=True, recompute="selective", overlap=True),
-    "tp2 x dp2, everything recomputed": Topology(2, recompute="full"),
+    "tp2 x dp2, everything recomputed": Topology(2, recompute="full", shared=True),
     "tp4, sequence parallel, shared": Topology(4, sequence_parallel=True, shared=True),
 }
 # This case has replicated KV heads and biases at tp=4, so that every mutation has something to break.

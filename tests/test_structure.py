@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["config"],
-    ["blackbox", "preflight", "plan", "shared_memory", "fused", "attention", "files"],
+    ["blackbox", "preflight", "plan", "shared_memory", "native", "files"],
+    ["fused", "attention"],
     ["mesh"],
     ["collectives"],
     ["layers"],

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tptrain.config.schema import kv_heads
 from tptrain.layers import parameters
 from tptrain.mesh import make_mesh
 from tptrain.metrics import read_rows
+from tptrain.native import compile_kernels
 from tptrain.stop import Stop
 from tptrain.train import Trainer, build, train
 
@@ -143,17 +145,21 @@ def _compiled(folder: str) -> None:
     """With shapes that differ: heads and layers, a last chunk of logits, a last batch of a validation."""
     lines = ["model.qk_norm=true", "train.eval_every=3", "train.eval_sequences=5", "parallel.sequence_parallel=true"]
     lines += ["train.recompute=selective", "train.steps=6"]
-    for kind in ("none", "elementwise"):
+    for kind in ("none", "auto"):
         run_here([*overrides(Path(folder), kind), *lines, f"train.compile={kind}"], 2)
+    with patch("tptrain.train.compile_kernels"):  # by torch.compile, as on CUDA, not in C
+        compile_kernels(None)
+        run_here([*overrides(Path(folder), "elementwise"), *lines, "train.compile=elementwise"], 2)
 
 
 def test_compiled_computes_the_same(tmp_path: Path) -> None:
     run_ranks(2, _compiled, str(tmp_path))
-    eager, compiled = (read_rows(tmp_path / kind / "metrics.jsonl") for kind in ("none", "elementwise"))
-    assert len(eager) == len(compiled) == 6
-    for ours, theirs in zip(compiled, eager, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-        assert ours.get("val_loss") == pytest.approx(theirs.get("val_loss"), abs=1e-5)
+    eager, *others = (read_rows(tmp_path / kind / "metrics.jsonl") for kind in ("none", "auto", "elementwise"))
+    for compiled in others:
+        assert len(eager) == len(compiled) == 6
+        for ours, theirs in zip(compiled, eager, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+            assert ours.get("val_loss") == pytest.approx(theirs.get("val_loss"), abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------- resume

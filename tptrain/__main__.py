@@ -169,15 +169,15 @@ def _launch_here(configs: "list[Config]") -> int:
     worst = 0
     for config in configs:
         folder = Path(config.run.dir or ".")
-        with _only_launch(config), run_dir.claimed(config):
-            job = local.submit(config, run)
-        print(f"job {job.job_id} on this machine, run directory {folder}", flush=True)
-        follower = local.Follower(config, job)
-        code = follower.follow()
+        with local.interrupts() as presses:
+            with _only_launch(config), run_dir.claimed(config):
+                job = local.submit(config, run)
+            print(f"job {job.job_id} on this machine, run directory {folder}", flush=True)
+            code = local.Follower(config, job, presses).follow()
         worst = max(worst, code)
         if code == 0:
             print(f"checkpoints: {folder}/checkpoints\nmetrics:     {folder}/metrics.jsonl")
-        if follower.interrupted:
+        if presses:
             break
     return worst
 

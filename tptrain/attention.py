@@ -1,32 +1,20 @@
-"""Causal attention of this rank's heads: PyTorch's fused kernels, and on a CPU with AVX-512 our own (attention.c).
+"""Causal attention of this rank's heads: PyTorch's fused kernels, on a CPU with AVX-512 our own, native/attention.c.
 
 Shapes: B batch, T sequence, H query heads, K KV heads, G = H / K queries that share a KV head, d head_dim, of one rank.
 """
 
-import ctypes
-import hashlib
-import shutil
-import subprocess
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLAGS = ("-O3", "-march=skylake-avx512", "-fno-math-errno", "-fno-strict-aliasing", "-fopenmp", "-shared", "-fPIC")
-
-
-class _Kernels:
-    """attention.c, once `compile_kernels` has made a library of it."""
-
-    library: ctypes.CDLL | None = None
+from tptrain.native import run, serves
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(d)) v with the causal mask: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
-    if q.device.type == "cpu" and _Kernels.library is not None:
+    if serves(q, k, v):
         return _Attention.apply(q, k, v)  # type: ignore[return-value]
     return _sdpa(q, k, v)
 
@@ -65,32 +53,7 @@ def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
 
 
 def _run(name: str, sizes: tuple[int, ...], *tensors: Tensor) -> None:
-    """A kernel over all B * K problems, in as many threads as PyTorch's. Raises MemoryError."""
+    """A kernel over all B * K problems. Raises MemoryError."""
     problems = tensors[1].shape[0] * tensors[1].shape[2]
-    numbers = [ctypes.c_long(size) for size in (torch.get_num_threads(), problems, *sizes)]
-    if getattr(_Kernels.library, name)(*numbers, *(ctypes.c_void_p(x.data_ptr()) for x in tensors)):
+    if run(name, problems, *sizes, *tensors):
         raise MemoryError(name)
-
-
-def compile_kernels(folder: Path) -> None:
-    """Use attention.c on a CPU from now on; compiled into `folder`, for all runs, if it is not there yet.
-
-    PyTorch's kernels remain where there is no AVX-512 or no C compiler.
-    """
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or compiler is None:
-        return
-    source = Path(__file__).with_suffix(".c")
-    digest = hashlib.blake2b(source.read_bytes() + " ".join(FLAGS).encode(), digest_size=8).hexdigest()
-    library = folder / f"attention-{digest}.so"
-    try:
-        if not library.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=folder) as place:  # ranks and runs may do this at once
-                made = Path(place) / library.name
-                command = [compiler, *FLAGS, str(source), "-o", str(made), "-lm"]
-                subprocess.run(command, check=True, capture_output=True, timeout=60)
-                made.replace(library)
-        _Kernels.library = ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError):
-        return

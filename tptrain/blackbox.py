@@ -45,6 +45,7 @@ class BlackBox:
         self.state = _State.from_buffer(self.memory)
         self.slots = size
         self.rank = 0
+        self.texts: dict[tuple[Any, ...], bytes] = {}  # of collectives that were entered before
         self.counts_signals = True  # not in the trainer: its handler may run long after the signal came
         self.state.began[0] = time.time()
         self.touch()
@@ -98,11 +99,16 @@ class BlackBox:
 
     # ------------------------------------------------------------------------------------------------- collectives
 
-    def enter(self, op: str, shape: Any, dtype: str, axis: str, ranks: Sequence[int]) -> int:
+    def enter(self, op: str, shape: tuple[int, ...], dtype: Any, axis: str, ranks: Sequence[int]) -> int:
         """Note that a collective is entered; returns the number to `leave` it by, the first being 1."""
         number = self.state.entered + 1
-        members = f"{ranks[0]}:{ranks[-1] + 1}:{ranks[1] - ranks[0] if len(ranks) > 1 else 1}"
-        text = f"{number}\t{op}\t{shape}\t{dtype}\t{axis}\t{members}\t{_call_site(sys._getframe(2))}".encode()
+        frame = sys._getframe(2)
+        call = (op, shape, dtype, axis, ranks[0], ranks[-1], len(ranks), _places(frame))
+        if call not in self.texts:
+            members = f"{ranks[0]}:{ranks[-1] + 1}:{ranks[1] - ranks[0] if len(ranks) > 1 else 1}"
+            kind = str(dtype).removeprefix("torch.")
+            self.texts[call] = f"{op}\t{tuple(shape)}\t{kind}\t{axis}\t{members}\t{_call_site(frame)}".encode()
+        text = b"%d\t%b" % (number, self.texts[call])
         text = text[: SLOT_BYTES - 3]
         start = self.slots + number % SLOTS * SLOT_BYTES
         self.memory[start : start + 3 + len(text)] = b"\0" + len(text).to_bytes(2, "big") + text
@@ -134,19 +140,32 @@ class BlackBox:
 
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_SITES: dict[tuple[tuple[CodeType, int], ...], str] = {}
+_OURS: dict[int, tuple[CodeType, bool]] = {}
+
+
+def _ours(code: CodeType) -> bool:
+    """Whether it is named in call sites: not what is torch's, nor what passes every collective on."""
+    if id(code) not in _OURS:
+        passes_on = code.co_filename.endswith(("collectives.py", "mesh.py"))
+        _OURS[id(code)] = code, code.co_filename.startswith(_PACKAGE) and not passes_on
+    return _OURS[id(code)][1]
+
+
+def _places(frame: FrameType | None) -> tuple[int, ...]:
+    """The innermost three that are ours, in numbers: lines and names take longer."""
+    places: list[int] = []
+    while frame is not None and len(places) < 6:
+        if _ours(frame.f_code):
+            places += (id(frame.f_code), frame.f_lasti)
+        frame = frame.f_back
+    return tuple(places)
 
 
 def _call_site(frame: FrameType | None) -> str:
     """Who called, innermost first: `layers.py:141 row_parallel < model.py:79 forward`. Frames of torch are left out."""
     places = []
     while frame is not None and len(places) < 3:
-        code = frame.f_code
-        if code.co_filename.startswith(_PACKAGE) and not code.co_filename.endswith(("collectives.py", "mesh.py")):
-            places.append((code, frame.f_lineno))
+        if _ours(code := frame.f_code):
+            places.append(f"{os.path.basename(code.co_filename)}:{frame.f_lineno} {code.co_name}")
         frame = frame.f_back
-    key = tuple(places)
-    if key not in _SITES:
-        parts = [f"{os.path.basename(code.co_filename)}:{line} {code.co_name}" for code, line in places]
-        _SITES[key] = " < ".join(parts)
-    return _SITES[key]
+    return " < ".join(places)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tptrain import fused
 from tptrain.blackbox import BlackBox
 from tptrain.mesh import Group
 
@@ -26,9 +27,10 @@ class Pending:
     def __init__(self, finish: Any, box: BlackBox, number: int) -> None:
         self.finish, self.box, self.number = finish, box, number
 
-    def wait(self) -> None:
-        self.finish()
+    def wait(self) -> Any:
+        result = self.finish()
         self.box.leave(self.number)
+        return result
 
 
 class _Nothing:
@@ -40,6 +42,25 @@ class _Nothing:
 
 NOTHING = _Nothing()
 Work = Pending | _Nothing
+
+
+class Sum:
+    """Of a tensor over a group, under way."""
+
+    def __init__(self, x: Tensor, work: Work) -> None:
+        self.x, self.work = x, work
+
+    def terms(self) -> tuple[Tensor, ...]:
+        """`x`, once it has arrived, and in shared memory another that is still to be added to it: read them before the
+        next collective. The same sum, to the bit, on every rank.
+        """
+        other = self.work.wait()
+        return (self.x,) if other is None else (self.x, other)
+
+    def value(self) -> Tensor:
+        """The sum, of no other tensor's memory but perhaps `x`'s."""
+        x, *others = self.terms()
+        return fused.add(x, *others) if others else x
 
 
 def all_reduce_(x: Tensor, group: Group | None, op: Any = dist.ReduceOp.SUM, async_op: bool = False) -> Work:
@@ -58,12 +79,14 @@ def summand(shape: tuple[int, ...], like: Tensor, group: Group | None) -> Tensor
     return like.new_empty(shape) if shared is None else shared
 
 
-def all_reduce(x: Tensor, group: Group | None, async_op: bool = False) -> tuple[Tensor, Work]:
-    """The sum of a `summand` over the group. It takes the place of `x`."""
-    if group is not None and group.shared is not None and group.shared.holds(x):
-        out = torch.empty_like(x)
-        return out, _do("all_reduce", x, group, async_op, partial(group.shared.all_reduce, out, x))
-    return x, all_reduce_(x, group, async_op=async_op)
+def all_reduce(x: Tensor, group: Group | None) -> Sum:
+    """Begin to sum a `summand`, `x`, over the group."""
+    if group is None or group.shared is None or not group.shared.holds(x):
+        return Sum(x, all_reduce_(x, group, async_op=True))
+    if group.shared.size == 2:
+        return Sum(x, _do("all_reduce", x, group, True, partial(group.shared.exchange, x)))
+    out = torch.empty_like(x)
+    return Sum(out, _do("all_reduce", x, group, True, partial(group.shared.all_reduce, out, x)))
 
 
 def all_gather(
@@ -98,7 +121,12 @@ def reduce_scatter(
 
 def _send(collective: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[], Any]:
     """Begin one of torch's; returns what finishes it."""
-    return (collective(*arguments, **options) or NOTHING).wait  # torch has no work where it is done
+    work = collective(*arguments, **options) or NOTHING  # torch has no work where it is done
+
+    def finish() -> None:
+        work.wait()
+
+    return finish
 
 
 def _do(op: str, x: Tensor, group: Group, async_op: bool, begin: Callable[[], Callable[[], Any]]) -> Work:
@@ -111,9 +139,9 @@ def _do(op: str, x: Tensor, group: Group, async_op: bool, begin: Callable[[], Ca
     return NOTHING
 
 
-def sum_partial(x: Tensor, group: Group | None, sequence_parallel: bool, async_op: bool = False) -> tuple[Tensor, Work]:
+def sum_partial(x: Tensor, group: Group | None, sequence_parallel: bool) -> Sum:
     """Partial results (N, ...), a `summand` -> their sum over the ranks, of all tokens or each rank's own N/tp."""
-    return reduce_scatter(x, group, async_op) if sequence_parallel else all_reduce(x, group, async_op)
+    return Sum(*reduce_scatter(x, group, async_op=True)) if sequence_parallel else all_reduce(x, group)
 
 
 def whole(x: Tensor, group: Group | None, sequence_parallel: bool, async_op: bool = False) -> tuple[Tensor, Work]:

@@ -12,21 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tptrain.native import elementwise
+
 SHAPES = 64  # for which a function may be compiled: of layers and heads, of a last chunk, a last batch of a validation
 aten = torch.ops.aten
 _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # model.hidden_act -> F.gelu's
 
 
 class _Fusible:
-    """A function that is compiled on its first call, if `compile_all` has been called by then."""
+    """A function that is compiled on its first call, if `compile_all` has been called by then; a `kernel`, which may
+    decline by returning None, goes before it.
+    """
 
     enabled = False
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], kernel: Callable[..., Any] | None = None) -> None:
+        self.function, self.kernel = function, kernel
         self.compiled: Callable[..., Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
+        if self.kernel is not None and (result := self.kernel(*arguments)) is not None:
+            return result
         if not _Fusible.enabled:
             return self.function(*arguments)
         if self.compiled is None:
@@ -34,6 +40,10 @@ class _Fusible:
             self.compiled = torch.compile(self.function, dynamic=False, fullgraph=True)
         # Detached: whether autograd looks on makes no other code.
         return self.compiled(*(each.detach() if isinstance(each, Tensor) else each for each in arguments))
+
+
+def _fusible(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], _Fusible]:
+    return lambda function: _Fusible(function, kernel)
 
 
 def compile_all(enabled: bool) -> None:
@@ -44,7 +54,7 @@ def compile_all(enabled: bool) -> None:
 # -------------------------------------------------------------------------------------------------------------- RMSNorm
 
 
-@_Fusible
+@_fusible(elementwise.rms_norm)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang & Sennrich 2019, arXiv:1910.07467): that, in x's
     precision, and the sum of squares, float32, for the backward pass.
@@ -62,7 +72,7 @@ def _reciprocal_root(squares: Tensor, x: Tensor, eps: float) -> Tensor:
     return (squares / x.shape[-1] + eps).rsqrt()
 
 
-@_Fusible
+@_fusible(elementwise.rms_norm_backward)
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, squares: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients to x, in its precision, and to the weight, float32."""
     scale = _reciprocal_root(squares, x, eps)
@@ -77,20 +87,28 @@ def _column_sums(x: Tensor) -> Tensor:
     return x.view(math.gcd(len(x), 64), -1, x.shape[1]).sum(1).sum(0)
 
 
-@_Fusible
-def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x + y, and `rms_norm` of it, taken before it is rounded."""
-    total = x.float() + y.float()
+@_fusible(elementwise.add_rms_norm)
+def add_rms_norm(
+    x: Tensor, y: Tensor, other: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + (y + other), and `rms_norm` of it, taken before it is rounded."""
+    total = x.float() + (y.float() if other is None else y.float() + other.float())
     return total.to(x.dtype), *_rms_norm(total, weight, eps, x.dtype)
 
 
-@_Fusible
+@_fusible(elementwise.add_rms_norm_backward)
 def add_rms_norm_backward(
     grad_total: Tensor, grad: Tensor, total: Tensor, weight: Tensor, squares: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients to x and, the same, to y; and to the weight."""
     grad_x, grad_weight = rms_norm_backward.function(grad, total, weight, squares, eps)
     return grad_x + grad_total, grad_weight
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, without autograd."""
+    result = elementwise.add(x, y)
+    return torch.add(x, y) if result is None else result
 
 
 # ---------------------------------------------------------------------------------------------------------- activations
@@ -100,14 +118,14 @@ def activated(x: Tensor, act: str) -> Tensor:
     return F.silu(x) if act == "silu" else F.gelu(x, approximate=_APPROXIMATE[act])
 
 
-@_Fusible
+@_fusible(elementwise.gate_product)
 def gate_product(x: Tensor, act: str) -> Tensor:
     """gate and up side by side, (N, 2 F) -> act(gate) * up, (N, F); without autograd, for which there is `gated`."""
     gate, up = x.chunk(2, dim=-1)
     return activated(gate, act) * up
 
 
-@_Fusible
+@_fusible(elementwise.gated_backward)
 def _gated_backward(grad: Tensor, x: Tensor, act: str) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     if act == "silu":
@@ -137,7 +155,7 @@ def gated(x: Tensor, act: str) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- rotary
 
 
-@_Fusible
+@_fusible(elementwise.rotate)
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.chunk(2, dim=-1)  # each (B, T, heads, d/2)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
@@ -160,13 +178,13 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return _Rotate.apply(x, rotation)  # type: ignore[return-value]
 
 
-@_Fusible
+@_fusible(elementwise.rotate_qkv)
 def _rotate_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv.split(heads, dim=2)
     return _rotate.function(q, cos, sin), _rotate.function(k, cos, sin), v.clone()
 
 
-@_Fusible
+@_fusible(elementwise.rotate_qkv_backward)
 def _rotate_qkv_backward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((_rotate.function(q, cos, -sin), _rotate.function(k, cos, -sin), v), dim=2)
 
@@ -206,6 +224,8 @@ def _statistics(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def statistics(logits: Tensor, local: Tensor) -> Tensor:
     """log sum exp of each row of (c, v), and its element at column `local`, zero where that is outside: (1, 2, c)."""
+    if (result := elementwise.statistics(logits, local)) is not None:
+        return result
     if logits.shape[1] == 0:
         return torch.tensor([-torch.inf, 0.0], device=logits.device).view(1, 2, 1).repeat(1, 1, len(logits))
     top, total, at_target = _statistics(logits, local)
@@ -223,6 +243,8 @@ def logit_gradient(logits: Tensor, lse: Tensor, local: Tensor, at_target: Tensor
     The targets' columns, whose logits are `at_target`, are written apart: to compare each column with the target takes
     a CPU as long as the rest.
     """
+    if (result := elementwise.logit_gradient(logits, lse, local, scale)) is not None:
+        return result
     grad = _scaled_softmax(logits, lse, scale)  # (c, v)
     if grad.numel() > 0:
         rows, column = torch.arange(len(local), device=local.device), local.clamp(0, grad.shape[1] - 1)  # (c,) each

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tptrain import fused
-from tptrain.collectives import sum_partial, whole
+from tptrain.collectives import sum_partial, summand, whole
 from tptrain.mesh import Mesh
 
 
@@ -150,30 +150,32 @@ class VocabEmbedding(nn.Module):
         return _Embedding.apply(tokens, self.weight, self.mesh)  # type: ignore[return-value]
 
 
+OUTSIDE = -1  # a token that is another rank's; torch passes over it
+
+
 class _Embedding(torch.autograd.Function):
     """A rank looks up the rows it has, zero for the others; one all-reduce (or reduce-scatter) joins them."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Parameter, mesh: Mesh) -> Tensor:  # type: ignore[override]
         local = tokens - weight.spec.start(mesh.tp_rank)  # (N,), ids within this rank's rows
-        outside = (local < 0) | (local >= len(weight)) if mesh.tp > 1 else None
-        if outside is not None:
-            local.masked_fill_(outside, 0)
-        ctx.save_for_backward(local, outside)
         ctx.weight, ctx.mesh = weight, mesh
-        x = F.embedding(local, weight)  # (N, D)
-        if outside is not None:
-            x.masked_fill_(outside.unsqueeze(-1), 0.0)
-        return sum_partial(x, mesh.tp_group, mesh.sequence_parallel)[0]  # (n, D)
+        if mesh.tp == 1:
+            ctx.save_for_backward(local)
+            return F.embedding(local, weight)  # (N, D)
+        outside = (local < 0) | (local >= len(weight))
+        ctx.save_for_backward(local.masked_fill(outside, OUTSIDE))
+        x = summand((len(local), weight.shape[1]), weight, mesh.tp_group)
+        torch.index_select(weight, 0, local.masked_fill_(outside, 0), out=x)  # (N, D)
+        x.masked_fill_(outside.unsqueeze(-1), 0.0)
+        return sum_partial(x, mesh.tp_group, mesh.sequence_parallel).value()  # (n, D)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
-        (local, outside), weight = ctx.saved_tensors, ctx.weight
+        (local,), weight = ctx.saved_tensors, ctx.weight
         grad, _ = whole(grad, ctx.mesh.tp_group, ctx.mesh.sequence_parallel)  # (N, D)
         grad = grad.float()  # rows that come often are sums of many
-        if outside is not None:
-            grad = grad.masked_fill(outside.unsqueeze(-1), 0.0)
-        weight.add_grad(torch.ops.aten.embedding_dense_backward(grad, local, len(weight), -1, False))
+        weight.add_grad(torch.ops.aten.embedding_dense_backward(grad, local, len(weight), OUTSIDE, False))
         return None, None, None
 
 
@@ -190,13 +192,11 @@ class Norm(nn.Module):
         self.weight = parameter(mesh, spec, constant=1.0)
         self.bias = parameter(mesh, spec, constant=0.0) if kind == "layernorm" else None
 
-    def add(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x + y (x itself where y is None), which is the residual stream, and its norm."""
-        if y is None:
-            return x, self(x)
+    def add(self, x: Tensor, y: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + (y + other), which is the residual stream, and its norm. `other` gets no gradient."""
         if self.bias is None:
-            return _AddRMSNorm.apply(x, y, self.weight, self.eps)  # type: ignore[return-value]
-        x = x + y
+            return _AddRMSNorm.apply(x, y, other, self.weight, self.eps)  # type: ignore[return-value]
+        x = x + (y if other is None else y + other)
         return x, self(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -228,15 +228,17 @@ class _RMSNorm(torch.autograd.Function):
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Parameter, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        total, normed, squares = fused.add_rms_norm(x, y, weight.detach(), eps)
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, other: Tensor | None, weight: Parameter, eps: float
+    ) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        total, normed, squares = fused.add_rms_norm(x, y, other, weight.detach(), eps)
         ctx.save_for_backward(total, squares)
         ctx.weight, ctx.eps = weight, eps
         return total, normed
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         (total, squares), weight = ctx.saved_tensors, ctx.weight
         grad_x, grad_weight = fused.add_rms_norm_backward(grad_total, grad, total, weight.detach(), squares, ctx.eps)
         weight.add_grad(grad_weight)
-        return grad_x, grad_x, None, None
+        return grad_x, grad_x, None, None, None

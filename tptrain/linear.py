@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tptrain.collectives import Work, all_reduce, reduce_scatter, sum_partial, summand, whole
+from tptrain.collectives import Sum, sum_partial, summand, whole
 from tptrain.layers import Parameter, ShardSpec, parameter, use
 from tptrain.mesh import Mesh
 
@@ -55,21 +55,28 @@ def column_parallel(x: Tensor, mesh: Mesh, *linears: ColumnLinear, again: Again 
 
 def row_parallel(x: Tensor, mesh: Mesh, linear: RowLinear, again: Again = None) -> "Summing":
     """(N, F/tp), this rank's features -> (n, D), the same on every rank or its own tokens. One all-reduce, forward."""
-    y, work = _RowParallel.apply(x, again, mesh, linear.weight)  # type: ignore[misc]
-    return Summing(y, work, linear.bias)
+    y, total = _RowParallel.apply(x, again, mesh, linear.weight)  # type: ignore[misc]
+    return Summing(y, total, linear.bias)
 
 
 class Summing:
     """A row-parallel linear's output, whose summands are on their way between the ranks."""
 
-    def __init__(self, y: Tensor, work: Work, bias: Parameter | None) -> None:
-        self.y, self.work, self.bias = y, work, bias
+    def __init__(self, y: Tensor, total: Sum, bias: Parameter | None) -> None:
+        self.y, self.total, self.bias = y, total, bias  # y has the memory of total.x, and autograd knows it
+
+    def terms(self) -> tuple[Tensor, ...]:
+        """The output, (n, D), once it has arrived, or two whose sum it is; to be read before the next collective."""
+        with torch.no_grad():  # the sum is the end of a forward pass that autograd has noted
+            others = self.total.terms()[1:]
+        if self.bias is None:
+            return self.y, *others
+        return (sum((*others, use(self.bias)), self.y),)  # a bias after the sum: once, not tp times
 
     def value(self) -> Tensor:
         """(n, D), once it has arrived."""
-        with torch.no_grad():  # the sum is the end of a forward pass that autograd has noted
-            self.work.wait()
-        return self.y if self.bias is None else self.y + use(self.bias)  # after the sum: once, not tp times
+        y, *others = self.terms()
+        return y + others[0] if others else y
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -88,24 +95,21 @@ class _ColumnParallel(torch.autograd.Function):
         x, gathering = whole(x, mesh.tp_group, mesh.sequence_parallel, async_op=True)  # (N, D)
         partial = summand((len(grad), x.shape[1]), grad, mesh.tp_group)
         input_gradient(grad, weights, partial)  # (N, D), this rank's part of the sum over tp
-        if mesh.sequence_parallel:
-            gathering.wait()
-            grad_x, summing = reduce_scatter(partial, mesh.tp_group, async_op=True)  # (n, D)
-        else:
-            grad_x, summing = all_reduce(partial, mesh.tp_group, async_op=True)
+        gathering.wait()
+        grad_x = sum_partial(partial, mesh.tp_group, mesh.sequence_parallel)
         add_weight_gradient(grad, x, weights)  # while the input gradient travels
-        summing.wait()
-        return grad_x, None, None, *(None for _ in weights)
+        return grad_x.value(), None, None, *(None for _ in weights)  # (n, D)
 
 
 class _RowParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, again: Again, mesh: Mesh, weight: Parameter) -> tuple[Tensor, Work]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, again: Again, mesh: Mesh, weight: Parameter) -> tuple[Tensor, Sum]:  # type: ignore[override]
         _keep(ctx, x, again)
         ctx.mesh, ctx.weight = mesh, weight
         partial = summand((len(x), len(weight)), x, mesh.tp_group)
         torch.mm(x, weight.t(), out=partial)  # (N, D), one summand of tp
-        return sum_partial(partial, mesh.tp_group, mesh.sequence_parallel, async_op=True)  # (n, D)
+        total = sum_partial(partial, mesh.tp_group, mesh.sequence_parallel)
+        return total.x, total  # (n, D)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, no_grad: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]

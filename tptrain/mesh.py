@@ -46,7 +46,7 @@ class Group:
         self.box.leave(number)
 
     def enter(self, op: str, x: torch.Tensor | None = None) -> int:
-        shape, dtype = ((), "object") if x is None else (tuple(x.shape), str(x.dtype).removeprefix("torch."))
+        shape, dtype = ((), "object") if x is None else (x.shape, x.dtype)
         return self.box.enter(op, shape, dtype, self.axis, self.ranks)
 
 

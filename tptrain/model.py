@@ -116,7 +116,7 @@ class Layer(nn.Module):
 def _normed(norm: Norm, stream: Stream) -> tuple[Tensor, Tensor]:
     """The residual stream with its branch added, and the norm of it: (n, D) each."""
     x, branch = stream
-    return norm.add(x, branch.value() if branch is not None else None)
+    return norm.add(x, *branch.terms()) if branch is not None else (x, norm(x))
 
 
 class Decoder(nn.Module):

@@ -15,17 +15,19 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+R = TypeVar("R")
+
 HEADER_BYTES = 4096
 SLOT_BYTES = 128 * 2**20  # address space: pages that no message reaches are never made
-SUMMAND_BYTES = 4 * 2**20  # beyond, a matrix product is faster into malloc's huge pages, and a copy
 SMALL_BYTES = 64 * 2**10  # up to here every rank sums all slots whole: the second round costs more than it saves
-SPINS = 2000  # looks at a flag before a rank lets others run, about a tenth of a millisecond
+SPINS = 200  # looks at a flag, about 10 microseconds, before a rank lets others run that want its core
+YIELDS = 4000  # further looks before it sleeps
 
 
 class _Header(ctypes.Structure):
@@ -42,6 +44,8 @@ class SharedMemory:
             torch.frombuffer(each, dtype=torch.uint8, offset=HEADER_BYTES).view(2, SLOT_BYTES)  # (2, bytes)
             for each in maps
         ]
+        self.places = [self.slots[index][turn].data_ptr() for turn in range(2)]  # of this rank's slots
+        self.views: dict[tuple[Any, ...], Tensor] = {}  # of slots, by their first use
         self.number = 0  # of the last operation
         self.largest = SLOT_BYTES  # what can be gathered or scattered at once
         self.unfinished: Callable[[], None] | None = None
@@ -53,25 +57,27 @@ class SharedMemory:
 
         It holds until then, and not beyond. None where it is too large for that.
         """
-        size = math.prod(shape) * dtype.itemsize
-        if size > min(SUMMAND_BYTES, SLOT_BYTES):
+        if math.prod(shape) * dtype.itemsize > SLOT_BYTES:
             return None
         self._finish()
-        return self.slots[self.index][(self.number + 1) % 2, :size].view(dtype).view(shape)
+        return self._view(self.index, (self.number + 1) % 2, shape, dtype).detach()  # autograd may mark it
 
     def holds(self, x: Tensor) -> bool:
         """Whether `x` is the next operation's `summand`."""
-        return x.data_ptr() == self.slots[self.index][(self.number + 1) % 2].data_ptr()
+        return x.data_ptr() == self.places[(self.number + 1) % 2]
+
+    def exchange(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin to show the other of two ranks `x`, a `summand`; what is returned waits for theirs, which holds until
+        the next operation, as `x` does until the next but one.
+        """
+        self._post(x.view(-1))
+        return self._later(lambda: self._read(1 - self.index, x.view(-1)).view(x.shape), Tensor.clone)
 
     def all_reduce(self, out: Tensor, x: Tensor) -> Callable[[], None]:
         """Begin to sum `x`, a `summand`, into `out`."""
-        flat, total = x.view(-1), out.view(-1)
-        self._post(flat)
-
-        def add() -> None:
-            torch.add(flat, self._read(1 - self.index, flat), out=total)
-
-        return self._later(add if self.size == 2 else lambda: self._sum_in_parts(total, dist.ReduceOp.SUM))
+        total = out.view(-1)
+        self._post(x.view(-1))
+        return self._later(lambda: self._sum_in_parts(total, dist.ReduceOp.SUM))
 
     def all_reduce_(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Callable[[], None]:
         """Begin to reduce `x` in place; call what is returned before reading it. All ranks get the same bits."""
@@ -135,16 +141,22 @@ class SharedMemory:
 
     # ------------------------------------------------------------------------------------------------------- slots
 
-    def _later(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What finishes an operation, once. It must not refer to itself: a cycle keeps its tensors until Python looks
-        for cycles, many steps later.
+    def _later(self, work: Callable[[], R], keep: Callable[[R], R] = lambda result: result) -> Callable[[], R]:
+        """What finishes an operation and gives its result, or what `keep` makes of it where the next operation had to
+        finish it. It must not refer to itself: a cycle keeps tensors until Python looks for cycles, many steps later.
         """
+        results: list[R] = []
 
-        def finish() -> None:
-            if self.unfinished is work:
-                self._finish()
+        def finish_early() -> None:
+            results.append(keep(work()))
 
-        self.unfinished = work
+        def finish() -> R:
+            if self.unfinished is finish_early:
+                self.unfinished = None
+                results.append(work())
+            return results[0]
+
+        self.unfinished = finish_early
         return finish
 
     def _finish(self) -> None:
@@ -157,15 +169,22 @@ class SharedMemory:
         """Write `x` into the next slot, unless it lies there, and say so."""
         self._finish()
         self.number += 1
-        slot, beyond = self._slot(self.index, x), x.data_ptr() - self.slots[self.index].data_ptr()
-        if beyond != slot.data_ptr() - self.slots[self.index].data_ptr():
-            assert not 0 <= beyond < 2 * SLOT_BYTES, "a summand of another operation"
-            slot.copy_(x)
+        place = x.data_ptr()
+        if place != self.places[self.number % 2]:
+            assert not 0 <= place - self.places[0] < 2 * SLOT_BYTES, "a summand of another operation"
+            self._slot(self.index, x).copy_(x)
         self.headers[self.index].bytes[self.number % 2] = x.nbytes
         self.headers[self.index].posted = self.number
 
     def _slot(self, rank: int, x: Tensor) -> Tensor:
-        return self.slots[rank][self.number % 2, : x.nbytes].view(x.dtype)
+        return self._view(rank, self.number % 2, (x.numel(),), x.dtype)
+
+    def _view(self, rank: int, turn: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The beginning of a slot, kept for the next time: to make it takes longer than to look it up."""
+        key = rank, turn, shape, dtype
+        if key not in self.views:
+            self.views[key] = self.slots[rank][turn, : math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        return self.views[key]
 
     def _read(self, peer: int, x: Tensor) -> Tensor:
         """What a rank has posted, once it has. Raises DistBackendError for one that is gone or sent something else."""
@@ -173,8 +192,8 @@ class SharedMemory:
         while header.posted < number:
             looks += 1
             if looks > SPINS:
-                time.sleep(0 if looks < 2 * SPINS else 5e-5)
-            if looks % SPINS == 0 and not _alive(header.pid):
+                os.sched_yield() if looks < SPINS + YIELDS else time.sleep(5e-5)
+            if looks % YIELDS == 0 and not _alive(header.pid):
                 raise dist.DistBackendError(f"shared memory: process {header.pid} is gone")
         theirs = header.bytes[number % 2]
         if theirs != x.nbytes:

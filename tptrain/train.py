@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tptrain import checkpoint
-from tptrain.attention import compile_kernels
 from tptrain.collectives import all_reduce_
 from tptrain.config import Config, UserError
 from tptrain.config.sizes import flops_per_token
@@ -23,6 +22,7 @@ from tptrain.loss import cross_entropy, cross_entropy_backward
 from tptrain.mesh import Mesh
 from tptrain.metrics import Recorder, Row, memory_gb, peak_flops
 from tptrain.model import Decoder
+from tptrain.native import compile_kernels
 from tptrain.optim import Optimizer, learning_rate
 from tptrain.stop import Agreement, Stop
 
@@ -113,8 +113,8 @@ def build(config: Config, mesh: Mesh) -> Trainer:
     compile_all(
         config.train.compile == "elementwise" or (config.train.compile == "auto" and mesh.device.type == "cuda")
     )
-    if mesh.device.type == "cpu" and config.train.compile != "none":
-        compile_kernels(Path(config.data.cache_dir) / "compiled")
+    in_c = mesh.device.type == "cpu" and config.train.compile != "none"
+    compile_kernels(Path(config.data.cache_dir) / "compiled" if in_c else None)
     model = Decoder(config.model, mesh, config.train.recompute, config.parallel.overlap)
     optimizer = Optimizer(model, config.optim, mesh, DTYPES[config.train.precision], config.parallel.zero == 1)
     optimizer.initialise(lambda name, p: initial_values(name, p, config.train.seed, mesh.tp_rank))

@@ -32,7 +32,6 @@ def overrides(model: Model, precision: str, cache_dir: Path, device: str = "cpu"
         "train.precision": precision,
         "train.seed": SEED,
         "train.device": device,
-        "train.compile": "elementwise",
         "train.eval_every": 0,
         "train.eval_sequences": model.batch,
         "checkpoint.every": 0,

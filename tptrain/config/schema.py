@@ -112,7 +112,8 @@ class TrainConfig:
     precision: str = choice("fp32", "fp32", "bf16")
     seed: int = number(0, least=0, most=2**63 - 1)
     device: str = choice("auto", "auto", "cpu", "cuda")
-    # Norms, rotary, activations; auto: on cuda. And attention.c on a CPU, which takes no time: none leaves it out.
+    # Norms, rotary, activations: by torch.compile (auto: on cuda), before that by tptrain/native on a CPU, which has
+    # attention too and takes a second; none: neither
     compile: str = choice("auto", "auto", "elementwise", "none")
     recompute: str = choice("none", "none", "selective", "full")  # in the backward pass: what is cheap, or whole layers
     on_nan: str = choice("stop", "stop", "skip")  # a loss that is no number: end the run, or leave that update out

@@ -153,7 +153,7 @@ def _activations(config: Config, tp: int) -> int:
     model, N = config.model, config.train.micro_batch_size * config.train.seq_len
     n = _own_tokens(config, tp)
     head = BYTES[config.train.precision] * n * model.hidden_size  # the head's input: the last norm's output
-    ids = N * (ID + (tp > 1))  # the embedding's, and the mask of those that other ranks hold
+    ids = N * ID  # the embedding's
     if model.position_embedding == "learned":
         ids += n * ID
     layers = model.num_hidden_layers * _layer_activations(config, tp)

@@ -1,4 +1,4 @@
-/* Causal attention on a CPU, forward and backward, in whole tiles of registers; compiled and called by attention.py.
+/* Causal attention on a CPU, forward and backward, in whole tiles of registers; called by ../attention.py.
 
 A problem is one KV head and the G query heads that share it. Its scores exist for BLOCK queries at a time, over the
 keys up to the last of them, and stay in the core's cache; those of the backward pass are computed again, as in flash
@@ -8,52 +8,12 @@ blocks (N), both filled with zeros. Rows of scores and of transposed inputs are 
 Tensors: q, y and their gradients (B, T, K, G, d), k, v and theirs (B, T, K, d), float32 or, where `half`, bfloat16.
 */
 
-#include <math.h>
-#include <stdint.h>
+#include "vector.h"
+
 #include <stdlib.h>
 #include <string.h>
 
-enum { WIDTH = 16, ROWS = 8, COLUMNS = 2 * WIDTH, BLOCK = 32 }; /* a tile: 8 x 32 sums, in 16 of the 32 registers */
-
-typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
-typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), aligned(4)));
-
-static const Integers PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-static inline Vector load(const float *x) { return *(const Vector *)x; }
-static inline void store(float *x, Vector v) { *(Vector *)x = v; }
-static inline Vector all(float x) { return x - (Vector){0}; }
-static inline Vector choose(Integers which, Vector x, Vector y) {
-    return (Vector)((which & (Integers)x) | (~which & (Integers)y));
-}
-
-static inline float sum_of(Vector x) {
-    for (int half = WIDTH / 2; half > 0; half /= 2) /* a tree: additions one after another would wait for each other */
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
-}
-
-static inline float greatest_of(Vector x) {
-    for (int half = WIDTH / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
-    return x[0];
-}
-
-/* e^x for x <= 0: 2^n times Cephes' polynomial in the rest, |rest| <= ln(2) / 2; zero where it would not be normal. */
-static inline Vector exponential(Vector x) {
-    Integers tiny = x < -87.0f;
-    x = choose(tiny, all(-87.0f), x);
-    Vector n = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23 rounds to the nearest whole number */
-    Vector rest = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vector p = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * rest + 8.3334519073e-3f;
-    p = p * rest + 4.1665795894e-2f;
-    p = p * rest + 1.6666665459e-1f;
-    p = p * rest + 5.0000001201e-1f;
-    p = p * rest * rest + rest + 1.0f;
-    Vector power = (Vector)((__builtin_convertvector(n, Integers) + 127) << 23);
-    return choose(tiny, all(0.0f), p * power);
-}
+enum { ROWS = 8, COLUMNS = 2 * WIDTH, BLOCK = 32 }; /* a tile: 8 x 32 sums, in 16 of the 32 registers */
 
 /* ------------------------------------------------------------------------------------------------- matrix products */
 
@@ -89,24 +49,13 @@ static void product(long m, long n, long k, const float *x, long row, long step,
 /* x (rows, d), whose rows are ld apart from `at` on -> packed (up to, D). */
 static void pack(const void *x, long at, long ld, int half, long rows, long up_to, long d, float *packed, long D) {
     if (rows < up_to || d < D) memset(packed, 0, up_to * D * sizeof(float));
-    for (long t = 0; t < rows; t++, at += ld, packed += D) {
-        if (half)
-            for (long i = 0; i < d; i++) ((uint32_t *)packed)[i] = (uint32_t)((const uint16_t *)x)[at + i] << 16;
-        else
-            memcpy(packed, (const float *)x + at, d * sizeof(float));
-    }
+    for (long t = 0; t < rows; t++, at += ld, packed += D)
+        for (long i = 0; i < d; i += WIDTH) store(packed + i, get(half, x, at + i, d - i));
 }
 
 static void unpack(const float *packed, long D, long rows, long d, void *x, long at, long ld, int half) {
-    for (long t = 0; t < rows; t++, at += ld, packed += D) {
-        if (half)
-            for (long i = 0; i < d; i++) { /* to the nearest, ties to even */
-                uint32_t bits = ((const uint32_t *)packed)[i];
-                ((uint16_t *)x)[at + i] = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-            }
-        else
-            memcpy((float *)x + at, packed, d * sizeof(float));
-    }
+    for (long t = 0; t < rows; t++, at += ld, packed += D)
+        for (long i = 0; i < d; i += WIDTH) put(half, x, at + i, d - i, load(packed + i));
 }
 
 /* x (N, D) -> y (D, N), rows S apart. */
@@ -121,15 +70,12 @@ static void transpose(long N, long D, const float *x, float *y, long S) {
 /* Row i of the scores of queries that begin at `start`: later keys hidden, and the greatest of the others returned. */
 static inline float hide(float *row, long start, long i) {
     for (long j = 0; j < BLOCK; j += WIDTH) {
-        Integers later = PLACES > (int32_t)(i - j);
-        store(row + start + j, choose(later, all(-INFINITY), load(row + start + j)));
+        float *here = row + start + j;
+        store(here, _mm512_mask_blend_ps(first(i - j + 1), all(-INFINITY), load(here)));
     }
     Vector greatest = load(row);
-    for (long j = WIDTH; j < start + BLOCK; j += WIDTH) {
-        Vector other = load(row + j);
-        greatest = choose(other > greatest, other, greatest);
-    }
-    return greatest_of(greatest);
+    for (long j = WIDTH; j < start + BLOCK; j += WIDTH) greatest = _mm512_max_ps(load(row + j), greatest);
+    return _mm512_reduce_max_ps(greatest);
 }
 
 typedef struct {
@@ -167,7 +113,7 @@ static void forward(Sizes z, long problem, const float *q, const float *k, const
                     store(row + j, e);
                     sum += e;
                 }
-                share[i] = 1 / sum_of(sum);
+                share[i] = 1 / _mm512_reduce_add_ps(sum);
             }
             product(BLOCK, z.D, n, p, z.S, 1, values, z.D, out, z.D, 0);
             for (long i = 0; i < BLOCK; i++)
@@ -204,7 +150,7 @@ static void backward(Sizes z, long problem, int half, const void *q, const void 
                     sum += e;
                     weighted += e * load(to_row + j);
                 }
-                float share = 1 / sum_of(sum), mean = sum_of(weighted) * share;
+                float share = 1 / _mm512_reduce_add_ps(sum), mean = _mm512_reduce_add_ps(weighted) * share;
                 for (long j = 0; j < n; j += WIDTH) {
                     Vector weight = load(row + j) * share;
                     store(row + j, weight);
