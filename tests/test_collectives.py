@@ -246,3 +246,18 @@ def _orphaned() -> str:
 
 def test_a_dead_peer_is_an_error_and_not_a_hang() -> None:
     assert all("is gone" in said for said in run_ranks(2, _orphaned))
+
+
+def _busy_while_waiting() -> float:
+    """Of its waiting for the other rank, the share that a rank spends on its core."""
+    group = mesh(2, shared=True).tp_group
+    all_reduce_(torch.zeros(5), group)
+    if dist.get_rank() == 1:
+        time.sleep(1)
+    wall, busy = time.perf_counter(), time.process_time()
+    all_reduce_(torch.zeros(5), group)
+    return (time.process_time() - busy) / (time.perf_counter() - wall)
+
+
+def test_a_rank_that_waits_leaves_its_core_to_others() -> None:
+    assert run_ranks(2, _busy_while_waiting)[0] < 0.5

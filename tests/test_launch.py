@@ -254,7 +254,7 @@ def test_set_up_lines_and_variables_reach_local_ranks(finished: Path) -> None:
 
 
 def test_a_second_launch_into_a_run_that_goes_on_is_refused(finished: Path) -> None:
-    lines = launch_lines(finished, "train.steps=5000", "checkpoint.every=0", name="twice")
+    lines = launch_lines(finished, "train.steps=100000", "checkpoint.every=0", name="twice")
     launch = start_launch(*lines)
     wait_until(lambda: rows_in(finished / "twice") >= 1, "a step", launch)
     before = (finished / "twice" / "config.yaml").read_text()

@@ -26,8 +26,9 @@ R = TypeVar("R")
 HEADER_BYTES = 4096
 SLOT_BYTES = 128 * 2**20  # address space: pages that no message reaches are never made
 SMALL_BYTES = 64 * 2**10  # up to here every rank sums all slots whole: the second round costs more than it saves
-SPINS = 200  # looks at a flag, about 10 microseconds, before a rank lets others run that want its core
-YIELDS = 4000  # further looks before it sleeps
+SPINS = 200  # looks at a flag, about 10 microseconds, before a rank sleeps between two looks
+NAP_S = 5e-5  # not sched_yield: on Linux 6.18 a rank that yields starves what else wants its core, for half a minute
+CHECK_EVERY = 2000  # looks, for the death of the rank that is waited for
 
 
 class _Header(ctypes.Structure):
@@ -192,8 +193,8 @@ class SharedMemory:
         while header.posted < number:
             looks += 1
             if looks > SPINS:
-                os.sched_yield() if looks < SPINS + YIELDS else time.sleep(5e-5)
-            if looks % YIELDS == 0 and not _alive(header.pid):
+                time.sleep(NAP_S)
+            if looks % CHECK_EVERY == 0 and not _alive(header.pid):
                 raise dist.DistBackendError(f"shared memory: process {header.pid} is gone")
         theirs = header.bytes[number % 2]
         if theirs != x.nbytes:
