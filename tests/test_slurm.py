@@ -84,6 +84,12 @@ def trainer(run_dir: Path, rank: int) -> psutil.Process:
     return next(process for process in mine if process.parent() in mine)
 
 
+@pytest.fixture(autouse=True)
+def _nodes_are_idle() -> None:
+    """A node that the last test's job is leaving would move this one's ranks to others than it names."""
+    wait_until(lambda: set(ask("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, "idle nodes")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("slurm")
