@@ -16,10 +16,29 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test wai
 SANDBOX = Path(__file__).parent.parent / "scripts" / "slurm-sandbox"
 
 
+_starting: list[subprocess.Popen[bytes]] = []  # the sandbox, where this session starts it
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The sandbox takes half a minute to come up, and minutes to install: it does so beside the first tests."""
+    wanted = any(item.get_closest_marker("slurm") for item in session.items) and not session.config.option.collectonly
+    if wanted and subprocess.run([SANDBOX, "status"], capture_output=True, check=False).returncode != 0:
+        nowhere = subprocess.DEVNULL
+        _starting.append(subprocess.Popen([SANDBOX, "up"], stdin=nowhere, stdout=nowhere, stderr=nowhere))
+
+
+def pytest_sessionfinish() -> None:
+    for up in _starting:
+        up.wait()
+        subprocess.run([SANDBOX, "down"], capture_output=True, check=False)
+
+
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[None]:
-    """A real Slurm, started if it is not up and then stopped again. Skips, with the reason, where it cannot run."""
-    was_up = subprocess.run([SANDBOX, "status"], capture_output=True, check=False).returncode == 0
+    """A real Slurm. Skips, with the reason, where it cannot run."""
+    for up in _starting:
+        up.wait(300)
+    # It is up now, and this tells where; or it tells why not.
     started = subprocess.run([SANDBOX, "up"], capture_output=True, text=True, timeout=300, check=False)
     if started.returncode != 0:
         reason = started.stderr.strip().splitlines()[-1]
@@ -29,8 +48,6 @@ def slurm() -> Iterator[None]:
     os.environ["SLURM_CONF"] = started.stdout.strip().removeprefix("export SLURM_CONF=")
     yield
     del os.environ["SLURM_CONF"]
-    if not was_up:
-        subprocess.run([SANDBOX, "down"], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="session")
