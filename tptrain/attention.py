@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tptrain.native import run, serves
 
+HAS_MATRIX_UNITS = torch.cpu.get_capabilities().get("amx_bf16", False)
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(d)) v with the causal mask: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d)."""
@@ -26,7 +28,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Our kernels, but for the forward pass in bf16, where PyTorch's uses a CPU's matrix units. PyTorch's others take
+    """Our kernels, but for the forward pass in bf16 where PyTorch's uses the CPU's matrix units. PyTorch's others take
     1.6 times as long (docs/performance.md).
     """
 
@@ -34,26 +36,23 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
         q, k, v = (x.contiguous() for x in (q, k, v))
         ctx.save_for_backward(q, k, v)
-        if q.dtype != torch.float32:
+        if q.dtype == torch.bfloat16 and HAS_MATRIX_UNITS:
             return _sdpa(q, k, v)
         y = torch.empty_like(q)  # (B, T, H, d)
-        _run("attention_forward", _sizes(q, k), q, k, v, y)
+        _run("attention_forward", q, k, v, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
         grads = tuple(torch.empty_like(x) for x in (q, k, v))
-        _run("attention_backward", (*_sizes(q, k), q.dtype == torch.bfloat16), q, k, v, grad.contiguous(), *grads)
+        _run("attention_backward", q, k, v, grad.contiguous(), *grads)
         return grads
 
 
-def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
-    return q.shape[1], k.shape[2], q.shape[2] // k.shape[2], q.shape[3]  # T, K, G, d
-
-
-def _run(name: str, sizes: tuple[int, ...], *tensors: Tensor) -> None:
+def _run(name: str, q: Tensor, k: Tensor, *others: Tensor) -> None:
     """A kernel over all B * K problems. Raises MemoryError."""
-    problems = tensors[1].shape[0] * tensors[1].shape[2]
-    if run(name, problems, *sizes, *tensors):
+    B, T, H, d = q.shape
+    K = k.shape[2]
+    if run(name, B * K, T, K, H // K, d, q.dtype == torch.bfloat16, q, k, *others):
         raise MemoryError(name)

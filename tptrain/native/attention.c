@@ -93,17 +93,18 @@ static long begins(Sizes z, long problem) { return (problem / z.K * z.T * z.K + 
 /* Memory for one thread, whose rows begin where cache lines do. */
 static float *floats(long count) { return aligned_alloc(64, count * sizeof(float)); }
 
-static void forward(Sizes z, long problem, const float *q, const float *k, const float *v, float *y, float *memory) {
+static void forward(Sizes z, long problem, int half, const void *q, const void *k, const void *v, void *y,
+                    float *memory) {
     float *keys = memory, *values = keys + z.N * z.D, *keys_t = values + z.N * z.D, *p = keys_t + z.S * z.D,
           *mine = p + z.S * BLOCK, *out = mine + BLOCK * z.D, share[BLOCK], scale = 1 / sqrtf(z.d);
     long kv = begins(z, problem), ld = z.K * z.G * z.d;
-    pack(k, kv, z.K * z.d, 0, z.T, z.N, z.d, keys, z.D);
-    pack(v, kv, z.K * z.d, 0, z.T, z.N, z.d, values, z.D);
+    pack(k, kv, z.K * z.d, half, z.T, z.N, z.d, keys, z.D);
+    pack(v, kv, z.K * z.d, half, z.T, z.N, z.d, values, z.D);
     transpose(z.N, z.D, keys, keys_t, z.S);
     for (long start = 0; start < z.T; start += BLOCK)
         for (long g = 0; g < z.G; g++) {
             long n = start + BLOCK, rows = z.T < n ? z.T - start : BLOCK, at = z.G * kv + g * z.d + start * ld;
-            pack(q, at, ld, 0, rows, BLOCK, z.d, mine, z.D);
+            pack(q, at, ld, half, rows, BLOCK, z.d, mine, z.D);
             product(BLOCK, n, z.D, mine, z.D, 1, keys_t, z.S, p, z.S, 0);
             for (long i = 0; i < BLOCK; i++) {
                 float *row = p + i * z.S, top = hide(row, start, i) * scale;
@@ -118,7 +119,7 @@ static void forward(Sizes z, long problem, const float *q, const float *k, const
             product(BLOCK, z.D, n, p, z.S, 1, values, z.D, out, z.D, 0);
             for (long i = 0; i < BLOCK; i++)
                 for (long j = 0; j < z.D; j++) out[i * z.D + j] *= share[i];
-            unpack(out, z.D, rows, z.d, y, at, ld, 0);
+            unpack(out, z.D, rows, z.d, y, at, ld, half);
         }
 }
 
@@ -168,8 +169,8 @@ static void backward(Sizes z, long problem, int half, const void *q, const void 
 
 /* The kernels: B * K problems, shared by the threads. They return 1 where there is no memory. */
 
-int attention_forward(long threads, long problems, long T, long K, long G, long d, const float *q, const float *k,
-                      const float *v, float *y) {
+int attention_forward(long threads, long problems, long T, long K, long G, long d, long half, const void *q,
+                      const void *k, const void *v, void *y) {
     Sizes z = sizes(T, K, G, d);
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
@@ -178,7 +179,7 @@ int attention_forward(long threads, long problems, long T, long K, long G, long 
         failed = memory == NULL;
 #pragma omp for schedule(static)
         for (long problem = 0; problem < problems; problem++)
-            if (!failed) forward(z, problem, q, k, v, y, memory);
+            if (!failed) forward(z, problem, half, q, k, v, y, memory);
         free(memory);
     }
     return failed;
