@@ -374,7 +374,7 @@ def test_preflight_finds_each_fault_in_one_message(folder: Path, tmp_path: Path,
     script = f"{shell.replace('OTHER', str(tmp_path))}\nexec {command}"
     began = time.monotonic()
     done = run(*prefix, "srun", "-K1", *nodes, "-n2", "bash", "-c", script)
-    assert time.monotonic() - began < 40  # and not for as long as the other rank sleeps
+    assert time.monotonic() - began < 20
     assert done.returncode != 0
     told = [line for line in done.stdout.splitlines() if "error: " in line and not line.startswith(("srun", "slurmst"))]
     assert len(told) == 1, done.stdout
