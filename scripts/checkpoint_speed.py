@@ -19,11 +19,16 @@ from typing import Any
 
 import torch
 
-from tptrain.checkpoint import Saver, load_newest, step_folder
+from tptrain.checkpoint.commit import step_folder
+from tptrain.checkpoint.load import load_newest
+from tptrain.checkpoint.save import Saver
 from tptrain.config import load_config
-from tptrain.config.sizes import checkpoint_bytes
-from tptrain.mesh import make_mesh
-from tptrain.train import build
+from tptrain.nn.decoder import CHECKPOINT_BYTES, parameter_count
+from tptrain.ops.choose import choose
+from tptrain.parallel.connect import connect
+from tptrain.parallel.mesh import tp_grid
+from tptrain.train.schedule import plain
+from tptrain.train.trainer import build, compiled_folder
 
 ROUNDS = 5
 
@@ -31,13 +36,14 @@ ROUNDS = 5
 def main(folder: Path, model: str) -> None:
     small = ["train.micro_batch_size=1", "train.global_batch_size=1", "train.seq_len=256"]
     config = load_config([f"model={model}", f"run.dir={folder}", "checkpoint.keep=1", *small])
-    mesh = make_mesh(1, 1, torch.device("cpu"))
-    trainer = build(config, mesh)
-    for bucket in trainer.optimizer.buckets:
-        for tensor in (t for t in trainer.optimizer.adamw.state[bucket.master].values() if t.dim()):
+    mesh = connect(tp_grid(1, 1, 1), torch.device("cpu"))
+    trainer = build(config, mesh, choose("cpu", config.train.compile, compiled_folder(config)))
+    for block in trainer.optimizer.state.blocks:
+        for tensor in block.moments.values():
             tensor.normal_()  # zeros would be written faster on some file systems
-    saver, size = Saver(folder, trainer.optimizer, config, "data", mesh), checkpoint_bytes(config.model)
-    tokens = trainer.data.samples(0, 1)
+    saver = Saver(folder, trainer.optimizer, config, "data", mesh)
+    size = CHECKPOINT_BYTES * parameter_count(trainer.model.spec)
+    batch, actions = trainer.to_device(trainer.data.samples(0, 1)), plain(1, trainer.runner.units)
     taken: dict[str, list[float]] = {name: [] for name in ("call", "pass", "beside", "wait", "save", "load", "dd")}
 
     def timed(name: str, work: Callable[[], Any]) -> None:
@@ -50,10 +56,10 @@ def main(folder: Path, model: str) -> None:
         subprocess.run([*dd, "status=none"], check=True)
 
     for step in range(1, ROUNDS + 2):
-        timed("pass", lambda: trainer.forward_backward(tokens, 1.0))
+        timed("pass", lambda: trainer.runner.run(actions, lambda _: batch, 1.0))
         timed("call", partial(saver.save, 2 * step))
-        timed("beside", lambda: trainer.forward_backward(tokens, 1.0))
-        timed("wait", trainer.optimizer.copied.wait)
+        timed("beside", lambda: trainer.runner.run(actions, lambda _: batch, 1.0))
+        timed("wait", saver.wait_for_copy)
         saver.finish()
         timed("save", lambda step=step: (saver.save(2 * step + 1), saver.finish()))
         timed("load", lambda: load_newest(folder, trainer.optimizer, mesh, print))

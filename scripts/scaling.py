@@ -21,9 +21,11 @@ import psutil
 import torch
 
 from tptrain.config import load_config
-from tptrain.config.sizes import flops_per_token, parameter_count, rank_memory
-from tptrain.mesh import make_mesh
-from tptrain.train import Trainer, build
+from tptrain.ops.choose import choose
+from tptrain.parallel.connect import connect
+from tptrain.parallel.mesh import tp_grid
+from tptrain.plan.dry_run import dry_run
+from tptrain.train.trainer import Trainer, build, compiled_folder
 
 BASE = {"num_hidden_layers": 4, "hidden_size": 256, "seq_len": 256, "micro_batch_size": 4}
 VARIED = {
@@ -46,7 +48,9 @@ def trainer(sizes: dict[str, int], folder: str) -> Trainer:
         f"model.intermediate_size={hidden * 11 // 4}",
     ]
     settings += [f"train.global_batch_size={sizes['micro_batch_size']}", f"run.dir={folder}", "train.device=cpu"]
-    return build(load_config(settings), make_mesh(1, 1, torch.device("cpu")))
+    config = load_config(settings)
+    ops = choose("cpu", config.train.compile, compiled_folder(config))
+    return build(config, connect(tp_grid(1, 1, 1), torch.device("cpu")), ops)
 
 
 def seconds(made: Trainer, steps: int = 5) -> float:
@@ -65,8 +69,9 @@ def fit(folder: str) -> None:
         made = trainer(sizes, folder)
         train = made.config.train
         tokens = train.global_batch_size * train.seq_len
-        flops = flops_per_token(made.config.model, train.seq_len) * tokens
-        rows.append((flops, rank_memory(made.config, 1)["activations"], parameter_count(made.config.model)))
+        flops = made.model.spec.flops_per_token(train.seq_len) * tokens
+        run = dry_run(made.config, 1, 1, made.loss.ops)
+        rows.append((flops, run.activations, run.parameters))
         measured.append(seconds(made))
     design, target = np.array(rows), np.array(measured)
     scaled = design / target[:, None]  # relative errors count

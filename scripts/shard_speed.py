@@ -16,14 +16,14 @@ from statistics import median
 
 import torch
 
-from tptrain.blackbox import BlackBox
 from tptrain.config import UserError, load_config
 from tptrain.config.schema import kv_heads
-from tptrain.config.sizes import flops_per_token
-from tptrain.mesh import Mesh
 from tptrain.metrics import memory_gb, peak_flops
-from tptrain.plan import tp_degrees
-from tptrain.train import build
+from tptrain.models.spec import decoder_spec
+from tptrain.ops.choose import choose
+from tptrain.parallel.mesh import Mesh, tp_grid
+from tptrain.plan.report import tp_degrees
+from tptrain.train.trainer import build, compiled_folder
 
 WARMUP, STEPS = 3, 10
 GPU = ["model=llama3_1b", "train.seq_len=4096", "train.precision=bf16"]
@@ -40,14 +40,14 @@ def main(overrides: list[str]) -> None:
     print(f"{config.model.name}, {tokens:,} tokens a step, {train.precision}, {name}, torch {torch.__version__}")
     print("no communication between ranks: what one rank computes, and no more")
     peak, alone = peak_flops(device, train.precision), 0.0
-    flops = flops_per_token(config.model, train.seq_len) * tokens
+    flops = decoder_spec(config.model).flops_per_token(train.seq_len) * tokens
+    ops = choose(device.type, train.compile, compiled_folder(config))
     for tp in tp_degrees(config)[0]:
         if tp > 8:
             break
         group = replace(config, parallel=replace(config.parallel, tp=tp))
-        copies = max(1, tp // kv_heads(config.model))
-        mesh = Mesh(0, tp, tp, device, None, None, None, copies, None, None, None, box=BlackBox())
-        trainer = build(group, mesh)
+        # The first rank of a grid without groups: it communicates with nobody.
+        trainer = build(group, Mesh(tp_grid(tp, tp, kv_heads(config.model)), 0, device), ops)
         seconds = []
         for step in range(1, WARMUP + STEPS + 1):
             began = time.perf_counter()

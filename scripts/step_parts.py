@@ -13,6 +13,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,29 +26,33 @@ from peers.ours_profiled import OPERATIONS
 from peers.settings import overrides
 from torch import Tensor
 
-from tptrain import fused, model
 from tptrain.config import UserError, load_config
 from tptrain.config.schema import kv_heads
-from tptrain.mesh import make_mesh, pick_device
-from tptrain.optim import Optimizer
-from tptrain.shared_memory import SharedMemory
-from tptrain.train import build
+from tptrain.ops.choose import choose
+from tptrain.ops.table import Operations
+from tptrain.optim.adamw import Optimizer
+from tptrain.optim.reduce import Reducer
+from tptrain.parallel.connect import connect
+from tptrain.parallel.mesh import tp_grid
+from tptrain.parallel.shared_memory import SharedMemory
+from tptrain.run.device import pick_device
+from tptrain.train.trainer import build, compiled_folder
 
 WARMUP, STEPS = 6, 15
 
 PRODUCTS, ATTENTION, ALL_REDUCES = FLOOR = ("matrix products", "attention", "all-reduces")
-FUSED = {
+PARTS = {  # of operations in `Operations`
     "rms_norm": "norms, residual stream",
     "rms_norm_backward": "norms, residual stream",
     "add_rms_norm": "norms, residual stream",
     "add_rms_norm_backward": "norms, residual stream",
     "gate_product": "activation",
-    "_gated_backward": "activation",
-    "_rotate": "rotary",
-    "_rotate_qkv": "rotary",
-    "_rotate_qkv_backward": "rotary",
-    "_statistics": "loss without products",
-    "_scaled_softmax": "loss without products",
+    "gate_product_backward": "activation",
+    "rotate": "rotary",
+    "rotate_qkv": "rotary",
+    "rotate_qkv_backward": "rotary",
+    "statistics": "loss without products",
+    "logit_gradient_": "loss without products",
 }
 
 taken: dict[str, float] = defaultdict(float)  # seconds of this step, by part
@@ -63,43 +69,49 @@ def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         whole = time.perf_counter() - began
         taken[name] += whole - inside.pop()
         inside[-1] += whole
-        return timed(name, result) if name == ALL_REDUCES and callable(result) else result  # what finishes it
+        if name != ALL_REDUCES:
+            return result
+        # What finishes it is timed, too; `sum` returns its result beside that.
+        return (
+            (result[0], timed(name, result[1]))
+            if isinstance(result, tuple)
+            else timed(name, result)
+            if result
+            else None
+        )
 
     return call
 
 
 class TimedAttention(torch.autograd.Function):
+    """Another attention, timed forward and backward."""
+
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, attention: Callable[..., Tensor], *inputs: Tensor) -> Tensor:  # type: ignore[override]
         ctx.inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
         with torch.enable_grad():
-            ctx.y = timed(ATTENTION, right_attention)(*ctx.inputs)
+            ctx.y = timed(ATTENTION, attention)(*ctx.inputs)
         return ctx.y.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, inputs = ctx.y, ctx.inputs
         del ctx.y, ctx.inputs
-        return timed(ATTENTION, torch.autograd.grad)(y, inputs, grads)
+        return None, *timed(ATTENTION, torch.autograd.grad)(y, inputs, grads)
 
 
-right_attention = model.attention
-
-
-def time_the_parts() -> None:
+def time_the_parts(ops: Operations) -> Operations:
+    """Wrap matrix products, collectives and the optimizer; returns the table with its operations wrapped."""
     Tensor.__matmul__ = timed(PRODUCTS, Tensor.__matmul__)
     Tensor.addmm_ = timed(PRODUCTS, Tensor.addmm_)
     torch.mm = timed(PRODUCTS, torch.mm)
-    model.attention = TimedAttention.apply
     for name in OPERATIONS:
         setattr(SharedMemory, name, timed(ALL_REDUCES, getattr(SharedMemory, name)))
-    fused.add = timed(ALL_REDUCES, fused.add)  # of what was exchanged; in the forward pass the norms do it
-    right = fused._Fusible.__call__
-    fused._Fusible.__call__ = lambda self, *given: timed(FUSED[self.function.__name__], right)(self, *given)
-    for name in ("statistics", "logit_gradient"):
-        setattr(fused, name, timed("loss without products", getattr(fused, name)))
-    for name in ("norm", "clip", "step"):
-        setattr(Optimizer, name, timed("optimizer", getattr(Optimizer, name)))
+    for name in ("norm_and_flags", "clip"):
+        setattr(Reducer, name, timed("optimizer", getattr(Reducer, name)))
+    Optimizer.step = timed("optimizer", Optimizer.step)
+    wrapped = {name: timed(part, getattr(ops, name)) for name, part in PARTS.items()}
+    return replace(ops, attention=partial(TimedAttention.apply, ops.attention), **wrapped)
 
 
 def main(model_name: str, precision: str, *changes: str) -> None:
@@ -108,9 +120,9 @@ def main(model_name: str, precision: str, *changes: str) -> None:
     tp = dist.get_world_size()
     config = load_config([*cell, f"parallel.tp={tp}", *changes])
     device = pick_device(config, int(os.environ["LOCAL_RANK"]), tp)
-    mesh = make_mesh(tp, kv_heads(config.model), device, shared=True)
-    time_the_parts()
-    trainer = build(config, mesh)
+    mesh = connect(tp_grid(tp, tp, kv_heads(config.model)), device, shared=True)
+    ops = time_the_parts(choose("cpu", config.train.compile, compiled_folder(config)))
+    trainer = build(config, mesh, ops)
     steps: list[dict[str, float]] = []
     for step in range(1, WARMUP + STEPS + 1):
         taken.clear()

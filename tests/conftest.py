@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from tests.commands import kill_what_was_left
-from tptrain import native
+from tptrain.ops.cpu.kernels import kernel_table
+from tptrain.ops.cpu.library import load
+from tptrain.ops.table import REFERENCE, Operations
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test waits for a network
 
@@ -56,16 +58,15 @@ def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def kernels(_compiled: Path) -> Iterator[None]:
-    """The CPU's own, in this process and for this test; so is the number of threads."""
+def kernels(_compiled: Path) -> Iterator[Operations]:
+    """The table of the CPU's own kernels; the number of threads is again as before after the test."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("this processor has no AVX-512")
-    native.compile_kernels(_compiled)
-    assert native.serves(torch.empty(0)), "the kernels do not compile"
+    library = load(_compiled)
+    assert library is not None, "the kernels do not compile"
     threads = torch.get_num_threads()
-    yield
+    yield kernel_table(library, REFERENCE)
     torch.set_num_threads(threads)
-    native.compile_kernels(None)
 
 
 @pytest.fixture(autouse=True)

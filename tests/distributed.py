@@ -11,10 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from launch.place import free_port
-from tptrain.mesh import Mesh, make_mesh
+from tptrain.nn.parameter import Sharding
+from tptrain.parallel.connect import connect
+from tptrain.parallel.mesh import Mesh, tp_grid
 
 FORKSERVER = mp.get_context("forkserver")  # starts processes that need not import torch
-FORKSERVER.set_forkserver_preload(["tests.distributed", "tptrain.train"])
+FORKSERVER.set_forkserver_preload(["tests.distributed", "tptrain.train.loop"])
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, backend: str = "gloo") -> list[Any]:
@@ -63,17 +65,24 @@ def _rank(rank: int, world: int, port: int, backend: str, results: Any, task: by
 def mesh(
     tp: int, kv_heads: int = 10**9, device: str = "cpu", shared: bool = False, sequence_parallel: bool = False
 ) -> Mesh:
-    return make_mesh(tp, kv_heads, torch.device(device), shared=shared, sequence_parallel=sequence_parallel)
+    """The mesh over the ranks that are there, or of one rank."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    grid = tp_grid(world, tp, kv_heads)
+    return connect(grid, torch.device(device), shared=shared, sequence_parallel=sequence_parallel)
 
 
-def gather_global(local: torch.Tensor, spec: Any, grid: Mesh) -> torch.Tensor:
-    """The global tensor out of every rank's slice; replicas must be bit for bit alike."""
-    parts = [torch.empty_like(local) for _ in range(spec.tp)]
-    if grid.tp_group is None:
-        parts = [local]
+def gather_global(local: torch.Tensor, layout: Sharding, grid: Mesh) -> torch.Tensor:
+    """The global tensor out of every rank's slice; ranks that hold the same slice must have the same bits."""
+    slices: list[Any] = [None] * grid.world
+    if grid.world == 1:
+        slices = [(layout.offsets, local)]
     else:
-        dist.all_gather(parts, local.contiguous(), group=grid.tp_group.process_group)
-    for index, part in enumerate(parts):
-        first = parts[index // spec.replicas * spec.replicas]
-        assert torch.equal(part, first), "replicas differ"
-    return torch.cat(parts[:: spec.replicas], dim=spec.dim) if spec.slices > 1 else parts[0]
+        dist.all_gather_object(slices, (layout.offsets, local.contiguous()))
+    whole = torch.full(layout.shape, torch.nan, dtype=local.dtype)
+    first: dict[tuple[int, ...], torch.Tensor] = {}
+    own = [rank for rank in range(grid.world) if grid.grid.index("dp", rank) == grid.index("dp")]
+    for offsets, part in (slices[rank] for rank in own):
+        assert torch.equal(first.setdefault(offsets, part), part), "copies differ"
+        whole[tuple(slice(start, start + n) for start, n in zip(offsets, part.shape, strict=True))] = part
+    assert not whole.isnan().any(), "a slice is missing"
+    return whole

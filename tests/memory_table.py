@@ -1,8 +1,9 @@
 """Prints the memory table of docs/performance.md: `python -m tests.memory_table`."""
 
-from tests.meta import measure
+from tests.llama import ClosedForm
 from tptrain.config import load_config
-from tptrain.config.sizes import rank_memory
+from tptrain.ops.choose import planned
+from tptrain.plan.dry_run import dry_run
 
 BASE = ["model=llama3_1b", "train=pretrain"]
 ROWS = {
@@ -16,15 +17,12 @@ ROWS = {
 }
 
 if __name__ == "__main__":
-    print("| | tp | state | activations | loss | closed form | measured | |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| | tp | state | activations | loss, backward | peak | activations by closed form |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, changes in ROWS.items():
         for tp in (1, 2, 4):
-            dp = 4 if "dp=4" in name else 1
-            config = load_config([*BASE, *changes])
-            parts = rank_memory(config, tp, dp)
-            state = parts["weights"] + parts["gradients"] + parts["optimizer"]
-            whole, found = sum(parts.values()), measure(config, tp, dp).peak
-            sizes = (state, parts["activations"], parts["loss"], whole, found)
-            cells = " | ".join(f"{size / 2**30:.2f}" for size in sizes)
-            print(f"| {name} | {tp} | {cells} | {found / whole - 1:+.1%} |")
+            dp, config = 4 if "dp=4" in name else 1, load_config([*BASE, *changes])
+            run, form = dry_run(config, tp, dp, planned(config)), ClosedForm(config, tp, dp)
+            state = run.weights + run.gradients + run.optimizer
+            sizes = (state, run.activations, run.peak - state - run.activations, run.peak, form.activations)
+            print(f"| {name} | {tp} | {' | '.join(f'{size / 2**30:.2f}' for size in sizes)} |")

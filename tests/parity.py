@@ -12,12 +12,14 @@ from torch import Tensor
 
 from tests import reference as ref
 from tests.distributed import gather_global, mesh
-from tptrain import buckets, collectives, layers, linear
+from tests.models import training
 from tptrain.config.schema import OptimConfig, kv_heads
-from tptrain.layers import Parameter, ShardSpec, parameters, use
-from tptrain.loss import cross_entropy, cross_entropy_backward
-from tptrain.model import Decoder
-from tptrain.optim import Optimizer
+from tptrain.nn import linear
+from tptrain.nn.parameter import Parameter, parameters, sharding, use
+from tptrain.optim import reduce, state
+from tptrain.parallel import collectives
+from tptrain.parallel.mesh import Mesh
+from tptrain.train.schedule import overlapped, plain
 
 Distances = dict[str, float]
 
@@ -43,52 +45,48 @@ def distances(
     case = ref.CASES[name]
     grid = mesh(where.tp, kv_heads(case.ours), device, where.shared, where.sequence_parallel)
     with MUTATIONS[mutation]() if mutation else nullcontext():
-        model = Decoder(case.ours, grid, where.recompute, where.overlap)
-        settings = OptimConfig(
-            beta1=ref.BETAS[0], beta2=ref.BETAS[1], eps=ref.EPS, weight_decay=ref.DECAY, grad_clip=ref.CLIP
-        )
-        optimizer = Optimizer(model, settings, grid, torch.float32, where.zero)
-        optimizer.initialise(lambda key, p: _slice(reference.weights[key], p, grid.tp_rank))
-        share = ref.BATCH // grid.dp
-        rows = reference.tokens[grid.dp_rank * share : (grid.dp_rank + 1) * share].to(grid.device)
-        optimizer.expect_last()
-        x, targets, head = model(rows[:, :-1]), rows[:, 1:].flatten(), model.lm_head.weight
+        settings = OptimConfig(beta1=ref.BETAS[0], beta2=ref.BETAS[1], eps=ref.EPS, weight_decay=ref.DECAY)
+        made = training(case.ours, grid, zero=where.zero, recompute=where.recompute, optim=settings)
+        model, optimizer = made.model, made.optimizer
+        optimizer.state.initialise(lambda key, p: _slice(reference.weights[key], p))
+        share = ref.BATCH // grid.size("dp")
+        first = grid.index("dp") * share
+        rows = reference.tokens[first : first + share].to(grid.device)
         with torch.no_grad():
+            x = model(rows[:, :-1])
             logits = model.logits(x).view(share, ref.SEQ_LEN, -1)  # (b, T, V/tp)
-            losses = cross_entropy(x, head, targets, ref.VOCAB, grid)  # (b*T,)
-        tokens = ref.BATCH * ref.SEQ_LEN
-        loss, grad = cross_entropy_backward(x.detach(), head, targets, ref.VOCAB, grid, 1 / tokens)
-        x.backward(grad)
-        optimizer.reduce()
-        grads = {key: p.main_grad.clone() for key, p in parameters(model)}
-        norm, _ = optimizer.norm()
-        optimizer.clip(norm)
+            losses = made.loss.losses(x, rows[:, 1:].flatten())  # (b*T,)
+        tokens, schedule, parts = ref.BATCH * ref.SEQ_LEN, *((overlapped, 2) if where.overlap else (plain, 1))
+        loss = made.backward(rows, 1 / tokens, schedule, parts)
+        optimizer.reducer.finish()
+        grads = {key: p.main_grad.clone() for key, p in parameters(model) if p.main_grad is not None}
+        norm, _ = optimizer.reducer.norm_and_flags()
+        optimizer.reducer.clip(norm, ref.CLIP)
         optimizer.step(ref.LR)
     found: Distances = {"norm": abs(norm.item() / reference.norm - 1)}
     found["one loss"] = abs(losses.sum().item() / tokens / loss.item() - 1)
-    if grid.dp_group is not None:
-        dist.all_reduce(loss, group=grid.dp_group.process_group)
+    collectives.all_reduce_(loss, grid.group("dp")).wait()
     found["loss"] = abs(loss.item() / reference.loss - 1)
-    columns = gather_global(logits.cpu(), ShardSpec((share, ref.SEQ_LEN, 256), where.tp, 2), grid)
-    theirs = reference.logits[grid.dp_rank * share : (grid.dp_rank + 1) * share]
-    found["logits"] = _distance(columns[..., : ref.VOCAB], theirs)
+    columns = gather_global(logits.cpu(), sharding(grid, (share, ref.SEQ_LEN, 256), {2: "tp"}), grid)
+    found["logits"] = _distance(columns[..., : ref.VOCAB], reference.logits[first : first + share])
     for key, p in parameters(model):
         # A slice against the slice of the reference, on each rank: a wrong replica cannot hide.
         if not where.zero:
             # Some gradients are zero in exact arithmetic (a key's bias without rotary positions) and rounding in ours.
-            expected = _slice(reference.grads[key], p, grid.tp_rank)
-            found[f"grad {key}"] = _distance(grads[key].cpu(), expected, floor=1e-4 * reference.norm)
-        found[f"step {key}"] = _distance(p.detach().cpu(), _slice(reference.stepped[key], p, grid.tp_rank))
+            found[f"grad {key}"] = _distance(grads[key].cpu(), _slice(reference.grads[key], p), 1e-4 * reference.norm)
+        found[f"step {key}"] = _distance(p.detach().cpu(), _slice(reference.stepped[key], p))
     return found
 
 
-def _slice(whole: Tensor, p: Parameter, tp_rank: int) -> Tensor:
-    assert whole.shape == p.spec.shape
-    return whole.narrow(p.spec.dim, p.spec.start(tp_rank), p.spec.local_shape[p.spec.dim])
+def _slice(whole: Tensor, p: Parameter) -> Tensor:
+    layout = p.sharding
+    assert whole.shape == layout.shape
+    place = zip(layout.offsets, layout.local_shape, strict=True)
+    return whole[tuple(slice(start, start + length) for start, length in place)]
 
 
-def _distance(mine: Tensor, theirs: Tensor, floor: float = 1e-8) -> float:
-    return ((mine.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=floor)).item()
+def _distance(ours: Tensor, theirs: Tensor, floor: float = 1e-8) -> float:
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=floor)).item()
 
 
 def worst(everywhere: list[Distances]) -> tuple[float, str]:
@@ -102,7 +100,7 @@ def worst(everywhere: list[Distances]) -> tuple[float, str]:
 
 def _part(x: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
     """This rank's tokens of `x`, or all of them."""
-    return x.chunk(len(group.ranks))[group.ranks.index(dist.get_rank())] if sequence_parallel else x
+    return x.chunk(group.size)[group.ranks.index(dist.get_rank())] if sequence_parallel else x
 
 
 def _drop_row_parallel_sum() -> AbstractContextManager:
@@ -117,8 +115,8 @@ def _drop_row_parallel_sum() -> AbstractContextManager:
 
 
 def _unsummed() -> AbstractContextManager:
-    def sum_partial(x: Tensor, group: Any, some: bool) -> collectives.Sum:
-        return collectives.Sum(_part(x, group, some).clone(), collectives.NOTHING)
+    def sum_partial(x: Tensor, group: Any, sequence_parallel: bool) -> Any:
+        return _part(x, group, sequence_parallel).clone(), collectives.NOTHING
 
     return patch.object(linear, "sum_partial", sum_partial)
 
@@ -126,8 +124,10 @@ def _unsummed() -> AbstractContextManager:
 def _average_instead_of_sum() -> AbstractContextManager:
     right = collectives.sum_partial
 
-    def average(x: Tensor, group: Any, some: bool) -> collectives.Sum:
-        return collectives.Sum(right(x, group, some).value() / len(group.ranks), collectives.NOTHING)
+    def average(x: Tensor, group: Any, sequence_parallel: bool) -> Any:
+        total, work = right(x, group, sequence_parallel)
+        work.wait()
+        return total / group.size, collectives.NOTHING
 
     return patch.object(linear, "sum_partial", average)
 
@@ -148,44 +148,41 @@ def _reduce_twice_backward() -> AbstractContextManager:
 
     def backward(ctx: Any, grad: Tensor, _: None) -> Any:
         grad = grad.clone()
-        collectives.all_reduce_(grad, ctx.mesh.tp_group)
+        collectives.all_reduce_(grad, ctx.mesh.group("tp")).wait()
         return right(ctx, grad, None)
 
     return patch.object(linear._RowParallel, "backward", staticmethod(backward))
 
 
 def _wrong_kv_slice() -> AbstractContextManager:
-    def start(self: ShardSpec, tp_rank: int) -> int:
-        return tp_rank % self.slices * self.local_shape[self.dim]
+    """Ranks take the KV heads in turn, where neighbours share one."""
+    right = Mesh.index
 
-    return patch.object(layers.ShardSpec, "start", start)
+    def index(self: Mesh, axis: str) -> int:
+        return self.rank % self.size(axis) if axis == "kv_shard" else right(self, axis)
+
+    return patch.object(Mesh, "index", index)
 
 
 def _count_replicated_norms_twice() -> AbstractContextManager:
-    def square_sums(self: buckets.Bucket, part: slice) -> Tensor:
+    def square_sum(self: state.BlockState, part: slice) -> Tensor:
         return self.grads[part].square().sum()
 
-    return patch.object(buckets.Bucket, "square_sums", square_sums)
+    return patch.object(state.BlockState, "square_sum", square_sum)
 
 
 def _forget_partial_gradients() -> AbstractContextManager:
-    right = Optimizer._begin
-
-    def begin(self: Optimizer, bucket: buckets.Bucket) -> None:
-        bucket.partial_grad = False
-        right(self, bucket)
-
-    return patch.object(Optimizer, "_begin", begin)
+    return patch.object(reduce, "_summed_runs", lambda block: [])
 
 
 def _bias_on_every_rank() -> AbstractContextManager:
-    right = linear.Summing.terms
+    right = linear.PendingSum.wait
 
-    def terms(self: linear.Summing) -> tuple[Tensor, ...]:
-        y, *others = right(self)
-        return (y if self.bias is None else y + use(self.bias) * (dist.get_world_size() - 1), *others)
+    def wait(self: linear.PendingSum) -> Tensor:
+        y = right(self)
+        return y if self.bias is None else y + use(self.bias) * (dist.get_world_size() - 1)
 
-    return patch.object(linear.Summing, "terms", terms)
+    return patch.object(linear.PendingSum, "wait", wait)
 
 
 MUTATIONS: dict[str, Callable[[], AbstractContextManager]] = {

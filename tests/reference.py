@@ -1,14 +1,17 @@
 """Small Hugging Face models as the independent reference: loss, gradients and one AdamW step."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tptrain.checkpoint import huggingface
 from tptrain.config import ModelConfig
-from tptrain.config.schema import RopeScaling, padded_vocab_size
+from tptrain.config.schema import RopeScaling
+from tptrain.models.families import FAMILIES
+from tptrain.models.spec import decoder_spec
 
 BATCH, SEQ_LEN, VOCAB = 4, 24, 250  # 250 is padded to 256: the padding must not matter
 # AdamW's first step is lr * g / (|g| + eps): a tiny eps would make full steps of the rounding in zero gradients.
@@ -17,11 +20,10 @@ LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.95), 1e-5, 0.1, 0.5
 
 @dataclass
 class Case:
-    """One architecture in both spellings."""
+    """An architecture, and the family of Transformers' model that is its reference."""
 
-    hf: str
+    family: str
     ours: ModelConfig
-    hf_extra: dict[str, Any] = field(default_factory=dict)
 
 
 def _config(**changes: Any) -> ModelConfig:
@@ -71,71 +73,15 @@ CASES = {
 def hf_model(case: Case) -> torch.nn.Module:
     import transformers as hf
 
-    c = case.ours
-    if case.hf == "gpt2":
-        config = hf.GPT2Config(
-            vocab_size=c.vocab_size,
-            n_embd=c.hidden_size,
-            n_layer=c.num_hidden_layers,
-            n_head=c.num_attention_heads,
-            n_inner=c.intermediate_size,
-            n_positions=c.max_position_embeddings,
-            layer_norm_epsilon=c.rms_norm_eps,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-        return hf.GPT2LMHeadModel._from_config(config, attn_implementation="eager")
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
-    if c.rope_scaling.rope_type == "llama3":
-        rope = vars(c.rope_scaling) | {"rope_theta": c.rope_theta}
-    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
-    names += ["intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"]
-    names += ["hidden_act", "attention_bias"]
-    settings: dict[str, Any] = {name: value for name in names if (value := getattr(c, name)) is not None}
-    settings["rope_parameters"] = rope
-    if case.hf == "llama":
-        config = hf.LlamaConfig(**settings, mlp_bias=c.mlp_bias)
-        return hf.LlamaForCausalLM._from_config(config, attn_implementation="eager")
-    return hf.Qwen3ForCausalLM._from_config(hf.Qwen3Config(**settings), attn_implementation="eager")
+    config = hf.AutoConfig.for_model(**FAMILIES[case.family].to_config(decoder_spec(case.ours)))
+    return hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
 def to_ours(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face names and layouts to ours; vocabulary rows are padded with zeros."""
-    out: dict[str, Tensor] = {}
-    if case.hf == "gpt2":
-        names = {
-            "wte.weight": "embed_tokens.weight",
-            "wpe.weight": "embed_positions",
-            "ln_f": "norm",
-            "ln_1": "input_layernorm",
-            "ln_2": "post_attention_layernorm",
-            "attn.c_proj": "self_attn.o_proj",
-            "mlp.c_fc": "mlp.up_proj",
-            "mlp.c_proj": "mlp.down_proj",
-            "h.": "layers.",
-        }
-        for name, tensor in tensors.items():
-            if name.startswith("lm_head"):
-                continue
-            new = name.removeprefix("transformer.")
-            for theirs, mine in names.items():
-                new = new.replace(theirs, mine)
-            is_conv = tensor.dim() == 2 and "embed" not in new
-            tensor = tensor.t() if is_conv else tensor  # Conv1D holds (in, out)
-            if "attn.c_attn" in new:
-                for part, letter in zip(tensor.chunk(3), "qkv", strict=True):
-                    out[new.replace("attn.c_attn", f"self_attn.{letter}_proj")] = part
-            else:
-                out[new] = tensor
-    else:
-        tied = case.ours.tie_word_embeddings
-        out = {name.removeprefix("model."): t for name, t in tensors.items() if not (tied and name == "lm_head.weight")}
-    rows = padded_vocab_size(case.ours.vocab_size) - case.ours.vocab_size
-    for name in ("embed_tokens.weight", "lm_head.weight"):
-        if name in out:
-            out[name] = F.pad(out[name], (0, 0, 0, rows))
-    return {name: tensor.detach().clone().contiguous() for name, tensor in out.items()}
+    """By our names, in our layouts."""
+    spec = decoder_spec(case.ours)
+    ours = huggingface.to_ours(spec, FAMILIES[case.family].keys(spec), tensors)
+    return {name: tensor.detach().clone().contiguous() for name, tensor in ours.items()}
 
 
 @dataclass

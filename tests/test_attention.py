@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tptrain.attention import attention
-from tptrain.native import compile_kernels
+from tptrain.ops.choose import choose
+from tptrain.ops.table import Operations
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -25,21 +25,28 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 SHAPES = [(1, 2, 2, 32), (32, 2, 1, 16), (128, 4, 4, 64), (300, 4, 2, 32), (257, 3, 1, 80), (75, 6, 2, 20)]
 
 
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
 @pytest.mark.parametrize(("T", "H", "K", "d"), SHAPES)
 def test_results_are_those_of_the_definition(
-    T: int, H: int, K: int, d: int, dtype: torch.dtype, most: float, threads: int, monkeypatch: pytest.MonkeyPatch
+    T: int,
+    H: int,
+    K: int,
+    d: int,
+    dtype: torch.dtype,
+    most: float,
+    threads: int,
+    kernels: Operations,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tptrain.attention.HAS_MATRIX_UNITS", False)  # our own in bf16, too
+    monkeypatch.setattr("tptrain.ops.cpu.kernels.HAS_MATRIX_UNITS", False)  # our own in bf16, too
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     made = [(2 * torch.randn(2, T, heads, d)).to(dtype) for heads in (H, K, K, H)]
     *inputs, grad = made
     ours = [x.clone().requires_grad_() for x in inputs]
     exact = [x.double().requires_grad_() for x in inputs]
-    y, expected = attention(*ours), _plain(*exact)
+    y, expected = kernels.attention(*ours), _plain(*exact)
     assert "_Attention" in type(y.grad_fn).__name__, "this is to test our own kernels"
     results = [y, *torch.autograd.grad(y, ours, grad)]
     exact_results = [expected, *torch.autograd.grad(expected, exact, grad.double())]
@@ -48,16 +55,15 @@ def test_results_are_those_of_the_definition(
         assert error < most, (name, error)
 
 
-@pytest.mark.usefixtures("kernels")
-def test_great_scores_neither_overflow_nor_hide_what_is_no_number() -> None:
+def test_great_scores_neither_overflow_nor_hide_what_is_no_number(kernels: Operations) -> None:
     torch.manual_seed(0)
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 64, 1, 32))
-    y = attention(100 * q, 100 * k, v)  # scores in the tens of thousands: all weight on one key
+    y = kernels.attention(100 * q, 100 * k, v)  # scores in the tens of thousands: all weight on one key
     assert torch.allclose(y, _plain(100 * q.double(), 100 * k.double(), v.double()).float(), atol=1e-4)
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(y.sum(), (q, k, v)))
     spoilt = q.detach().clone()
     spoilt[0, 7] = torch.nan
-    y = attention(spoilt, k, v)[0, :, 0]
+    y = kernels.attention(spoilt, k, v)[0, :, 0]
     assert y[7].isnan().all()
     assert y[:7].isfinite().all()
     assert y[8:].isfinite().all()
@@ -65,6 +71,7 @@ def test_great_scores_neither_overflow_nor_hide_what_is_no_number() -> None:
 
 def test_without_a_compiler_pytorch_s_kernels_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    compile_kernels(tmp_path)
+    table = choose("cpu", "auto", tmp_path)
+    assert table.backend == "PyTorch"
     q, k, v = torch.randn(3, 2, 9, 2, 16)
-    torch.testing.assert_close(attention(q, k, v), _plain(q, k, v))
+    torch.testing.assert_close(table.attention(q, k, v), _plain(q, k, v))

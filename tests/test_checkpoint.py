@@ -10,12 +10,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from tptrain import checkpoint
-from tptrain.checkpoint import COMMIT, CheckpointError, committed, load_newest
+from tests.distributed import mesh
+from tests.models import training
+from tptrain.checkpoint import save
+from tptrain.checkpoint.commit import COMMIT, CheckpointError, committed, step_folder
+from tptrain.checkpoint.load import load_newest
 from tptrain.config import Config, load_config
-from tptrain.mesh import make_mesh
-from tptrain.model import Decoder
-from tptrain.optim import MOMENTS, Optimizer
+from tptrain.optim.state import MOMENTS
 
 DTYPE = torch.bfloat16  # the masters and moments are float32
 
@@ -26,20 +27,18 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config: Config = load_config(["model.num_hidden_layers=1", f"run.dir={folder}", "checkpoint.keep=2"])
-        self.mesh = make_mesh(1, 1, torch.device("cpu"))
-        self.optimizer = Optimizer(
-            Decoder(self.config.model, self.mesh), self.config.optim, self.mesh, DTYPE, zero=True
-        )
-        self.saver = checkpoint.Saver(folder, self.optimizer, self.config, "data", self.mesh)
+        self.mesh = mesh(1)
+        self.optimizer = training(self.config.model, self.mesh, dtype=DTYPE).optimizer
+        self.saver = save.Saver(folder, self.optimizer, self.config, "data", self.mesh)
         self.said: list[str] = []
 
     def tensors(self) -> Iterator[tuple[torch.Tensor, float]]:
         """Every master and moment, and by what its value differs from the step's number."""
-        for bucket in self.optimizer.buckets:
-            for piece in bucket.pieces:
-                yield bucket.master.data[piece.place], 1
+        for block in self.optimizer.state.blocks:
+            for piece in block.pieces:
+                yield block.master[piece.place], 1
                 for moment in MOMENTS:
-                    yield self.optimizer.adamw.state[bucket.master][moment][piece.place], 0.5
+                    yield block.moments[moment][piece.place], 0.5
 
     def fill(self, step: int) -> None:
         for tensor, factor in self.tensors():
@@ -67,7 +66,7 @@ class Run:
         return [int(path.name[5:]) for path in committed(self.folder)]
 
     def damage(self, step: int, name: str = "__0_0.distcp") -> None:
-        file = checkpoint.step_folder(self.folder, step) / name
+        file = step_folder(self.folder, step) / name
         content = bytearray(file.read_bytes())
         content[len(content) // 3] ^= 4
         file.write_bytes(content)
@@ -100,7 +99,7 @@ def test_a_flipped_bit_in_any_file_is_noticed_and_named(run: Run, name: str) -> 
 def test_a_missing_file_is_named(run: Run) -> None:
     run.save(5)
     run.save(10)
-    (checkpoint.step_folder(run.folder, 10) / "__0_0.distcp").unlink()
+    (step_folder(run.folder, 10) / "__0_0.distcp").unlink()
     assert run.load() == 5
     assert "__0_0.distcp: missing" in run.said[0]
 
@@ -121,12 +120,12 @@ def test_a_damaged_later_step_neither_counts_as_kept_nor_stays(run: Run) -> None
 def test_what_was_never_committed_does_not_count(run: Run) -> None:
     run.save(5)
     run.save(10)
-    (checkpoint.step_folder(run.folder, 10) / COMMIT).unlink()
+    (step_folder(run.folder, 10) / COMMIT).unlink()
     assert run.load() == 5
     assert "step-00000010" in run.said[0]
     run.save(11)
     assert run.steps() == [5, 11]
-    assert not checkpoint.step_folder(run.folder, 10).exists()
+    assert not step_folder(run.folder, 10).exists()
 
 
 def test_none_whole_is_an_error_and_not_a_fresh_start(run: Run) -> None:
@@ -138,7 +137,7 @@ def test_none_whole_is_an_error_and_not_a_fresh_start(run: Run) -> None:
 
 def test_commit_tells_the_position_in_the_data(run: Run) -> None:
     run.save(5)
-    content = json.loads((checkpoint.step_folder(run.folder, 5) / COMMIT).read_text())["commit"]
+    content = json.loads((step_folder(run.folder, 5) / COMMIT).read_text())["commit"]
     assert (content["step"], content["samples"], content["world"], content["tp"]) == (5, 40, 1, 1)
 
 
@@ -146,17 +145,17 @@ def test_commit_tells_the_position_in_the_data(run: Run) -> None:
 
 
 def test_training_goes_on_while_a_save_is_written(run: Run) -> None:
-    gate, right = threading.Event(), checkpoint._write_shards
+    gate, right = threading.Event(), save._write_shards
 
     def slow(*arguments: Any) -> Any:
         assert gate.wait(60)
         return right(*arguments)
 
-    with patch.object(checkpoint, "_write_shards", slow):
+    with patch.object(save, "_write_shards", slow):
         run.fill(5)
         run.saver.save(5)  # returns although nothing is written
         assert run.steps() == []
-        run.optimizer.copied.wait()
+        run.saver.wait_for_copy()
         run.fill(6)  # what is written is what was there when it had been copied
         gate.set()
         run.saver.finish()
@@ -165,16 +164,16 @@ def test_training_goes_on_while_a_save_is_written(run: Run) -> None:
 
 
 def test_the_weights_do_not_change_before_they_are_copied(run: Run) -> None:
-    gate, right = threading.Event(), checkpoint.Saver._copy
+    gate, right = threading.Event(), save.Saver._copy
 
-    def slow(saver: checkpoint.Saver) -> Any:
+    def slow(saver: save.Saver) -> Any:
         assert gate.wait(60)
         return right(saver)
 
-    with patch.object(checkpoint.Saver, "_copy", slow):
+    with patch.object(save.Saver, "_copy", slow):
         run.fill(5)
         run.saver.save(5)
-        update = threading.Thread(target=run.optimizer.step, args=(1.0,))
+        update = threading.Thread(target=lambda: (run.saver.wait_for_copy(), run.fill(6)))
         update.start()
         update.join(0.3)
         assert update.is_alive()
@@ -185,7 +184,7 @@ def test_the_weights_do_not_change_before_they_are_copied(run: Run) -> None:
 
 
 def test_a_save_waits_for_the_one_before(run: Run) -> None:
-    order, right = [], checkpoint._write_shards
+    order, right = [], save._write_shards
 
     def noted(target: Path, *arguments: Any) -> Any:
         order.append(f"begin {target.name[-1]}")
@@ -193,7 +192,7 @@ def test_a_save_waits_for_the_one_before(run: Run) -> None:
         order.append(f"end {target.name[-1]}")
         return measured
 
-    with patch.object(checkpoint, "_write_shards", noted):
+    with patch.object(save, "_write_shards", noted):
         for step in (1, 2, 3):
             run.fill(step)
             run.saver.save(step)
@@ -205,10 +204,10 @@ def test_a_save_waits_for_the_one_before(run: Run) -> None:
 @pytest.mark.parametrize("when", ["at the next save", "at the end"])
 def test_a_save_that_fails_in_the_background_is_told(run: Run, when: str) -> None:
     run.save(5)
-    with patch.object(checkpoint, "_write_shards", side_effect=OSError(28, "No space left on device")):
+    with patch.object(save, "_write_shards", side_effect=OSError(28, "No space left on device")):
         run.saver.save(6)
         run.saver.thread.join()  # type: ignore[union-attr]
-    with pytest.raises(checkpoint.CheckpointError, match="step-00000006 was not saved: no space left"):
+    with pytest.raises(CheckpointError, match="step-00000006 was not saved: no space left"):
         run.saver.save(7) if when == "at the next save" else run.saver.finish()
     assert run.steps() == [5]
     run.save(8)

@@ -17,13 +17,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import mesh, run_ranks
-from tptrain import shared_memory
-from tptrain.collectives import GATHER, SCATTER, all_gather, all_reduce, all_reduce_, reduce_scatter, summand
+from tests.models import training
 from tptrain.config.schema import ModelConfig, OptimConfig
-from tptrain.linear import ColumnLinear, column_parallel
-from tptrain.loss import cross_entropy_backward
-from tptrain.model import Decoder
-from tptrain.optim import Optimizer
+from tptrain.nn.linear import ColumnLinear, Joined
+from tptrain.nn.store import Store
+from tptrain.optim.adamw import Optimizer
+from tptrain.parallel import shared_memory
+from tptrain.parallel.collectives import all_gather, all_reduce, all_reduce_, buffer, reduce_scatter
+from tptrain.parallel.communicators import GATHER, SCATTER
+from tptrain.parallel.shared_memory import SharedMemory
+from tptrain.train.schedule import overlapped, plain
 
 
 def _watched(events: list[str], name: str, right: Any) -> Any:
@@ -48,10 +51,12 @@ def _order(sequence_parallel: bool) -> list[str]:
     """What the backward of two column-parallel linears of one input does, in order."""
     grid = mesh(2, sequence_parallel=sequence_parallel)
     module = nn.Module()
-    module.linears = nn.ModuleList(ColumnLinear(grid, 8, 12, std=1.0) for _ in range(2))
-    Optimizer(module, OptimConfig(), grid, torch.float32, zero=False)
+    linears = [ColumnLinear(grid, 8, 12, std=1.0) for _ in range(2)]
+    module.linears, joined = nn.ModuleList(linears), Joined(*linears)
+    module.joined = joined.runs  # type: ignore[assignment]
+    Optimizer(Store(module, torch.float32), OptimConfig(), grid, zero=False)
     x = torch.randn(4, 8, requires_grad=True)
-    y = column_parallel(x, grid, *module.linears)  # type: ignore[arg-type]
+    y = joined(x)
     events: list[str] = []
 
     class Watch(TorchDispatchMode):
@@ -76,10 +81,9 @@ def _order_of_halves() -> list[str]:
     """What the forward of a decoder of one layer does with `parallel.overlap`, in order."""
     grid, events = mesh(2), []
     config = ModelConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=8)
-    model = Decoder(config, grid, overlap=True)
-    Optimizer(model, OptimConfig(), grid, torch.float32, zero=False)
+    tiny = training(config, grid)
     with _watched(events, "reduce", dist.all_reduce):
-        model(torch.zeros(2, 4, dtype=torch.long))
+        tiny.backward(torch.zeros(2, 5, dtype=torch.long), 1.0, overlapped, 2)
     return events
 
 
@@ -89,11 +93,11 @@ def _orders() -> list[list[str]]:
 
 def test_one_halfs_sum_travels_while_the_other_computes() -> None:
     _, _, events = run_ranks(2, _orders)[0]
-    embedding, attention, ffn = events[:2], events[2:4], events[4:8]
-    assert embedding == ["reduce", "wait for reduce"]
+    embedding, attention, ffn = events[:4], events[4:6], events[6:10]
+    assert embedding == ["reduce", "wait for reduce"] * 2
     assert attention == ["reduce", "reduce"]
     assert ffn == ["wait for reduce", "reduce"] * 2, "each half computes after its own sum, before the other's"
-    assert events[8:] == ["wait for reduce"] * 2
+    assert events[10:12] == ["wait for reduce"] * 2
 
 
 def test_weight_gradients_are_computed_while_the_input_gradient_travels() -> None:
@@ -123,17 +127,14 @@ def _in_cycles() -> list[tuple[bool, bool, bool, int]]:
         (False, False, False),
     ]:
         grid = mesh(2, shared=shared, sequence_parallel=sequence_parallel)
-        model = Decoder(config, grid, overlap=overlap)
-        optimizer = Optimizer(model, OptimConfig(), grid, torch.float32, zero=False)
-        optimizer.zero_grad()
+        tiny = training(config, grid)
+        tiny.optimizer.state.zero_grad()
         gc.collect()
         gc.disable()
-        tokens = torch.zeros(2, 4, dtype=torch.long)
-        x = model(tokens)
-        _, grad = cross_entropy_backward(x, model.lm_head.weight, tokens.flatten(), 8, grid, 1.0)
-        x.backward(grad)
-        optimizer.norm()
-        del x, grad
+        schedule, batches = (overlapped, 2) if overlap else (plain, 1)
+        tiny.backward(torch.zeros(2, 5, dtype=torch.long), 1.0, schedule, batches)
+        tiny.optimizer.reducer.finish()
+        tiny.optimizer.reducer.norm_and_flags()
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
         found.append((shared, sequence_parallel, overlap, sum(isinstance(each, torch.Tensor) for each in gc.garbage)))
@@ -155,30 +156,30 @@ def test_no_tensor_outlives_its_last_use() -> None:
 @patch.object(shared_memory, "SLOT_BYTES", 2**20)
 def _compared() -> list[str]:
     """Where an operation through shared memory is not what gloo does, at sizes around every limit."""
-    gloo, shared = mesh(dist.get_world_size()).tp_group, mesh(dist.get_world_size(), shared=True).tp_group
-    assert gloo is not None
+    world = dist.get_world_size()
+    gloo, shared = (mesh(world, shared=shared).group("tp") for shared in (False, True))
     assert shared is not None
-    assert shared.shared is not None
+    assert isinstance(shared.communicator, SharedMemory)
     wrong, size = [], dist.get_world_size()
     generator = torch.Generator().manual_seed(dist.get_rank())
     for numbers in (size, 1000 * size, 20_000 * size, 300_000 * size):
         for dtype in (torch.float32, torch.bfloat16, torch.int64):
             x = (torch.randn(numbers, generator=generator) * 100).to(dtype)
-            pairs = {"gather": [all_gather(x, group)[0] for group in (gloo, shared)]}
-            for op in (dist.ReduceOp.SUM, dist.ReduceOp.MAX):
-                pairs[str(op)] = [x.clone(), x.clone()]
-                for y, group in zip(pairs[str(op)], (gloo, shared), strict=True):
-                    all_reduce_(y, group, op)
-            pairs["scatter"] = [reduce_scatter(x, group)[0] for group in (gloo, shared)]
+            pairs = {"gather": [done(all_gather(x, group)) for group in (gloo, shared)]}
+            for op in ("sum", "max"):
+                pairs[op] = [x.clone(), x.clone()]
+                for y, group in zip(pairs[op], (gloo, shared), strict=True):
+                    all_reduce_(y, group, op).wait()  # type: ignore[arg-type]
+            pairs["scatter"] = [done(reduce_scatter(x, group)) for group in (gloo, shared)]
             y, z = x.clone(), x.clone()
-            first, second = (all_reduce_(each, shared, async_op=True) for each in (y, z))  # one after another
+            first, second = (all_reduce_(each, shared) for each in (y, z))  # one after another
             second.wait()
             first.wait()
-            part = summand(tuple(x.shape), x, shared)
-            pairs["summand"] = [pairs[str(dist.ReduceOp.SUM)][1], all_reduce(part.copy_(x), shared).value()]
-            part = summand(tuple(x.shape), x, shared)
-            pairs["summand, scattered"] = [pairs["scatter"][1], reduce_scatter(part.copy_(x), shared)[0].clone()]
-            pairs["background"] = [y, pairs[str(dist.ReduceOp.SUM)][1]]
+            part = buffer(tuple(x.shape), x, shared)
+            pairs["buffer"] = [pairs["sum"][1], done(all_reduce(part.copy_(x), shared))]
+            part = buffer(tuple(x.shape), x, shared)
+            pairs["buffer, scattered"] = [pairs["scatter"][1], done(reduce_scatter(part.copy_(x), shared))]
+            pairs["background"] = [y, pairs["sum"][1]]
             pairs["background, second"] = [z, y]
             for name, (theirs, ours) in pairs.items():
                 rounding = {torch.bfloat16: 2e-2, torch.float32: 1e-6}.get(dtype, 0.0)
@@ -196,27 +197,54 @@ def test_shared_memory_does_what_gloo_does(world: int) -> None:
     assert run_ranks(world, _compared) == [[]] * world
 
 
+def done(begun: tuple[torch.Tensor, Any]) -> torch.Tensor:
+    result, work = begun
+    work.wait()
+    return result
+
+
 def _begin(value: float, group: Any) -> Any:
-    return all_reduce(summand((1000,), torch.empty(0), group).fill_(value), group)
+    return all_reduce(buffer((1000,), torch.empty(0), group).fill_(value), group)
 
 
 def _read_late() -> list[list[float]]:
-    group = mesh(2, shared=True).tp_group
-    first, second = _begin(1.0, group), _begin(2.0, group)
+    group = mesh(2, shared=True).group("tp")
+    sums = []
+    for value in (1.0, 2.0):
+        sums.append(_begin(value, group))
     if dist.get_rank() == 1:
-        time.sleep(0.5)  # the other reads both and begins a third, in the memory of the first
-    sums = [first.value(), second.value(), _begin(3.0, group).value()]
-    return [each.unique().tolist() for each in sums]
+        time.sleep(0.5)  # the other goes on, in the slots of the first
+    sums += [_begin(value, group) for value in (3.0, 4.0, 5.0)]
+    return [done(each).unique().tolist() for each in sums]
 
 
-def test_a_sum_may_be_read_when_the_next_has_begun() -> None:
-    assert run_ranks(2, _read_late) == [[[2.0], [4.0], [6.0]]] * 2
+def test_a_sum_stays_what_it_is_while_others_follow() -> None:
+    """A result that lay in a slot would be overwritten by the operation after the next."""
+    assert run_ranks(2, _read_late) == [[[2.0], [4.0], [6.0], [8.0], [10.0]]] * 2
+
+
+def _misused(others: int) -> str:
+    """What is said of a buffer that is handed over after other operations."""
+    group = mesh(2, shared=True).group("tp")
+    late = buffer((1000,), torch.empty(0), group).fill_(1.0)
+    for _ in range(others):
+        all_reduce_(torch.ones(1000), group).wait()
+    try:
+        all_reduce(late, group)
+    except AssertionError as error:
+        return str(error)
+    return "a wrong sum"
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_a_buffer_of_another_operation_is_refused(others: int) -> None:
+    assert run_ranks(2, _misused, others) == ["a buffer of another operation"] * 2
 
 
 def _uneven() -> str:
-    group = mesh(2, shared=True).tp_group
+    group = mesh(2, shared=True).group("tp")
     try:
-        all_reduce_(torch.zeros(5 + dist.get_rank()), group)
+        all_reduce_(torch.zeros(5 + dist.get_rank()), group).wait()
     except dist.DistBackendError as error:
         return str(error)
     return ""
@@ -227,16 +255,16 @@ def test_another_size_is_an_error_and_not_a_wrong_sum() -> None:
 
 
 def _orphaned() -> str:
-    group = mesh(2, shared=True).tp_group
+    group = mesh(2, shared=True).group("tp")
     assert group is not None
-    assert group.shared is not None
+    assert isinstance(group.communicator, SharedMemory)
     child = os.fork() if dist.get_rank() == 0 else 0
     if child:  # another process that will be gone
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        group.shared.headers[1].pid = child
+        group.communicator.headers[1].pid = child
         try:
-            all_reduce_(torch.zeros(5), group)
+            all_reduce_(torch.zeros(5), group).wait()
         except dist.DistBackendError as error:
             return str(error)
     elif dist.get_rank() == 0:
@@ -250,12 +278,12 @@ def test_a_dead_peer_is_an_error_and_not_a_hang() -> None:
 
 def _busy_while_waiting() -> float:
     """Of its waiting for the other rank, the share that a rank spends on its core."""
-    group = mesh(2, shared=True).tp_group
-    all_reduce_(torch.zeros(5), group)
+    group = mesh(2, shared=True).group("tp")
+    all_reduce_(torch.zeros(5), group).wait()
     if dist.get_rank() == 1:
         time.sleep(1)
     wall, busy = time.perf_counter(), time.process_time()
-    all_reduce_(torch.zeros(5), group)
+    all_reduce_(torch.zeros(5), group).wait()
     return (time.process_time() - busy) / (time.perf_counter() - wall)
 
 

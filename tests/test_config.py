@@ -1,7 +1,6 @@
 """The configuration: groups, defaults, snapshots, and what a mistake answers."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -26,15 +25,11 @@ MODELS = {  # parameters in millions, of the models' own cards
 
 @pytest.mark.parametrize("model", MODELS)
 def test_model_configs_have_the_published_size(model: str) -> None:
-    import torch
-
-    from tptrain.layers import parameters
-    from tptrain.mesh import make_mesh
-    from tptrain.model import Decoder
+    from tptrain.models.spec import decoder_spec
+    from tptrain.nn.decoder import parameter_count
 
     config = load_config([f"model={model}", "run.name=x"]).model
-    decoder = Decoder(config, make_mesh(1, 1, torch.device("meta")))
-    count = sum(math.prod(p.spec.shape) for _, p in parameters(decoder))
+    count = parameter_count(decoder_spec(config))
     copies = 1 if config.tie_word_embeddings else 2
     padding = (padded_vocab_size(config.vocab_size) - config.vocab_size) * config.hidden_size * copies
     assert (count - padding) / 1e6 == pytest.approx(MODELS[model], abs=0.1)

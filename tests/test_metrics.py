@@ -7,29 +7,26 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.distributed import mesh
+from tests.models import training
 from tptrain.config import load_config
 from tptrain.config.schema import OptimConfig
-from tptrain.config.sizes import flops_per_token
-from tptrain.mesh import make_mesh
 from tptrain.metrics import Recorder, read_rows
-from tptrain.model import Decoder
-from tptrain.optim import Optimizer, learning_rate
+from tptrain.optim.schedule import learning_rate
 
 
 @pytest.mark.parametrize("model", ["tiny", "gpt2"])
 def test_flops_are_those_torch_counts(model: str) -> None:
     """Three times a forward pass's matrix products (forward, input and weight gradients), and attention's share."""
     config = load_config([f"model={model}", "model.num_hidden_layers=2"]).model
-    mesh = make_mesh(1, 1, torch.device("cpu"))
-    decoder = Decoder(config, mesh)
-    Optimizer(decoder, OptimConfig(), mesh, torch.float32, zero=False)
+    decoder = training(config, mesh(1)).model
     tokens = 64
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         decoder.logits(decoder(torch.zeros(1, tokens, dtype=torch.long)))
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     width = config.num_attention_heads * (config.head_dim or config.hidden_size // config.num_attention_heads)
     attention = 3 * 2 * 2 * config.num_hidden_layers * tokens * width  # scores and values, a multiply and an add each
-    assert flops_per_token(config, tokens) == pytest.approx(3 * products / tokens + attention)
+    assert decoder.spec.flops_per_token(tokens) == pytest.approx(3 * products / tokens + attention)
 
 
 def test_learning_rate_is_torchs_schedulers() -> None:

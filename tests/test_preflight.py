@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from tptrain.config import Config, load_config
-from tptrain.preflight import Report, problem
+from tptrain.run.preflight import Report, problem
 
 
 def reports(world: int, nodes: int = 1, gpus: bool = True) -> list[Report]:
     share = world // nodes
     return [
-        Report(rank, f"n{rank // share + 1}", rank % share, f"GPU-{rank % share}" if gpus else "cpu", "/runs/a")
+        Report(rank, f"n{rank // share + 1}", rank % share, f"GPU-{rank % share}" if gpus else "cpu", "/runs/a", "C")
         for rank in range(world)
     ]
 
@@ -36,6 +36,10 @@ FAULTS: dict[str, tuple[Callable[[list[Report]], None], str]] = {
     "tptrain": (lambda found: found.__setitem__(0, replace(found[0], tptrain="9")), "tptrain: 9 at rank 0 on n1"),
     "python": (lambda found: found.__setitem__(2, replace(found[2], python="3.99")), "python: 3."),
     "run.dir": (lambda found: found.__setitem__(2, replace(found[2], run_dir="/b")), "the ranks disagree"),
+    "operations": (
+        lambda found: found.__setitem__(1, replace(found[1], operations="PyTorch")),
+        "rank 0 on n1 would compute with C, rank 1 on n1 with PyTorch",
+    ),
     "another node": (
         lambda found: found.__setitem__(3, replace(found[3], node="n2")),
         "the TP group of ranks 2 to 3 spans the nodes n1, n2",

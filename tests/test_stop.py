@@ -5,19 +5,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from tests.commands import losses
 from tests.corpus import overrides
-from tests.distributed import run_ranks
-from tptrain.checkpoint import committed, step_of
+from tests.distributed import mesh, run_ranks
+from tptrain.checkpoint.commit import committed, read_commit, step_of
 from tptrain.config import load_config
 from tptrain.config.schema import kv_heads
-from tptrain.mesh import Mesh, make_mesh
+from tptrain.optim.reduce import Reducer
+from tptrain.parallel.mesh import Mesh
 from tptrain.stop import Agreement, Stop
-from tptrain.train import train
+from tptrain.train.loop import train
 
 WORLD, STEPS = 4, 60
 
@@ -28,9 +30,9 @@ def _train(
     lines = [*overrides(Path(folder), name), "parallel.tp=2", f"train.steps={STEPS}", "optim=constant", *changes]
     config = load_config(lines)
     Path(config.run.dir or "").mkdir(parents=True, exist_ok=True)
-    mesh = make_mesh(2, kv_heads(config.model), torch.device("cpu"))
-    stop = Stop(mesh, allocation, asked(mesh)) if asked else Stop(mesh, allocation)
-    return train(config, mesh, stop), mesh.box.state.step
+    grid = mesh(2, kv_heads(config.model))
+    stop = Stop(grid, allocation, asked(grid)) if asked else Stop(grid, allocation)
+    return train(config, grid, stop), grid.box.state.step
 
 
 def _soak(folder: str) -> list[tuple[int, int, Agreement | None]]:
@@ -99,19 +101,14 @@ def test_the_time_that_is_left_decides(tmp_path: Path) -> None:
 
 def _skip(folder: str) -> Any:
     """A step whose gradient is no number, left out: what follows is as good as before, also after a resume."""
-    from tptrain.optim import Optimizer
+    right, calls = Reducer.norm_and_flags, iter(range(1, 10**6))
 
-    norm, calls = Optimizer.norm, iter(range(1, 10**6))
+    def spoiled(self: Reducer, flag: bool = False) -> torch.Tensor:
+        norm, flags = right(self, flag)
+        return torch.stack([norm * float("nan") if next(calls) == 6 else norm, flags])
 
-    def spoiled(self: Optimizer, flag: bool = False) -> torch.Tensor:
-        found = norm(self, flag)
-        return torch.stack([found[0] * float("nan"), found[1]]) if next(calls) == 6 else found
-
-    Optimizer.norm = spoiled
-    try:
+    with patch.object(Reducer, "norm_and_flags", spoiled):
         return _train(folder, "skip", None, "train.on_nan=skip", "train.steps=20")
-    finally:
-        Optimizer.norm = norm
 
 
 @pytest.mark.parametrize("world", [2])
@@ -120,8 +117,6 @@ def test_on_nan_skip_leaves_the_update_out(tmp_path: Path, world: int) -> None:
     rows = losses(tmp_path / "skip")
     assert len(rows) == 20
     assert rows[-1] < rows[4]
-    from tptrain.checkpoint import read_commit
-
     commit = read_commit(committed(tmp_path / "skip" / "checkpoints")[-1])
     assert not isinstance(commit, str)
     assert (commit.step, commit.updates) == (20, 19)

@@ -1,68 +1,65 @@
-"""The layering: imports run one way, and the trainer does not need the launcher."""
+"""The house: imports run one way, room by room, and the trainer does not need the launcher."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LAYERS = [
-    ["config"],
-    ["blackbox", "preflight", "plan", "shared_memory", "native", "files"],
-    ["fused", "attention"],
-    ["mesh"],
-    ["collectives"],
-    ["layers"],
-    ["linear", "buckets"],
-    ["loss", "optim"],
-    ["model"],
-    ["data", "shards", "metrics", "stop"],
-    ["checkpoint"],
-    ["train"],
-    ["rank"],
-    ["__main__"],
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# A room imports from the rooms before it, and from itself. The first three know no torch.
+ROOMS = ["config", "watch", "models", "parallel", "ops", "nn", "optim", "data", "checkpoint", "train", "plan", "run"]
+NO_TORCH = ["config", "watch", "models"]
 
 
-def _imports(file: Path) -> set[str]:
-    found = set()
+def _imports(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
 
 
 def test_imports_run_one_way() -> None:
-    for file in (ROOT / "tptrain").rglob("*.py"):
-        name = file.relative_to(ROOT / "tptrain").with_suffix("").parts[0]
-        if name == "__init__":
-            continue
-        for module in _imports(file):
-            parts = module.split(".")
-            if parts[0] == "tptrain" and len(parts) > 1 and parts[1] in LEVEL and parts[1] != name:
-                assert LEVEL[parts[1]] < LEVEL[name], f"{file} imports {module}"
+    for level, room in enumerate(ROOMS):
+        allowed = {f"tptrain.{name}" for name in ROOMS[: level + 1]}
+        for file in _files(f"tptrain/{room}"):
+            for module in _imports(file):
+                parts = module.split(".")
+                if parts[0] == "tptrain" and len(parts) > 1 and parts[1] != "__version__":
+                    assert ".".join(parts[:2]) in allowed, f"{file} imports {module}"
+                assert parts[0] != "torch" or room not in NO_TORCH, f"{file} imports {module}"
+                assert parts[0] not in ("launch", "submitit"), f"{file} imports {module}"
 
 
-def test_only_main_knows_both_sides() -> None:
-    for file in (ROOT / "tptrain").rglob("*.py"):
-        if file.name != "__main__.py":
-            assert not any(module.split(".")[0] in ("launch", "submitit") for module in _imports(file)), file
-    for file in (ROOT / "launch").rglob("*.py"):
+def test_every_file_is_in_a_room() -> None:
+    outside = {file.name for file in (ROOT / "tptrain").glob("*.py")}
+    assert outside == {"__init__.py", "__main__.py"}
+    assert {folder.name for folder in (ROOT / "tptrain").iterdir() if list(folder.glob("*.py"))} == set(ROOMS)
+
+
+def test_the_launcher_knows_no_torch() -> None:
+    free = tuple(f"tptrain.{room}" for room in NO_TORCH)
+    for file in _files("launch"):
         inside = {module for module in _imports(file) if module.split(".")[0] == "tptrain"}
-        free = ("tptrain.config", "tptrain.blackbox")  # of torch
         assert all(module.startswith(free) for module in inside - {"tptrain"}), file
 
 
-def test_the_environment_is_read_in_the_mesh_and_launch_only() -> None:
-    for file in (ROOT / "tptrain").rglob("*.py"):
-        if file.name not in ("mesh.py",):
+def test_the_environment_is_read_in_run_and_launch_only() -> None:
+    for file in _files("tptrain"):
+        if file.parent.name != "run":
             text = file.read_text().replace("os.environ.setdefault(", "")
             assert "os.environ" not in text, file
             assert "getenv" not in text, file
 
 
-def test_files_are_short() -> None:
-    for folder in ("tptrain", "launch"):
-        for file in (ROOT / folder).rglob("*.py"):
-            assert len(file.read_text().splitlines()) <= 350, file
+def test_files_and_functions_are_short() -> None:
+    for file in [*_files("tptrain"), *_files("launch")]:
+        text = file.read_text()
+        assert len(text.splitlines()) <= 350, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 80, f"{file}: {node.name}"

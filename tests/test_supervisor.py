@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +21,15 @@ import torch
 from launch.place import Place, free_port
 from launch.supervisor import Supervisor
 from tests.distributed import FORKSERVER
-from tptrain import collectives, loss
+from tests.models import training
 from tptrain.blackbox import SAME_SIGNAL_S, BlackBox
 from tptrain.config import Config, ModelConfig
-from tptrain.layers import initial_values
-from tptrain.loss import cross_entropy_backward
-from tptrain.mesh import Mesh
-from tptrain.model import Decoder
-from tptrain.optim import Optimizer
+from tptrain.nn import cross_entropy
+from tptrain.nn.parameter import initial_values
+from tptrain.parallel import collectives
+from tptrain.parallel.mesh import Mesh
 from tptrain.rank import run
+from tptrain.train.schedule import Action, Reduce, plain
 
 TP, STEP_S, FAULT_STEP, STEPS = 2, 3, 3, 20
 BOUND_S = STEP_S + 10  # from the fault to the end of the last process
@@ -38,17 +38,17 @@ MODEL = ModelConfig(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_att
 
 EVERYWHERE = ((2, 0), (2, 1), (4, 0), (4, 3))  # worlds, and the rank in each that has the fault
 FAULTS = {  # the verdict's kind and text; {tp} and {dp} stand for the rank's groups, and {tp} for both without dp
-    "stops": ("hang", r"stopped \(SIGSTOP\) .* never entered .* of \(16, 16\) float32 over {tp} \(layers.py"),
-    "hangs": ("hang", r"never entered .* of \([\d, ]+\) float32 over {dp} \(optim.py"),
-    "dies": ("died", r"killed by SIGKILL .* never entered .* of \(16, 16\) float32 over {tp} \(layers.py"),
+    "stops": ("hang", r"stopped \(SIGSTOP\) .* never entered .* of \(16, 16\) float32 over {tp} \(embedding.py"),
+    "hangs": ("hang", r"never entered .* of \([\d, ]+\) float32 over {dp} \(reduce.py"),
+    "dies": ("died", r"killed by SIGKILL .* never entered .* of \(16, 16\) float32 over {tp} \(embedding.py"),
     "dies-alone": ("died", r"killed by SIGKILL after step 2"),
     "raises": ("bug", r"ended after step 2: ValueError: made up$"),
-    "vanishes": ("gone", r"does not answer.* without entering .* of \([\d, ]+\) float32 over {dp} \(optim.py"),
+    "vanishes": ("gone", r"does not answer.* without entering .* of \([\d, ]+\) float32 over {dp} \(reduce.py"),
     "skips-a-layer": (
         "mismatch",
-        r"all_reduce of \(16, 16\) float32 over {tp} \(linear.py:\d+ forward < linear.py:\d+ row_",
+        r"all_reduce of \(16, 16\) float32 over {tp} \(linear.py:\d+ forward < linear.py:\d+ forward < attention.py",
     ),
-    "skips-in-the-loss": ("mismatch", r"all_reduce of \(16, 16\) float32 over {tp} \(loss.py"),
+    "skips-in-the-loss": ("mismatch", r"all_reduce of \(16, 16\) float32 over {tp} \(cross_entropy.py"),
     "sends-less": ("mismatch", r"of \(15, 16\) float32 over {tp} .* where rank \d .* of \(16, 16\) float32 over {tp}"),
 }
 
@@ -134,17 +134,16 @@ def be_rank(folder: Path, rank: int, world: int, port: int, trainer: Callable[..
 
 def tiny_run(config: Config, box: BlackBox, case: Case) -> int:
     """A real rank from the rendezvous to its end, but for the training loop."""
-    with patch("tptrain.train.train", lambda config, grid, stop: tiny_train(config, grid, case)):
+    with patch("tptrain.train.loop.train", lambda config, grid, stop, ops: tiny_train(config, grid, case)):
         return run(config, box, None, os.environ["TPTRAIN_ATTEMPT"], lambda: None)
 
 
 def tiny_train(config: Config, grid: Mesh, case: Case) -> None:
     """Steps of a tiny model, without data or checkpoints, in one of which a rank has its fault."""
     torch.set_num_threads(1)
-    model = Decoder(MODEL, grid)
-    optimizer = Optimizer(model, config.optim, grid, torch.float32, zero=True)
-    optimizer.initialise(lambda name, p: initial_values(name, p, 0, grid.tp_rank))
-    tokens, head = torch.arange(B * T).view(B, T), model.lm_head.weight
+    tiny = training(MODEL, grid, zero=True)
+    tiny.optimizer.state.initialise(lambda name, p: initial_values(name, p, 0))
+    tokens, reducer = torch.arange(B * (T + 1)).view(B, T + 1), tiny.optimizer.reducer
     grid.box.touch("step")
     for step in range(1, STEPS + 1):
         fault = case.fault if (step, grid.rank) == (FAULT_STEP, case.rank) else ""
@@ -157,18 +156,22 @@ def tiny_train(config: Config, grid: Mesh, case: Case) -> None:
         if case.fault == "dies-alone" and step == FAULT_STEP:
             time.sleep(20)  # the others notice nothing: they are not in a collective
         with astray(fault):
-            x = model(tokens)
-            x.backward(cross_entropy_backward(x.detach(), head, tokens.flatten(), 100, grid, 1.0)[1])
+            tiny.backward(tokens, 1.0, schedule=without_reductions)
         if fault == "raises":
             raise ValueError("made up")
         if fault == "vanishes":
             os.kill(os.getppid(), signal.SIGKILL)
         if fault in ("hangs", "vanishes"):
             sleep_forever()
-        optimizer.reduce()
-        optimizer.norm()
+        reducer.finish()
+        reducer.norm_and_flags()
         grid.box.state.step = step
         grid.box.touch("step")
+
+
+def without_reductions(batches: int, units: Sequence[str]) -> list[Action]:
+    """So that a rank can hang between its backward pass and the sums over dp."""
+    return [action for action in plain(batches, units) if not isinstance(action, Reduce)]
 
 
 def sleep_forever() -> None:
@@ -179,14 +182,14 @@ def sleep_forever() -> None:
 @contextlib.contextmanager
 def astray(fault: str) -> Iterator[None]:
     """One collective is left out (of a layer, the second: the first attention's), or sends another shape."""
-    name, module = ("all_reduce", collectives) if fault == "skips-a-layer" else ("all_reduce_", loss)
+    name, module = ("all_reduce", collectives) if fault == "skips-a-layer" else ("all_reduce_", cross_entropy)
     right, calls = getattr(collectives, name), 0
 
     def wrong(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if fault == "skips-a-layer" and calls == 2:
-            return collectives.Sum(x, collectives.NOTHING)
+            return x, collectives.NOTHING
         if fault == "skips-in-the-loss" and calls == 1:
             return collectives.NOTHING
         if fault == "sends-less" and calls == 1:
@@ -313,7 +316,7 @@ def test_a_fault_ends_all_ranks_and_is_named(case: Case, outcomes: dict[Any, Fut
 def test_a_hang_leaves_stacks(case: Case, outcomes: dict[Any, Future[Outcome]]) -> None:
     stacks = outcomes[case].result().stacks
     if case.fault == "stops":  # a stopped process cannot tell its own
-        assert any("collectives.py" in text and "in terms" in text for text in stacks.values()), stacks  # of a `Sum`
+        assert any("collectives.py" in text and "in wait" in text for text in stacks.values()), stacks
     else:
         assert "sleep_forever" in stacks[case.rank]
 

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,15 +12,16 @@ import xxhash
 
 from tests.commands import losses
 from tests.corpus import overrides
-from tests.distributed import gather_global, run_ranks
+from tests.distributed import gather_global, mesh, run_ranks
 from tptrain.config import load_config
 from tptrain.config.schema import kv_heads
-from tptrain.layers import parameters
-from tptrain.mesh import make_mesh
 from tptrain.metrics import read_rows
-from tptrain.native import compile_kernels
+from tptrain.nn.parameter import parameters
+from tptrain.ops.compiled import compile_table
+from tptrain.ops.table import REFERENCE, Operations
 from tptrain.stop import Stop
-from tptrain.train import Trainer, build, train
+from tptrain.train.loop import train
+from tptrain.train.trainer import Trainer, build
 
 FROZEN = Path(__file__).parent / "frozen"
 TOLERANCE = 2e-5  # nats, over 50 float32 steps, against losses recorded on another machine
@@ -50,21 +50,21 @@ def after(steps: int, rank: int = 0) -> Callable[[], str | None]:
     return lambda: "SIGTERM" if dist.get_rank() == rank and next(calls) >= steps else None
 
 
-def run_here(lines: list[str], tp: int, stop_after: int = 10**9) -> None:
+def run_here(lines: list[str], tp: int, stop_after: int = 10**9, ops: Operations | None = None) -> None:
     """Train on the ranks this is called on, which meet in shared memory, as those of a launch on one machine do."""
     config = load_config([*lines, f"parallel.tp={tp}"])
     run_dir = Path(config.run.dir or "")
     run_dir.mkdir(parents=True, exist_ok=True)
-    mesh = make_mesh(tp, kv_heads(config.model), torch.device("cpu"), shared=True)
-    train(config, mesh, Stop(mesh, asked=after(stop_after)))
+    grid = mesh(tp, kv_heads(config.model), shared=True)
+    train(config, grid, Stop(grid, asked=after(stop_after)), ops)
 
 
 def step_0_digest(lines: list[str], tp: int) -> dict[str, str]:
     """A checksum of each global tensor as initialised."""
     config = load_config([*lines, f"parallel.tp={tp}"])
-    mesh = make_mesh(tp, kv_heads(config.model), torch.device("cpu"), shared=True)
-    trainer = build(config, mesh)
-    whole = {name: gather_global(p.detach(), p.spec, mesh) for name, p in parameters(trainer.model)}
+    grid = mesh(tp, kv_heads(config.model), shared=True)
+    trainer = build(config, grid, REFERENCE)
+    whole = {name: gather_global(p.detach(), p.sharding, grid) for name, p in parameters(trainer.model)}
     return {name: xxhash.xxh3_128(tensor.numpy().tobytes()).hexdigest() for name, tensor in whole.items()}
 
 
@@ -117,10 +117,10 @@ def _bf16(folder: str) -> list[dict[str, torch.dtype]]:
     for name, tp in (("tp1", 1), ("tp2", 2)):
         lines = [*overrides(Path(folder), name), "train.precision=bf16", "model.qk_norm=true"]
         run_here(lines, tp)
-        trainer = build(load_config([*lines, f"parallel.tp={tp}"]), make_mesh(tp, 2, torch.device("cpu")))
-        bucket = trainer.optimizer.buckets[0]
-        kept = {"weight": bucket.weights, "gradient": bucket.grads, "master": bucket.master}
-        kept |= {"moment": trainer.optimizer.adamw.state[bucket.master]["exp_avg"], "logits": _logits(trainer)}
+        trainer = build(load_config([*lines, f"parallel.tp={tp}"]), mesh(tp, 2), REFERENCE)
+        block = trainer.optimizer.state.blocks[0]
+        kept = {"weight": block.weights, "gradient": block.grads, "master": block.master}
+        kept |= {"moment": block.moments["exp_avg"], "logits": _logits(trainer)}
         dtypes.append({name: tensor.dtype for name, tensor in kept.items()})
     run_here([*overrides(Path(folder), "fp32"), "model.qk_norm=true"], 1)
     return dtypes
@@ -147,9 +147,8 @@ def _compiled(folder: str) -> None:
     lines += ["train.recompute=selective", "train.steps=6"]
     for kind in ("none", "auto"):
         run_here([*overrides(Path(folder), kind), *lines, f"train.compile={kind}"], 2)
-    with patch("tptrain.train.compile_kernels"):  # by torch.compile, as on CUDA, not in C
-        compile_kernels(None)
-        run_here([*overrides(Path(folder), "elementwise"), *lines, "train.compile=elementwise"], 2)
+    # by torch.compile, as on CUDA, not in C
+    run_here([*overrides(Path(folder), "elementwise"), *lines], 2, ops=compile_table(REFERENCE))
 
 
 def test_compiled_computes_the_same(tmp_path: Path) -> None:

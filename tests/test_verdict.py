@@ -3,20 +3,20 @@
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, Mock, patch
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
 import torch
 
 from launch.verdict import Report, Verdict, judge, nodes, read
+from tests.models import training
 from tptrain.blackbox import SLOTS, BlackBox
-from tptrain.collectives import GATHER
 from tptrain.config import Config, ModelConfig
-from tptrain.mesh import Group, Mesh
-from tptrain.model import Decoder
-from tptrain.optim import Optimizer
-from tptrain.train import Trainer
+from tptrain.parallel.communicators import Nobody
+from tptrain.parallel.group import Group
+from tptrain.parallel.mesh import Mesh, tp_grid
+from tptrain.train.trainer import Trainer
 
 # The collectives of a step of two layers, by letter: operation, shape, axis and call site.
 CALLS = {
@@ -239,18 +239,14 @@ def test_a_long_shape_leaves_the_other_entries_whole() -> None:
 def validated(rank: int) -> list[str]:
     """What a rank of a 2 by 2 grid notes in a validation over 5 sequences: 3 for one dp rank and 2 for the other."""
     box, row = BlackBox(), rank // 2 * 2
-    tp_group, dp_group = (Group(axis, ranks, Mock(), box) for axis, ranks in (("tp", (row, row + 1)), ("dp", (0, 2))))
-    groups = {"tp_group": tp_group, "dp_group": dp_group, "kv_group": None, "world_group": None}
-    device = torch.device("cpu")
-    grid = Mesh(rank, 4, 2, device, **groups, kv_replicas=1, control=None, saving=None, box=box)
+    groups = {axis: Group(axis, ranks, Nobody(), box) for axis, ranks in (("tp", (row, row + 1)), ("dp", (0, 2)))}
+    grid = Mesh(tp_grid(4, 2, 2), rank, torch.device("cpu"), groups, box=box)
     config = Config(model=ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24))
     config.train.eval_sequences, config.train.micro_batch_size, config.train.seq_len = 5, 2, 8
-    model = Decoder(config.model, grid)
-    optimizer = Optimizer(model, config.optim, grid, torch.float32, zero=True)
+    tiny = training(config.model, grid)
     held_out = MagicMock(sequence=lambda index: np.arange(9) + index, __len__=lambda self: 5)
-    trainer = Trainer(config, grid, Mock(validation=held_out), model, optimizer)
-    with patch.object(torch.distributed, "all_reduce"), patch.object(torch.distributed, GATHER):
-        trainer.validation_loss()
+    trainer = Trainer(config, grid, Mock(validation=held_out), tiny.model, tiny.optimizer, tiny.loss)
+    trainer.validation_loss()
     return [f"{call['op']} {call['shape']} {call['axis']} {call['site']}" for call in box.collectives()]
 
 

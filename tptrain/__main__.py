@@ -211,7 +211,7 @@ def show_config(asked: argparse.Namespace) -> int:
 
 def show_plan(asked: argparse.Namespace) -> int:
     from tptrain.config import load_config
-    from tptrain.plan import plan
+    from tptrain.plan.report import plan
 
     print(plan(load_config(asked.overrides)))
     return 0

@@ -146,7 +146,7 @@ _OURS: dict[int, tuple[CodeType, bool]] = {}
 def _ours(code: CodeType) -> bool:
     """Whether it is named in call sites: not what is torch's, nor what passes every collective on."""
     if id(code) not in _OURS:
-        passes_on = code.co_filename.endswith(("collectives.py", "mesh.py"))
+        passes_on = f"{os.sep}parallel{os.sep}" in code.co_filename
         _OURS[id(code)] = code, code.co_filename.startswith(_PACKAGE) and not passes_on
     return _OURS[id(code)][1]
 

@@ -27,11 +27,11 @@ def run(config: Config, box: BlackBox, allocation: Any, attempt: str, claim: Cal
     """
     import torch.distributed as dist
 
-    from tptrain.checkpoint import CheckpointError
-    from tptrain.mesh import build_mesh
-    from tptrain.preflight import RendezvousError, Told
+    from tptrain.checkpoint.commit import CheckpointError
+    from tptrain.run.preflight import RendezvousError, ReportedByRank0
+    from tptrain.run.rendezvous import meet
     from tptrain.stop import Stop
-    from tptrain.train import Diverged, train
+    from tptrain.train.loop import Diverged, train
 
     def fail(kind: str, text: str, code: int = 1) -> int:
         box.end(kind, text)
@@ -47,11 +47,12 @@ def run(config: Config, box: BlackBox, allocation: Any, attempt: str, claim: Cal
                 claim()
                 stack.enter_context(_own(folder, attempt))
 
-            mesh = build_mesh(config, box, own)
+            rank = meet(config, box, own)
+            mesh = rank.mesh
             if mesh.is_main:
-                begin = {"event": "start", "attempt": attempt, "time": time.time(), "tp": mesh.tp, "dp": mesh.dp}
-                note(folder, begin | {"nodes": list(mesh.nodes)})
-            agreed = train(config, mesh, Stop(mesh, allocation))
+                begin = {"event": "start", "attempt": attempt, "time": time.time()}
+                note(folder, begin | {"tp": mesh.size("tp"), "dp": mesh.size("dp"), "nodes": list(rank.nodes)})
+            agreed = train(config, mesh, Stop(mesh, allocation), rank.ops)
             box.touch("end")
             if agreed is None:
                 box.end("done", f"step {box.state.step}")
@@ -63,9 +64,9 @@ def run(config: Config, box: BlackBox, allocation: Any, attempt: str, claim: Cal
                     folder,
                     {"event": "last", "attempt": attempt, "kind": kind, "message": message, "step": box.state.step},
                 )
-            mesh.close()
+            dist.destroy_process_group()
         return 0
-    except Told as error:
+    except ReportedByRank0 as error:
         box.end("user", f"{error}")
         return 2
     except UserError as error:

@@ -1,7 +1,7 @@
 """When to stop before the end: the wish of one rank, made the decision of all.
 
-A signal or a clock raises a flag on one rank; the flag travels with the gradients (`Gradients.reduce`), so at the next
-step boundary every rank knows, and what to do about it is settled once, by rank 0, for all.
+A signal or a clock raises a flag on one rank; the flag travels with the gradient norm (`Reducer.norm_and_flags`), so at
+the next step boundary every rank knows, and what to do about it is settled once, by rank 0, for all.
 """
 
 import time
@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tptrain.mesh import Mesh
+from tptrain.parallel.mesh import Mesh
 
 MARGIN_S = 2  # of time that must be left beside a step and a save
 
@@ -60,7 +60,7 @@ class Stop:
         return late or self.asked() is not None
 
     def read(self, norm: Tensor) -> tuple[float, bool]:
-        """Gradient norm and whether any rank wants to stop, out of `Gradients.norm`'s (2,).
+        """Gradient norm and whether any rank wants to stop, out of `Reducer.norm_and_flags`.
 
         On a gpu, of the step before, so that the host need not wait for the device; on every rank alike.
         """
@@ -80,7 +80,7 @@ class Stop:
 
     def agree(self) -> Agreement:
         """Every rank calls it once the flag is up: why, and whether there is time for a checkpoint."""
-        signals = {name for name in self.mesh.gather(self.asked()) if name}
+        signals = {name for name in self.mesh.control.gather(self.asked()) if name}
         mine = None
         if self.mesh.is_main:
             end = self.mesh.box.state.end_time or None
@@ -91,6 +91,6 @@ class Stop:
                 reason, requeue = " and ".join(sorted(signals)), False
             left = end - time.time() if end else float("inf")
             mine = Agreement(reason, left > self.save_s, requeue)
-        agreed = self.mesh.gather(mine)[0]
+        agreed = self.mesh.control.gather(mine)[0]
         assert isinstance(agreed, Agreement)
         return agreed

@@ -1,0 +1,64 @@
+"""Loading checkpoints, at whatever topology they were saved."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from tptrain.checkpoint.commit import COMMIT, CheckpointError, Commit, committed, damage, read_commit, step_folders
+from tptrain.checkpoint.layout import flat, rng_state, training_state, weights_state
+from tptrain.checkpoint.torch_dcp import ranks_of, without_warnings
+from tptrain.nn.store import Store
+from tptrain.optim.adamw import Optimizer
+from tptrain.parallel.mesh import Mesh
+
+
+def load_newest(folder: Path, optimizer: Optimizer, mesh: Mesh, say: Callable[[str], None]) -> Commit | None:
+    """Load the newest checkpoint that is committed and undamaged, at whatever topology it was saved.
+
+    Every rank calls it; `say` gets a line on each checkpoint that is passed over. None where there is no good one.
+    """
+    candidates = mesh.control.main_first(lambda: committed(folder))
+    unfinished = [path for path in step_folders(folder) if not (path / COMMIT).exists()]
+    if unfinished:
+        say(f"warning: ignoring {', '.join(path.name for path in unfinished)}: never committed (a save was cut off)")
+    for path in reversed(candidates):
+        commit = mesh.control.main_first(partial(read_commit, path))
+        if isinstance(commit, str):
+            problem = commit
+        else:  # each rank reads a part of the files
+            names = sorted(commit.files)[mesh.rank :: mesh.world]
+            problems = (damage(path / name, *commit.files[name]) for name in names)
+            found = mesh.control.gather(next((problem for problem in problems if problem), None))
+            problem = next((problem for problem in found if problem), None)
+        if problem is None:
+            assert isinstance(commit, Commit)
+            _read(path, optimizer, mesh, commit)
+            return commit
+        say(f"warning: checkpoint {path.name} is damaged and is not used: {problem}")
+    if candidates:
+        raise CheckpointError(f"none of the {len(candidates)} checkpoints in {folder} is whole; see the lines above")
+    return None
+
+
+def _read(path: Path, optimizer: Optimizer, mesh: Mesh, commit: Commit) -> None:
+    same_ranks = commit.world == mesh.world
+    rng = rng_state(mesh) if same_ranks else {}
+    state = training_state(optimizer.state, flat(optimizer.state))
+    with without_warnings():
+        state_dict_loader.load(state | rng, storage_reader=FileSystemReader(path), **ranks_of(mesh.control))
+    optimizer.updates = commit.updates
+    optimizer.publish()
+    if same_ranks:  # at another world size there is no such thing as "the" state of a rank: keep the seeded one
+        torch.set_rng_state(rng[f"rng/{mesh.rank}/cpu"])
+        if mesh.device.type == "cuda":
+            torch.cuda.set_rng_state(rng[f"rng/{mesh.rank}/cuda"], mesh.device)
+
+
+def load_weights(path: Path, store: Store, mesh: Mesh) -> None:
+    """The weights of a checkpoint, into a model that is not trained."""
+    with without_warnings():
+        state_dict_loader.load(weights_state(store), storage_reader=FileSystemReader(path), **ranks_of(mesh.control))

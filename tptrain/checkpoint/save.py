@@ -1,0 +1,206 @@
+"""Writing checkpoints, in the background."""
+
+import contextlib
+import errno
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.serialization import set_crc32_options
+
+from tptrain.checkpoint.commit import (
+    COMMIT,
+    CheckpointError,
+    Commit,
+    body_digest,
+    committed,
+    step_folder,
+    step_folders,
+    step_of,
+)
+from tptrain.checkpoint.files import Files, measure, sync
+from tptrain.checkpoint.layout import flat, rng_state, training_state
+from tptrain.checkpoint.torch_dcp import ranks_of, without_warnings
+from tptrain.config import Config, write_config
+from tptrain.config.load import write_atomically
+from tptrain.optim.adamw import Optimizer
+from tptrain.parallel.mesh import Mesh
+
+
+class Saver:
+    """Writes checkpoints in the background, after copying the state to host memory there: the next forward and backward
+    pass go on meanwhile, and only the next update of the weights waits for the copy.
+
+    Every rank makes one. The writing ranks talk over a group of their own, so training's collectives are not disturbed.
+    """
+
+    def __init__(self, folder: Path, optimizer: Optimizer, config: Config, data: str, mesh: Mesh) -> None:
+        self.folder, self.optimizer, self.config, self.data, self.mesh = folder, optimizer, config, data, mesh
+        self.copied = threading.Event()  # not set while the state is copied
+        self.copied.set()
+        self.copies: list[dict[str, Tensor]] | None = None  # on the host, for each block; made by the first save
+        self.thread: threading.Thread | None = None
+        self.problem: BaseException | None = None
+        self.seconds = 0.0  # the last one took, from the copy to the marker
+
+    @property
+    def needs_s(self) -> float:
+        """Seconds until a save that begins now is committed, as far as the last one tells."""
+        return self.seconds * (2 if self.thread is not None and self.thread.is_alive() else 1)
+
+    def save(self, step: int) -> None:
+        """Begin to write and commit the state after `step` steps, once the save before it is finished.
+
+        Every rank calls it. Raises what `finish` raises.
+        """
+        self.finish()
+        samples = step * self.config.train.global_batch_size
+        commit = Commit(step, samples, self.mesh.world, self.mesh.size("tp"), self.data, self.optimizer.updates, {})
+        stream = torch.cuda.Stream() if self.mesh.device.type == "cuda" else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        self.copied.clear()
+        self.thread = threading.Thread(target=self._work, args=(commit, rng_state(self.mesh), stream), daemon=True)
+        self.thread.start()
+
+    def wait_for_copy(self) -> None:
+        """To be called before the weights change: the state that is being saved has been copied."""
+        self.copied.wait()
+
+    def finish(self) -> None:
+        """Wait for the save under way. Raises CheckpointError, on every rank, where any rank could not write."""
+        if self.thread is not None:
+            while self.thread.is_alive():
+                self.thread.join(1)  # so that a signal's handler runs meanwhile
+            self.thread = None
+        if self.problem is not None:
+            problem, self.problem = self.problem, None
+            raise problem
+
+    def _work(self, commit: Commit, rng: dict[str, Tensor], stream: torch.cuda.Stream | None) -> None:
+        began = time.perf_counter()
+        try:
+            try:
+                with torch.cuda.stream(stream):
+                    copies = self._copy()
+                if stream is not None:
+                    stream.synchronize()
+            finally:
+                self.copied.set()
+            self._write(training_state(self.optimizer.state, copies) | rng, commit)
+        except BaseException as error:
+            self.problem = error
+        self.seconds = time.perf_counter() - began
+
+    def _copy(self) -> list[dict[str, Tensor]]:
+        """This rank's state on the host, or on its way there."""
+        if self.copies is None:
+            self.copies = [
+                {kind: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for kind, t in now.items()}
+                for now in flat(self.optimizer.state)
+            ]
+        for copy, now in zip(self.copies, flat(self.optimizer.state), strict=True):
+            for kind, tensor in now.items():
+                copy[kind].copy_(tensor, non_blocking=True)
+        return self.copies
+
+    def _write(self, state: dict[str, Any], commit: Commit) -> None:
+        """Write, commit, and delete all but the newest `checkpoint.keep`; where it fails, remove what was written."""
+        mesh, target = self.mesh, step_folder(self.folder, commit.step)
+
+        def on_main(work: Callable[[], None]) -> None:
+            _agreed(work if mesh.is_main else lambda: None, target, mesh)
+
+        try:
+            on_main(lambda: _make_empty(target))
+            for part in _agreed(lambda: _write_shards(target, state, mesh), target, mesh):
+                commit.files.update(part)
+            on_main(lambda: _commit(target, commit, self.config))
+        except CheckpointError:
+            if mesh.is_main:
+                shutil.rmtree(target, ignore_errors=True)
+            mesh.saving.gather(None)
+            raise
+        if mesh.is_main:
+            _prune(self.folder, commit.step, self.config.checkpoint.keep)
+        mesh.saving.gather(None)
+
+
+def _agreed(work: Callable[[], Any], target: Path, mesh: Mesh) -> list[Any]:
+    """Run `work` on every rank, for its value on each; where it fails on one, raise the same CheckpointError on all."""
+    value = problem = None
+    try:
+        value = work()
+    except (OSError, CheckpointException) as error:
+        problem = _plain(error)
+    values, problems = zip(*mesh.saving.gather((value, problem)), strict=True)
+    if any(problems):
+        raise CheckpointError(f"checkpoint {target.name} was not saved: {next(filter(None, problems))}")
+    return list(values)
+
+
+def _plain(error: BaseException) -> str:
+    """One sentence out of an OSError or torch's bundle of every rank's exceptions."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+    for failure, _ in failures:
+        # torch's zip writer reports a full disk as a RuntimeError of its own
+        if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "file write failed" in str(failure):
+            return "no space left on the device. Free some, or lower checkpoint.keep, and launch again"
+    return "; ".join(f"{type(failure).__name__}: {failure}" for failure, _ in failures)
+
+
+def _make_empty(target: Path) -> None:
+    """Take away what an attempt left that died before it committed, or a damaged checkpoint of the same step."""
+    if target.exists():
+        (target / COMMIT).unlink(missing_ok=True)
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+
+
+def _write_shards(target: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, list[Any]]:
+    """Returns name, size and checksum of the file that this rank wrote."""
+    writer = FileSystemWriter(target, single_file_per_rank=True, sync_files=True)
+    writer.fs = files = Files()
+    set_crc32_options(False)  # one checksum is enough
+    with without_warnings():
+        state_dict_saver.save(state, storage_writer=writer, **ranks_of(mesh.saving))
+    return {name: measured for name, measured in files.measured.items() if name.endswith(".distcp")}
+
+
+def _commit(target: Path, commit: Commit, config: Config) -> None:
+    for name, (length, _) in commit.files.items():
+        if not (target / name).exists() or (target / name).stat().st_size != length:
+            raise OSError(f"rank 0 does not see {name}: run.dir must be on a file system that all nodes share")
+    write_config(config, target / "config.yaml")
+    for name in (".metadata", "config.yaml"):
+        sync(target / name)
+        commit.files[name] = measure(target / name)
+    sync(target)
+    body = asdict(commit)
+    write_atomically(target / COMMIT, json.dumps({"commit": body, "xxh3_128": body_digest(body)}, indent=1))
+    sync(target)
+    sync(target.parent)
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Delete the oldest. The marker goes first, so that a folder half deleted counts for nothing.
+
+    Later steps than this one were found damaged when the run resumed: they neither count nor go.
+    """
+    good = [path for path in committed(folder) if step_of(path) <= step]
+    with contextlib.suppress(OSError):  # one checkpoint too many is no reason to stop
+        for old in good[:-keep]:
+            (old / COMMIT).unlink()
+    for path in step_folders(folder):
+        if not (path / COMMIT).exists():
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,99 @@
+"""Cross entropy over a vocabulary that is sharded, straight from the hidden states: logits exist for some tokens at a
+time, on each rank for its own columns, and are never gathered.
+
+Shapes: N tokens, c of a chunk; D hidden; v a rank's columns of the vocabulary, without padding.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tptrain.nn.linear import add_product
+from tptrain.nn.parameter import Parameter
+from tptrain.ops.table import Operations
+from tptrain.parallel.collectives import NOTHING, all_gather, all_reduce_, all_tokens, reduce_scatter
+from tptrain.parallel.mesh import Mesh
+
+LOGITS_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}  # of a chunk in float32
+
+
+class CrossEntropy:
+    """The loss of an output head, whose weight (V/tp, D) is this rank's rows of the padded vocabulary: those from
+    `vocab_size` on are padding.
+    """
+
+    def __init__(self, head: Parameter, vocab_size: int, mesh: Mesh, ops: Operations) -> None:
+        self.head, self.mesh, self.ops = head, mesh, ops
+        self.first = head.sharding.offsets[0]  # id of this rank's first row
+        self.columns = max(0, min(vocab_size - self.first, head.sharding.local_shape[0]))  # v
+
+    @torch.no_grad()
+    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        """-log softmax(x head')[target] of each token, in nats: (N,) float32, the same on every rank of the tp axis.
+
+        x (N/tp, D) with sequence parallelism, else (N, D); targets (N,) global ids.
+        """
+        x, gathering = all_tokens(x, self.mesh.group("tp"), self.mesh.sequence_parallel)  # (N, D)
+        gathering.wait()
+        rows, losses = self.head.detach()[: self.columns], []  # rows (v, D)
+        for chunk in self._chunks(x):
+            lse, at_target = self._statistics(x[chunk] @ rows.t(), targets[chunk] - self.first)
+            losses.append(lse - at_target)
+        return torch.cat(losses)
+
+    @torch.no_grad()
+    def backward(self, x: Tensor, targets: Tensor, scale: float, input_gradient: bool = True) -> tuple[Tensor, Tensor]:
+        """`scale` times the summed cross entropy, a scalar, and its gradient to x, of x's shape; see `losses`.
+
+        The loss is where the forward pass ends and the backward pass begins, so this does both: the gradient of the
+        head is added to its `main_grad`. For each chunk of tokens there is one all-gather of 2 numbers a token, and for
+        all of them one all-reduce (or reduce-scatter) of the gradient to x, left out without `input_gradient`.
+        """
+        head, group, sequence_parallel = self.head, self.mesh.group("tp"), self.mesh.sequence_parallel
+        x, gathering = all_tokens(x, group, sequence_parallel)  # (N, D)
+        gathering.wait()
+        rows = head.detach()[: self.columns]  # (v, D)
+        grad_x, loss, summing = torch.empty_like(x), torch.zeros((), device=x.device), NOTHING
+        for chunk in self._chunks(x):
+            logits, local = x[chunk] @ rows.t(), targets[chunk] - self.first  # (c, v), (c,)
+            lse, at_target = self._statistics(logits, local)
+            loss += (lse - at_target).sum()
+            grad = self.ops.logit_gradient_(logits, lse, local, at_target, scale)  # (c, v)
+            if input_gradient:
+                torch.mm(grad, rows, out=grad_x[chunk])  # this rank's part of the sum over tp
+            if input_gradient and chunk.stop == len(x):
+                if sequence_parallel:
+                    grad_x, summing = reduce_scatter(grad_x, group)  # (n, D)
+                else:
+                    summing = all_reduce_(grad_x, group)
+            if head.main_grad is not None:  # while the gradient to x travels
+                add_product(head.main_grad[: self.columns], grad, x[chunk], head.overwrite)
+                if head.overwrite:
+                    head.main_grad[self.columns :].zero_()  # of padding
+                    head.overwrite = False
+        summing.wait()
+        return loss * scale, grad_x
+
+    def _chunks(self, x: Tensor) -> Iterator[slice]:
+        length = chunk_length(len(x), self.head.sharding.local_shape[0], self.ops.device)  # the same on every rank
+        for start in range(0, len(x), length):
+            yield slice(start, min(start + length, len(x)))
+
+    def _statistics(self, logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+        """log sum exp of each token's logits over the whole vocabulary, and its target's logit: (c,) each, float32.
+
+        logits (c, v), this rank's; local (c,), the target counted from this rank's first column.
+        """
+        own = self.ops.statistics(logits, local)  # (1, 2, c)
+        everyone, gathering = all_gather(own, self.mesh.group("tp"))  # (tp, 2, c)
+        gathering.wait()
+        lse, at_target = everyone.unbind(1)  # (tp, c) each
+        return lse.logsumexp(0), at_target.sum(0)
+
+
+def chunk_length(tokens: int, columns: int, device: str) -> int:
+    """Tokens whose logits exist at once, on a rank with so many columns of the vocabulary: equal but for the last."""
+    most = max(1, LOGITS_BYTES[device] // (4 * max(1, columns)))
+    return math.ceil(tokens / math.ceil(tokens / most))

@@ -1,0 +1,182 @@
+"""The decoder. Read it top to bottom; the all-reduces are in `linear.py`: `_ColumnParallel` (backward) and
+`_RowParallel` (forward).
+
+Shapes: B batch, T sequence, N = B*T tokens, n the tokens a rank has between the linears: N, or N/tp with sequence
+parallelism. D hidden, H heads, K KV heads, d head_dim, F FFN width, V padded vocabulary. `/tp` marks a dim of which
+this rank has its part. Parameter names follow Hugging Face's Llama.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec, LayerSpec
+from tptrain.nn.attention import Attention
+from tptrain.nn.embedding import VocabEmbedding
+from tptrain.nn.ffn import FFN
+from tptrain.nn.linear import ColumnLinear, PendingSum
+from tptrain.nn.norm import Norm
+from tptrain.nn.parameter import Parameter, parameter, parameters, sharding, use
+from tptrain.nn.rotary import Context
+from tptrain.ops.table import REFERENCE, Operations
+from tptrain.parallel.mesh import Mesh, tp_grid
+
+# The module of each mixer's spec, made from (spec, decoder's spec, mesh, operations). A token mixer is called with
+# (n, D), the context and what computes its input again; a channel mixer without the context. Both return a PendingSum.
+MIXERS: dict[type, Callable[[Any, DecoderSpec, Mesh, Operations], nn.Module]] = {AttentionSpec: Attention, FFNSpec: FFN}
+
+
+class Stream(NamedTuple):
+    """The residual stream (n, D), and the branch that is added to it next."""
+
+    x: Tensor
+    branch: PendingSum | None = None
+
+
+class Layer(nn.Module):
+    """Two branches from the residual stream, each with an all-reduce at its entrance (backward) and exit (forward)."""
+
+    def __init__(self, spec: LayerSpec, decoder: DecoderSpec, mesh: Mesh, ops: Operations) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(mesh, ops, decoder.hidden_size, spec.norm)
+        self.self_attn = MIXERS[type(spec.token_mixer)](spec.token_mixer, decoder, mesh, ops)
+        self.post_attention_layernorm = Norm(mesh, ops, decoder.hidden_size, spec.norm)
+        self.mlp = MIXERS[type(spec.channel_mixer)](spec.channel_mixer, decoder, mesh, ops)
+
+    def mix_tokens(self, stream: Stream, context: Context, selective: bool = False) -> Stream:
+        """Add the branch before, and begin this one; `selective`: the linears' inputs are computed again, not kept."""
+        x, h = normed(self.input_layernorm, stream)
+        return Stream(x, self.self_attn(h, context, self.input_layernorm.again(x) if selective else None))
+
+    def mix_channels(self, stream: Stream, selective: bool = False) -> Stream:
+        """Wait for the tokens' sum, and begin the FFN."""
+        x, h = normed(self.post_attention_layernorm, stream)
+        return Stream(x, self.mlp(h, self.post_attention_layernorm.again(x) if selective else None))
+
+    def forward(self, stream: Stream, context: Context, selective: bool = False) -> Stream:
+        return self.mix_channels(self.mix_tokens(stream, context, selective), selective)
+
+    def whole(self, stream: Stream, context: Context) -> Stream:
+        """The layer with its last branch added, for what is computed again as one."""
+        x, branch = self(stream, context)
+        return Stream(x + branch.wait())
+
+
+class Segment(NamedTuple):
+    """A piece of the forward pass, from stream to stream, and the unit whose memory its weights are in."""
+
+    unit: str
+    parameters: list[nn.Parameter]
+    forward: Callable[[Stream, Context], Stream]
+
+
+def _parameters(*modules: nn.Module) -> list[nn.Parameter]:
+    return [p for module in modules for p in module.parameters()]
+
+
+def normed(norm: Norm, stream: Stream) -> tuple[Tensor, Tensor]:
+    """The residual stream with its branch added, and the norm of it: (n, D) each."""
+    x, branch = stream
+    return (x, norm(x)) if branch is None else norm.add(x, branch.wait())
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, norm and output head, without memory: a `Store` gives the weights theirs.
+
+    Activations have the precision of the weights.
+    """
+
+    def __init__(self, spec: DecoderSpec, mesh: Mesh, ops: Operations) -> None:
+        super().__init__()
+        self.spec, self.mesh = spec, mesh
+        hidden, vocab = spec.hidden_size, spec.padded_vocab_size
+        self.embed_tokens = VocabEmbedding(mesh, vocab, hidden, std=spec.std)
+        self.embed_positions: Parameter | None = None
+        if spec.learned_positions:
+            summed = ("tp",) if mesh.sequence_parallel else ()
+            layout = sharding(mesh, (spec.max_positions, hidden), summed=summed)
+            self.embed_positions = parameter(mesh, layout, spec.std)
+        self.layers = nn.ModuleList(Layer(layer, spec, mesh, ops) for layer in spec.layers)
+        self.norm = Norm(mesh, ops, hidden, spec.norm)
+        self.lm_head = ColumnLinear(mesh, hidden, vocab, std=spec.std)
+        if spec.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.tables: dict[Any, Tensor] = {}  # of rotary positions
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) token ids -> (n, D), the head's input."""
+        context = self.context(tokens)
+        stream = self.embed(tokens)
+        for layer in cast("list[Layer]", self.layers):
+            stream = layer(stream, context)
+        return self.head_input(stream)
+
+    def context(self, tokens: Tensor) -> Context:
+        return Context(tokens.shape[1], tokens.device, self.tables)
+
+    def embed(self, tokens: Tensor) -> Stream:
+        """(B, T) token ids -> (n, D)."""
+        x = self.embed_tokens(tokens.flatten())  # (n, D)
+        if self.embed_positions is not None:
+            x = x + F.embedding(self._positions(tokens), use(self.embed_positions))
+        return Stream(x)
+
+    def head_input(self, stream: Stream) -> Tensor:
+        """(n, D) -> (n, D), normed."""
+        return normed(self.norm, stream)[1]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(n, D), the head's input -> (N, V/tp), this rank's columns of the padded vocabulary."""
+        return self.lm_head(x)
+
+    def segments(self, recompute: str = "none") -> list["Segment"]:
+        """What the forward pass is made of, in order: the pieces that a schedule runs one by one.
+
+        With `recompute=full` a layer is one segment, whose forward pass comes twice.
+        """
+        pieces = [Segment("embedding", list(self.embed_tokens.parameters()), lambda stream, _: self.embed(stream.x))]
+        if self.embed_positions is not None:
+            pieces[0].parameters.append(self.embed_positions)
+        for i, layer in enumerate(cast("list[Layer]", self.layers)):
+            if recompute == "full":
+                pieces.append(Segment(f"layers.{i}", list(layer.parameters()), layer.whole))
+                continue
+            selective = recompute == "selective"
+            tokens = partial(layer.mix_tokens, selective=selective)
+            channels = partial(layer.mix_channels, selective=selective)
+            pieces.append(Segment(f"layers.{i}", _parameters(layer.input_layernorm, layer.self_attn), tokens))
+            pieces.append(
+                Segment(
+                    f"layers.{i}",
+                    _parameters(layer.post_attention_layernorm, layer.mlp),
+                    lambda stream, _, mix=channels: mix(stream),
+                )
+            )
+        head = Segment("head", list(self.norm.parameters()), lambda stream, _: Stream(self.head_input(stream)))
+        return [*pieces, head]
+
+    def unit_of(self, name: str) -> str:
+        """The unit of memory and reduction that a parameter belongs to: a layer, the embedding or the head."""
+        if name.startswith("layers."):
+            return ".".join(name.split(".")[:2])
+        return "head" if name.startswith(("norm.", "lm_head.")) else "embedding"
+
+    def _positions(self, tokens: Tensor) -> Tensor:
+        """The position in its sequence of each token that this rank has between the linears: (n,)."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))  # (N,)
+        mesh = self.mesh
+        return positions.chunk(mesh.size("tp"))[mesh.index("tp")] if mesh.sequence_parallel else positions
+
+
+CHECKPOINT_BYTES = 4 * 3  # of a parameter: a float32 master and two moments
+
+
+def parameter_count(spec: DecoderSpec) -> int:
+    """Parameters of a decoder, the padding of its vocabulary among them."""
+    model = Decoder(spec, Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), REFERENCE)
+    return sum(math.prod(p.sharding.shape) for _, p in parameters(model))

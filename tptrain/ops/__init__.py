@@ -1,0 +1,1 @@
+"""Fused operations: one table of functions, and what computes them."""

@@ -1,0 +1,1 @@
+"""Operations in C for CPUs with AVX-512."""

@@ -1,0 +1,202 @@
+/* Causal attention on a CPU, forward and backward, in whole tiles of registers; called by ../attention.py.
+
+A problem is one KV head and the G query heads that share it. Its scores exist for BLOCK queries at a time, over the
+keys up to the last of them, and stay in the core's cache; those of the backward pass are computed again, as in flash
+attention (Dao et al. 2022, arXiv:2205.14135). Inputs are packed as float32: d rounded up to whole tiles (D), T to whole
+blocks (N), both filled with zeros. Rows of scores and of transposed inputs are S floats apart.
+
+Tensors: q, y and their gradients (B, T, K, G, d), k, v and theirs (B, T, K, d), float32 or, where `bf16`, bfloat16.
+*/
+
+#include "vector.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { ROWS = 8, COLUMNS = 2 * WIDTH, BLOCK = 32 }; /* a tile: 8 x 32 sums, in 16 of the 32 registers */
+
+/* ------------------------------------------------------------------------------------------------- matrix products */
+
+/* c (ROWS, COLUMNS) = x (ROWS, k) y (k, COLUMNS), or c and that; x[i, j] lies at i * row + j * step. */
+static inline void tile(long k, const float *x, long row, long step, const float *y, long ldy, float *c, long ldc,
+                        int more) {
+    Vector sum[ROWS][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < 2; j++) sum[i][j] = more ? load(c + i * ldc + j * WIDTH) : all(0.0f);
+    for (long at = 0; at < k; at++, x += step, y += ldy) {
+        Vector left = load(y), right = load(y + WIDTH);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            sum[i][0] += x[i * row] * left;
+            sum[i][1] += x[i * row] * right;
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < 2; j++) store(c + i * ldc + j * WIDTH, sum[i][j]);
+}
+
+/* c (m, n) = x (m, k) y (k, n), or, with `more`, c and that. */
+static void product(long m, long n, long k, const float *x, long row, long step, const float *y, long ldy, float *c,
+                    long ldc, int more) {
+    for (long j = 0; j < n; j += COLUMNS)
+        for (long i = 0; i < m; i += ROWS) tile(k, x + i * row, row, step, y + j, ldy, c + i * ldc + j, ldc, more);
+}
+
+/* -------------------------------------------------------------------------------------------------------- packing */
+
+/* x (rows, d), whose rows are ld apart from `at` on -> packed (up to, D). */
+static void pack(const void *x, long at, long ld, int bf16, long rows, long up_to, long d, float *packed, long D) {
+    if (rows < up_to || d < D) memset(packed, 0, up_to * D * sizeof(float));
+    for (long t = 0; t < rows; t++, at += ld, packed += D)
+        for (long i = 0; i < d; i += WIDTH) store(packed + i, get(bf16, x, at + i, d - i));
+}
+
+static void unpack(const float *packed, long D, long rows, long d, void *x, long at, long ld, int bf16) {
+    for (long t = 0; t < rows; t++, at += ld, packed += D)
+        for (long i = 0; i < d; i += WIDTH) put(bf16, x, at + i, d - i, load(packed + i));
+}
+
+/* x (N, D) -> y (D, N), rows S apart. */
+static void transpose(long N, long D, const float *x, float *y, long S) {
+    for (long t = 0; t < N; t += WIDTH)
+        for (long i = 0; i < D; i++)
+            for (long s = t; s < t + WIDTH; s++) y[i * S + s] = x[s * D + i];
+}
+
+/* ----------------------------------------------------------------------------------------------------- attention */
+
+/* Row i of the scores of queries that begin at `start`: later keys hidden, and the greatest of the others returned. */
+static inline float hide(float *row, long start, long i) {
+    for (long j = 0; j < BLOCK; j += WIDTH) {
+        float *here = row + start + j;
+        store(here, _mm512_mask_blend_ps(first(i - j + 1), all(-INFINITY), load(here)));
+    }
+    Vector greatest = load(row);
+    for (long j = WIDTH; j < start + BLOCK; j += WIDTH) greatest = _mm512_max_ps(load(row + j), greatest);
+    return _mm512_reduce_max_ps(greatest);
+}
+
+typedef struct {
+    long T, K, G, d, N, D, S; /* see the top */
+} Sizes;
+
+static Sizes sizes(long T, long K, long G, long d) {
+    long N = (T + BLOCK - 1) / BLOCK * BLOCK, D = (d + COLUMNS - 1) / COLUMNS * COLUMNS;
+    return (Sizes){T, K, G, d, N, D, N + WIDTH};
+}
+
+/* Where k and v of a problem begin; its queries begin at G times that, their heads d apart, their tokens K * G * d. */
+static long begins(Sizes z, long problem) { return (problem / z.K * z.T * z.K + problem % z.K) * z.d; }
+
+/* Memory for one thread, whose rows begin where cache lines do. */
+static float *floats(long count) { return aligned_alloc(64, count * sizeof(float)); }
+
+static void forward(Sizes z, long problem, int bf16, const void *q, const void *k, const void *v, void *y,
+                    float *memory) {
+    float *keys = memory, *values = keys + z.N * z.D, *keys_t = values + z.N * z.D, *p = keys_t + z.S * z.D,
+          *mine = p + z.S * BLOCK, *out = mine + BLOCK * z.D, share[BLOCK], scale = 1 / sqrtf(z.d);
+    long kv = begins(z, problem), ld = z.K * z.G * z.d;
+    pack(k, kv, z.K * z.d, bf16, z.T, z.N, z.d, keys, z.D);
+    pack(v, kv, z.K * z.d, bf16, z.T, z.N, z.d, values, z.D);
+    transpose(z.N, z.D, keys, keys_t, z.S);
+    for (long start = 0; start < z.T; start += BLOCK)
+        for (long g = 0; g < z.G; g++) {
+            long n = start + BLOCK, rows = z.T < n ? z.T - start : BLOCK, at = z.G * kv + g * z.d + start * ld;
+            pack(q, at, ld, bf16, rows, BLOCK, z.d, mine, z.D);
+            product(BLOCK, n, z.D, mine, z.D, 1, keys_t, z.S, p, z.S, 0);
+            for (long i = 0; i < BLOCK; i++) {
+                float *row = p + i * z.S, top = hide(row, start, i) * scale;
+                Vector sum = all(0.0f);
+                for (long j = 0; j < n; j += WIDTH) {
+                    Vector e = exponential(load(row + j) * scale - top);
+                    store(row + j, e);
+                    sum += e;
+                }
+                share[i] = 1 / _mm512_reduce_add_ps(sum);
+            }
+            product(BLOCK, z.D, n, p, z.S, 1, values, z.D, out, z.D, 0);
+            for (long i = 0; i < BLOCK; i++)
+                for (long j = 0; j < z.D; j++) out[i * z.D + j] *= share[i];
+            unpack(out, z.D, rows, z.d, y, at, ld, bf16);
+        }
+}
+
+static void backward(Sizes z, long problem, int bf16, const void *q, const void *k, const void *v, const void *grad,
+                     void *grad_q, void *grad_k, void *grad_v, float *memory) {
+    float *keys = memory, *to_keys = keys + z.N * z.D, *to_values = to_keys + z.N * z.D,
+          *keys_t = to_values + z.N * z.D, *values_t = keys_t + z.S * z.D, *p = values_t + z.S * z.D,
+          *to_scores = p + z.S * BLOCK, *mine = to_scores + z.S * BLOCK, *given = mine + BLOCK * z.D,
+          *to_mine = given + BLOCK * z.D, scale = 1 / sqrtf(z.d);
+    long kv = begins(z, problem), ld = z.K * z.G * z.d;
+    pack(v, kv, z.K * z.d, bf16, z.T, z.N, z.d, keys, z.D);
+    transpose(z.N, z.D, keys, values_t, z.S);
+    pack(k, kv, z.K * z.d, bf16, z.T, z.N, z.d, keys, z.D);
+    transpose(z.N, z.D, keys, keys_t, z.S);
+    memset(to_keys, 0, 2 * z.N * z.D * sizeof(float)); /* to_values follows */
+    for (long start = 0; start < z.T; start += BLOCK)
+        for (long g = 0; g < z.G; g++) {
+            long n = start + BLOCK, rows = z.T < n ? z.T - start : BLOCK, at = z.G * kv + g * z.d + start * ld;
+            pack(q, at, ld, bf16, rows, BLOCK, z.d, mine, z.D);
+            pack(grad, at, ld, bf16, rows, BLOCK, z.d, given, z.D);
+            product(BLOCK, n, z.D, mine, z.D, 1, keys_t, z.S, p, z.S, 0);
+            product(BLOCK, n, z.D, given, z.D, 1, values_t, z.S, to_scores, z.S, 0); /* the gradient to p, as yet */
+            for (long i = 0; i < BLOCK; i++) {
+                float *row = p + i * z.S, *to_row = to_scores + i * z.S, top = hide(row, start, i) * scale;
+                Vector sum = all(0.0f), weighted = all(0.0f);
+                for (long j = 0; j < n; j += WIDTH) {
+                    Vector e = exponential(load(row + j) * scale - top);
+                    store(row + j, e);
+                    sum += e;
+                    weighted += e * load(to_row + j);
+                }
+                float share = 1 / _mm512_reduce_add_ps(sum), mean = _mm512_reduce_add_ps(weighted) * share;
+                for (long j = 0; j < n; j += WIDTH) {
+                    Vector weight = load(row + j) * share;
+                    store(row + j, weight);
+                    store(to_row + j, weight * (load(to_row + j) - mean) * scale);
+                }
+            }
+            product(n, z.D, BLOCK, p, 1, z.S, given, z.D, to_values, z.D, 1);
+            product(n, z.D, BLOCK, to_scores, 1, z.S, mine, z.D, to_keys, z.D, 1);
+            product(BLOCK, z.D, n, to_scores, z.S, 1, keys, z.D, to_mine, z.D, 0);
+            unpack(to_mine, z.D, rows, z.d, grad_q, at, ld, bf16);
+        }
+    unpack(to_keys, z.D, z.T, z.d, grad_k, kv, z.K * z.d, bf16);
+    unpack(to_values, z.D, z.T, z.d, grad_v, kv, z.K * z.d, bf16);
+}
+
+/* The kernels: B * K problems, shared by the threads. They return 1 where there is no memory. */
+
+int attention_forward(long threads, long problems, long T, long K, long G, long d, long bf16, const void *q,
+                      const void *k, const void *v, void *y) {
+    Sizes z = sizes(T, K, G, d);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        float *memory = floats(2 * z.N * z.D + z.S * z.D + BLOCK * (z.S + 2 * z.D));
+        failed = memory == NULL;
+#pragma omp for schedule(static)
+        for (long problem = 0; problem < problems; problem++)
+            if (!failed) forward(z, problem, bf16, q, k, v, y, memory);
+        free(memory);
+    }
+    return failed;
+}
+
+int attention_backward(long threads, long problems, long T, long K, long G, long d, long bf16, const void *q,
+                       const void *k, const void *v, const void *grad, void *grad_q, void *grad_k, void *grad_v) {
+    Sizes z = sizes(T, K, G, d);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        float *memory = floats(3 * z.N * z.D + 2 * z.S * z.D + BLOCK * (2 * z.S + 3 * z.D));
+        failed = memory == NULL;
+#pragma omp for schedule(static)
+        for (long problem = 0; problem < problems; problem++)
+            if (!failed) backward(z, problem, bf16, q, k, v, grad, grad_q, grad_k, grad_v, memory);
+        free(memory);
+    }
+    return failed;
+}
