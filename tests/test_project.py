@@ -1,14 +1,45 @@
-"""The files around the code: the licence."""
+"""The files around the code: the licence and the CI workflow."""
 
 import hashlib
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parent.parent
 APACHE_2_0 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"  # sha256 of the published text
+WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
+
+
+def _check_workflow(file: Path) -> subprocess.CompletedProcess[str]:
+    """Check a file against GitHub's schema of workflows, which check-jsonschema carries with it: no network is used."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_the_licence_is_the_unmodified_apache_2_0() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (project["license"], project["license-files"]) == ("Apache-2.0", ["LICENSE"])
     assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == APACHE_2_0
+
+
+def test_the_workflow_is_valid() -> None:
+    checked = _check_workflow(WORKFLOW)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_a_broken_workflow_is_noticed(tmp_path: Path) -> None:
+    broken = tmp_path / "ci.yml"
+    broken.write_text(WORKFLOW.read_text().replace("runs-on:", "run-on:"))
+    checked = _check_workflow(broken)
+    assert checked.returncode == 1
+    assert "'runs-on' is a required property" in checked.stdout
+
+
+def test_the_workflow_runs_the_one_check() -> None:
+    jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
+    assert len(jobs) == 1
+    (job,) = jobs.values()
+    assert job["steps"][-1]["run"] == ".ci/run"
