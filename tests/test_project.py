@@ -1,4 +1,4 @@
-"""The files around the code: the licence and the CI workflow."""
+"""The files around the code: the licence, the CI workflow and the pre-commit hooks."""
 
 import hashlib
 import subprocess
@@ -43,3 +43,11 @@ def test_the_workflow_runs_the_one_check() -> None:
     assert len(jobs) == 1
     (job,) = jobs.values()
     assert job["steps"][-1]["run"] == ".ci/run"
+
+
+def test_pre_commit_hooks_use_the_tools_of_the_environment() -> None:
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in repos] == ["local"]
+    for hook in repos[0]["hooks"]:
+        assert hook["language"] == "system"
+        assert hook["entry"].startswith(".venv/bin/")
