@@ -1,11 +1,13 @@
-"""The files around the code: the licence, the CI workflow and the pre-commit hooks."""
+"""The files around the code: the license, the CI workflow, the pre-commit hooks and the pages for contributors."""
 
 import hashlib
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +21,7 @@ def _check_workflow(file: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_licence_is_the_unmodified_apache_2_0() -> None:
+def test_the_license_is_the_unmodified_apache_2_0() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (project["license"], project["license-files"]) == ("Apache-2.0", ["LICENSE"])
     assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == APACHE_2_0
@@ -51,3 +53,19 @@ def test_pre_commit_hooks_use_the_tools_of_the_environment() -> None:
     for hook in repos[0]["hooks"]:
         assert hook["language"] == "system"
         assert hook["entry"].startswith(".venv/bin/")
+
+
+def _local_links(page: Path) -> list[str]:
+    """The files that a Markdown page links to in this checkout, without links to the web."""
+    targets = re.findall(r"\]\(([^)#]+)", page.read_text())
+    return [target for target in targets if "://" not in target]
+
+
+def test_the_readme_links_to_the_pages_for_contributors() -> None:
+    assert {"CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"} <= set(_local_links(ROOT / "README.md"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_linked_files_exist(page: str) -> None:
+    missing = [target for target in _local_links(ROOT / page) if not (ROOT / target).exists()]
+    assert not missing
