@@ -11,7 +11,7 @@ import torch
 
 from launch.verdict import Report, Verdict, judge, nodes, read
 from tptrain.blackbox import SLOTS, BlackBox
-from tptrain.collectives import GATHER
+from tptrain.collectives import GATHER, all_reduce_
 from tptrain.config import Config, ModelConfig
 from tptrain.mesh import Group, Mesh
 from tptrain.model import Decoder
@@ -234,6 +234,57 @@ def test_a_long_shape_leaves_the_other_entries_whole() -> None:
     box.enter("all_reduce", tuple(range(1000)), "float32", "tp", range(2))
     box.enter("barrier", (), "object", "control", range(2))
     assert [call["number"] for call in box.collectives()] == [1, 2, 3, 5]
+
+
+def test_collectives_are_numbered_within_their_group() -> None:
+    box = BlackBox()
+    for axis, ranks in [("tp", (0, 1)), ("model", (0, 1, 4, 5)), ("tp", (0, 1)), ("model", (0, 1)), ("tp", (0, 1))]:
+        number = box.enter("barrier", (), "object", axis, ranks)
+    box.run_on(number)
+    noted = [(call["axis"], call["ranks"], call["number_in_group"]) for call in box.collectives()]
+    assert noted == [
+        ("tp", [0, 1], 1),
+        ("model", [0, 1, 4, 5], 1),
+        ("tp", [0, 1], 2),
+        ("model", [0, 1], 1),
+        ("tp", [0, 1], 3),
+    ]
+    assert [count["entered"] for count in box.group_counts()] == [3, 1, 1]
+    assert [call["background"] for call in box.collectives()] == [False] * 4 + [True]
+
+
+def test_the_count_of_a_group_outlives_its_records() -> None:
+    box = BlackBox()
+    for _ in range(3):
+        box.leave(box.enter("barrier", (), "object", "control", range(4)))
+    for _ in range(SLOTS):
+        box.leave(box.enter("barrier", (), "object", "tp", range(2)))
+    assert {call["axis"] for call in box.collectives()} == {"tp"}
+    assert box.group_counts() == [
+        {"axis": "control", "ranks": [0, 1, 2, 3], "entered": 3},
+        {"axis": "tp", "ranks": [0, 1], "entered": SLOTS},
+    ]
+
+
+def test_a_trainer_killed_between_record_and_count_has_entered() -> None:
+    box = filled(5, inside=True)
+    box.table[0].entered = 4
+    assert [count["entered"] for count in box.group_counts()] == [5]
+
+
+def test_a_collective_in_the_background_is_noted_as_such_until_it_is_waited_for() -> None:
+    box, states = BlackBox(), []
+
+    def note() -> None:
+        states.append((box.collectives()[-1]["background"], box.collectives()[-1]["left"]))
+
+    work = Mock(wait=note)
+    with patch.object(torch.distributed, "all_reduce", return_value=work):
+        pending = all_reduce_(torch.zeros(1), Group("tp", (0, 1), Mock(), box), async_op=True)
+    note()
+    pending.wait()
+    note()
+    assert states == [(True, False), (False, False), (False, True)]
 
 
 def validated(rank: int) -> list[str]:

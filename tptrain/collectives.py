@@ -28,6 +28,7 @@ class Pending:
         self.finish, self.box, self.number = finish, box, number
 
     def wait(self) -> Any:
+        self.box.wait(self.number)
         result = self.finish()
         self.box.leave(self.number)
         return result
@@ -134,6 +135,7 @@ def _do(op: str, x: Tensor, group: Group, async_op: bool, begin: Callable[[], Ca
     number = group.enter(op, x)
     pending = Pending(begin(), group.box, number)
     if async_op:
+        group.box.run_on(number)
         return pending
     pending.wait()
     return NOTHING
