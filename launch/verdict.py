@@ -149,8 +149,9 @@ def _network_fault(call: Call, histories: dict[int, History]) -> str:
     """Of a collective that all members have entered."""
     members = "all ranks" if len(call["ranks"]) == len(histories) else _ranks(call["ranks"])
     inside = [rank for rank in call["ranks"] if not histories[rank].has_left(group_of(call), call["number_in_group"])]
-    who = "none came out" if len(inside) == len(call["ranks"]) else f"{_ranks(inside)} did not come out"
-    return f"{members} entered {_describe(call)} and {who}: the network between them"
+    if len(inside) == len(call["ranks"]):
+        return f"{members} entered {_describe(call)} and none came out: the network between them"
+    return f"{members} entered {_describe(call)}, {_ranks(inside)} did not come out: the network or a rank itself"
 
 
 def _left_off(own: History, how: str, histories: dict[int, History]) -> str:
