@@ -253,6 +253,7 @@ class Supervisor:
                 "entered": self.box.state.entered,
                 "cause": cause,
                 "top": _innermost(stacks),
+                "groups": self.box.group_counts(),
                 "collectives": self.box.collectives(),
             }
             write_atomically(name.with_suffix(".json"), json.dumps(report))

@@ -1,8 +1,10 @@
 """From what every rank's black box held to one sentence: which rank, on which node, never entered which collective.
 
-All ranks run one program, so the n-th collective of one rank is the n-th of every other (in a group of its own). Hence:
-a rank that waits in its n-th waits for one that has entered fewer, and the rank that entered the fewest is the one that
-all others wait for; and where the n-th differs in operation, shape or call site, the odd one out did something else.
+Ranks may run different programs (pipeline stages, experts), so collectives are counted within their group: the n-th
+that one member of a group enters is the n-th of every other member. The numbers in the sentences are these. Where the
+n-th differs in operation, shape or call site, the odd one out did something else; otherwise the rank to blame is the
+one at the end of the chain of ranks that wait for one another (launch/waits.py). Where the evidence is missing or
+equal, the sentence says so, and `rank` and `node` are None.
 """
 
 import contextlib
@@ -12,7 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Report = dict[str, Any]
+from launch.waits import (
+    Call,
+    Group,
+    History,
+    Report,
+    complete_call,
+    cycle,
+    first_call_without,
+    group_of,
+    groups_of,
+    waiters_of,
+    waits_of,
+)
+
 ANNOUNCED = ("cancelled", "stopped", "user", "diverged", "disk")  # ends of which the rank itself has told people
 
 
@@ -80,87 +95,119 @@ def judge(reports: dict[int, Report], world: int, placed: list[str]) -> Verdict:
         if kind in by_kind:
             first = by_kind[kind][0]
             return blame(kind, first["rank"], f"ended after step {first['step']}: {first['cause']['message']}")
-    if (odd := _odd_one_out(reports)) is not None:
-        return blame("mismatch", *odd)
+    histories = {rank: History(report) for rank, report in reports.items()}
+    if (odd := _odd_one_out(histories)) is not None:
+        rank, text = odd
+        return Verdict(text, "mismatch", None, None, step) if rank is None else blame("mismatch", rank, text)
     missing = sorted(set(range(world)) - reports.keys())
     died = [report for report in by_kind.get("died", []) if report["cause"]["signal"] == "SIGKILL"]
     died = died or by_kind.get("died", [])
     if died:
-        return blame("died", died[0]["rank"], _left_off(died[0], f"was {died[0]['cause']['message']}", reports))
+        how = f"was {died[0]['cause']['message']}"
+        return blame("died", died[0]["rank"], _left_off(histories[died[0]["rank"]], how, histories))
     halted = [report for report in reports.values() if report["cause"].get("stopped")]
     if halted:
-        return blame("hang", halted[0]["rank"], _left_off(halted[0], "was stopped (SIGSTOP)", reports))
+        rank = halted[0]["rank"]
+        return blame("hang", rank, _left_off(histories[rank], "was stopped (SIGSTOP)", histories))
     if missing:
-        awaited = _awaited(missing[0], reports)
-        which = f", without entering {awaited}" if awaited else ""
+        call = first_call_without(missing[0], histories)
+        which = f", without entering {_describe(call)}" if call else ""
         return blame("gone", missing[0], f"does not answer: its node or its processes are gone{which}")
     if "hang" not in by_kind:
         first = next(iter(by_kind.get("infra", reports.values())))
         return blame("infra", first["rank"], f"ended after step {first['step']}: {first['cause']['message']}")
-    return _hang(reports, blame)
+    return _hang(histories, blame, step)
 
 
-def _hang(reports: dict[int, Report], blame: Any) -> Verdict:
-    last = min(reports.values(), key=lambda report: report["entered"])
-    where = f" (it was at {last['top']})" if last["top"] else ""
-    if last["entered"] < max(report["entered"] for report in reports.values()):
-        return blame("hang", last["rank"], f"{_never_entered(last, reports)}{where}")
-    call = _call(last, last["entered"])
-    silent = next(report for report in reports.values() if report["cause"]["kind"] == "hang")["cause"]["message"]
-    if call is None or call["left"]:
-        return blame("hang", last["rank"], f"was {silent}{where}")
-    text = f"all ranks entered {_describe(call)} and none came out: the network between them"
-    return Verdict(text, "hang", None, None, last["step"])
+def _hang(histories: dict[int, History], blame: Any, step: int) -> Verdict:
+    def blame_nobody(text: str) -> Verdict:
+        return Verdict(text, "hang", None, None, step)
+
+    waits = waits_of(histories)
+    if loop := cycle(waits):
+        pairs = zip(loop, [*loop[1:], loop[0]], strict=True)
+        texts = [f"rank {rank} for rank {other} in {_nth(*waits[rank][other], histories)}" for rank, other in pairs]
+        return blame_nobody(f"ranks wait for each other, and none of them alone is to blame: {'; '.join(texts)}")
+    targets = {other for others in waits.values() for other in others}
+    sinks = sorted(rank for rank in targets if not waits[rank])  # others wait for them, and they wait for nobody
+    calls = {rank: call for rank in sinks or histories if (call := complete_call(histories[rank], histories))}
+    if calls and calls.keys() >= set(sinks):
+        return blame_nobody(_network_fault(next(iter(calls.values())), histories))
+    reports = [own.report for own in histories.values()]
+    silent = next(report for report in reports if report["cause"]["kind"] == "hang")
+    if len(sinks) == 1 or len(reports) == 1:
+        rank = sinks[0] if sinks else silent["rank"]
+        top = histories[rank].report["top"]
+        text = _never_entered(histories[rank], histories) if sinks else f"was {silent['cause']['message']}"
+        return blame("hang", rank, text + (f" (it was at {top})" if top else ""))
+    texts = [f"rank {rank} {_never_entered(histories[rank], histories)}" for rank in sinks]
+    texts = texts or [f"none waits for another; rank {silent['rank']} was {silent['cause']['message']}"]
+    return blame_nobody(f"no rank is to blame for sure: {'; '.join(texts)}")
 
 
-def _left_off(report: Report, how: str, reports: dict[int, Report]) -> str:
-    call = _call(report, report["entered"])
-    if call is not None and not call["left"]:
-        return f"{how} after step {report['step']}, inside {_describe(call)}"
-    return f"{how} after step {report['step']} and {_never_entered(report, reports)}"
+def _network_fault(call: Call, histories: dict[int, History]) -> str:
+    """Of a collective that all members have entered."""
+    members = "all ranks" if len(call["ranks"]) == len(histories) else _ranks(call["ranks"])
+    inside = [rank for rank in call["ranks"] if not histories[rank].has_left(group_of(call), call["number_in_group"])]
+    if len(inside) == len(call["ranks"]):
+        return f"{members} entered {_describe(call)} and none came out: the network between them"
+    return f"{members} entered {_describe(call)}, {_ranks(inside)} did not come out: the network or a rank itself"
 
 
-def _never_entered(report: Report, reports: dict[int, Report]) -> str:
-    rank, number = report["rank"], report["entered"] + 1
-    calls = [call for other in reports.values() if (call := _call(other, number)) is not None]
-    if calls:
-        call = next((call for call in calls if rank in call["ranks"]), calls[0])
-        waiting = [r["rank"] for r in reports.values() if (c := _call(r, r["entered"])) and not c["left"]]
-        waiting = sorted(other for other in waiting if other != rank)
-        waits = f", while {_ranks(waiting)} waited" if waiting else ""
-        return f"never entered {_describe(call)}{waits}"
-    last = _call(report, report["entered"])
-    return f"entered no collective after {_describe(last)}" if last else "never entered a collective"
+def _left_off(own: History, how: str, histories: dict[int, History]) -> str:
+    if (call := own.inside()) is not None:
+        return f"{how} after step {own.report['step']}, inside {_describe(call)}"
+    return f"{how} after step {own.report['step']} and {_never_entered(own, histories)}"
 
 
-def _awaited(rank: int, reports: dict[int, Report]) -> str | None:
-    """The first collective in which a rank that left no report is waited for."""
-    calls = [call for report in reports.values() for call in report["collectives"]]
-    pending = [call for call in calls if not call["left"] and rank in call["ranks"]]
-    return _describe(min(pending, key=lambda call: call["number"])) if pending else None
+def _never_entered(own: History, histories: dict[int, History]) -> str:
+    """Of the collectives that others have entered without this rank, the one that they came to first."""
+    ahead = [
+        (call["number"] if (call := other.calls[group].get(own.count(group) + 1)) else float("inf"), group)
+        for other in histories.values()
+        for group in other.counts
+        if own.rank in group[1] and other.count(group) > own.count(group)
+    ]
+    if ahead:
+        _, group = min(ahead)
+        waiters = waiters_of(own.rank, waits_of(histories))
+        clause = f", while {_ranks(waiters)} waited" if waiters else ""
+        return f"never entered {_nth(group, own.count(group) + 1, histories)}{clause}"
+    calls = own.report["collectives"]
+    return f"entered no collective after {_describe(calls[-1])}" if calls else "never entered a collective"
 
 
-def _odd_one_out(reports: dict[int, Report]) -> tuple[int, str] | None:
-    """The rank whose n-th collective is not that of the others, at the first n where they differ."""
-    calls = {rank: {call["number"]: call for call in report["collectives"]} for rank, report in reports.items()}
-    for number in sorted(set().union(*calls.values())):
-        kinds = {rank: _kind(own[number]) for rank, own in calls.items() if number in own}
-        if len(set(kinds.values())) == 1:
-            continue
-        ranks = _suspects(kinds, calls, number)
-        rank = ranks[0]
-        others = [other for other, kind in kinds.items() if kind != kinds[rank]]
-        usual = next((other for other in others if rank in calls[other][number]["ranks"]), others[0])
-        did, expected = calls[rank][number], calls[usual][number]
-        following = _kind(calls[usual].get(number + 1)) or _usual([*_kinds_before(calls[usual], number), kinds[usual]])
-        if following == kinds[rank]:
-            return rank, f"skipped {_describe(expected)} and went on to {_describe(did)}"
-        return rank, f"entered {_describe(did)} where rank {usual} entered {_describe(expected)}"
-    return None
+def _odd_one_out(histories: dict[int, History]) -> tuple[int | None, str] | None:
+    """The member of a group whose n-th collective is not that of the others, at the first n where they differ; None
+    for the rank where the others may as well be wrong.
+    """
+    differences = []
+    for group in groups_of(histories):
+        calls = {rank: histories[rank].calls.get(group, {}) for rank in group[1] if rank in histories}
+        for number in sorted(set().union(*calls.values())):
+            kinds = {rank: _kind(own[number]) for rank, own in calls.items() if number in own}
+            if len(set(kinds.values())) > 1:
+                differences.append((min(calls[rank][number]["number"] for rank in kinds), number, kinds, calls))
+                break
+    if not differences:
+        return None
+    _, number, kinds, calls = min(differences, key=lambda difference: difference[0])
+    suspects = _suspects(kinds, calls, number)
+    rank = suspects[0]
+    usual = next(other for other, kind in kinds.items() if kind != kinds[rank])
+    actual, expected = _describe(calls[rank][number]), _describe(calls[usual][number])
+    if len(suspects) == len(kinds):
+        return None, f"rank {rank} entered {actual} where rank {usual} entered {expected}: which is wrong is not known"
+    next_kind = _kind(calls[usual].get(number + 1)) or _usual([*_kinds_before(calls[usual], number), kinds[usual]])
+    if next_kind == kinds[rank]:
+        return rank, f"skipped {expected} and went on to {actual}"
+    return rank, f"entered {actual} where rank {usual} entered {expected}"
 
 
-def _suspects(kinds: dict[int, tuple], calls: dict[int, dict[int, Any]], number: int) -> list[int]:
-    """Ranks that are not with the majority; in a tie, those that do not go on as the steps before did."""
+def _suspects(kinds: dict[int, tuple], calls: dict[int, dict[int, Call]], number: int) -> list[int]:
+    """Ranks that are not with the majority; in a tie, those that do not go on as the steps before did; all, where
+    nothing tells them apart.
+    """
     count = Counter(kinds.values())
     (most, times), *rest = count.most_common()
     if not rest or times > rest[0][1]:
@@ -173,7 +220,7 @@ def _suspects(kinds: dict[int, tuple], calls: dict[int, dict[int, Any]], number:
     return ahead or list(kinds)
 
 
-def _kinds_before(own: dict[int, Any], number: int) -> list[tuple]:
+def _kinds_before(own: dict[int, Call], number: int) -> list[tuple]:
     return [_kind(own[n]) for n in sorted(own) if n < number]
 
 
@@ -189,17 +236,22 @@ def _usual(before: list[tuple]) -> tuple:
     return found
 
 
-def _kind(call: Any) -> tuple:
-    return () if call is None else tuple(call[key] for key in ("op", "shape", "dtype", "axis", "site"))
+def _kind(call: Call | None) -> tuple:
+    return () if call is None else tuple(call[key] for key in ("op", "shape", "dtype", "site"))
 
 
-def _call(report: Report, number: int) -> Any:
-    return next((call for call in reversed(report["collectives"]) if call["number"] == number), None)
-
-
-def _describe(call: Any) -> str:
+def _describe(call: Call) -> str:
+    """The number is the one within the group."""
     shape = f" of {call['shape']} {call['dtype']}" if call["dtype"] != "object" else ""
-    return f"collective {call['number']}, {call['op']}{shape} over {call['axis']} {call['ranks']} ({call['site']})"
+    group = f"{call['axis']} {call['ranks']}"
+    return f"collective {call['number_in_group']}, {call['op']}{shape} over {group} ({call['site']})"
+
+
+def _nth(group: Group, number: int, histories: dict[int, History]) -> str:
+    """A collective of a group, as whichever member still has a record of it describes it."""
+    records = (histories[rank].calls.get(group, {}).get(number) for rank in group[1] if rank in histories)
+    call = next(filter(None, records), None)
+    return _describe(call) if call else f"collective {number} over {group[0]} {list(group[1])}"
 
 
 def _ranks(ranks: list[int]) -> str:

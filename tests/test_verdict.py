@@ -1,6 +1,11 @@
-"""Who is to blame, out of made-up reports: what `verdict.judge` may and may not conclude."""
+"""Who is to blame, out of made-up reports: what `verdict.judge` may and may not conclude.
+
+The numbers in its sentences count within the group.
+"""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, Mock
@@ -13,7 +18,8 @@ from launch.verdict import Report, Verdict, judge, nodes, read
 from tests.models import training
 from tptrain.blackbox import SLOTS, BlackBox
 from tptrain.config import Config, ModelConfig
-from tptrain.parallel.communicators import Nobody
+from tptrain.parallel.collectives import all_reduce_
+from tptrain.parallel.communicators import Finish, Nobody, Op
 from tptrain.parallel.group import Group
 from tptrain.parallel.mesh import Mesh, tp_grid
 from tptrain.train.trainer import Trainer
@@ -28,6 +34,7 @@ CALLS = {
     "G": ("all_reduce", "(4096,)", "dp", "optim.py:61 _begin"),
     "N": ("all_gather", "(1, 2)", "tp", "optim.py:73 norm"),
     "s": ("all_gather", "(1, 2, 15)", "tp", "loss.py:28 _joined"),  # another shape than L's
+    "P": ("transfer", "(16, 16)", "pp", "pipeline.py:40 transfer"),
 }
 STEP = "EAFAFLBBBGN"
 
@@ -37,21 +44,34 @@ def report(
 ) -> Report:
     """Of a rank that entered these calls, all but the last of which returned; `more`: its `time`, `step` and cause."""
     groups = {"tp": list(range(rank // tp * tp, rank // tp * tp + tp)), "dp": list(range(rank % tp, world, tp))}
+    return report_of(rank, [(letter, groups[CALLS[letter][2]]) for letter in calls], kind, inside, world, tp, **more)
+
+
+def report_of(
+    rank: int, calls: list[tuple[str, list[int]]], kind: str, inside: bool, world: int, per_node: int, **more: Any
+) -> Report:
+    """The same of calls that each come with the ranks of its group; a letter and `*`: in the background."""
+    counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
     noted = []
-    for number, letter in enumerate(calls, 1):
-        op, shape, axis, site = CALLS[letter]
-        call = {"number": number, "op": op, "shape": shape, "dtype": "float32", "axis": axis, "ranks": groups[axis]}
-        noted.append(call | {"site": site, "left": number < len(calls) or not inside})
+    for number, (letter, ranks) in enumerate(calls, 1):
+        op, shape, axis, site = CALLS[letter[0]]
+        counts[axis, tuple(ranks)] += 1
+        call = {"number": number, "number_in_group": counts[axis, tuple(ranks)], "axis": axis, "ranks": ranks}
+        background = letter.endswith("*")
+        left = not background and (number < len(calls) or not inside)
+        call |= {"op": op, "shape": shape, "dtype": "float32", "site": site, "left": left, "background": background}
+        noted.append(call)
     return {
         "rank": rank,
         "world": world,
-        "node": f"n{rank // tp}",
+        "node": f"n{rank // per_node}",
         "time": more.pop("time", 100.0),
         "phase": "step",
         "step": more.pop("step", len(calls) // len(STEP)),
         "entered": len(calls),
         "cause": {"kind": kind, "message": f"made-up {kind}"} | more,
         "top": "",
+        "groups": [{"axis": axis, "ranks": list(ranks), "entered": n} for (axis, ranks), n in counts.items()],
         "collectives": noted,
     }
 
@@ -103,14 +123,14 @@ def test_a_rank_that_left_no_report_is_gone() -> None:
     reports = [report(rank, waits, "infra") for rank in (0, 1, 2)]
     found = judged(*reports, placed=["n0", "n0", "n1", "n1"])
     assert (found.kind, found.rank, found.node) == ("gone", 3, "n1")
-    assert "without entering collective 12, all_reduce of (16, 16) float32 over tp [2, 3]" in found.text
+    assert "without entering collective 11, all_reduce of (16, 16) float32 over tp [2, 3]" in found.text
     assert "an unknown node" in judged(*reports).text
 
 
 def test_where_all_wait_in_one_collective_no_rank_failed() -> None:
     found = judged(*(report(rank, STEP + "E", world=2) for rank in (0, 1)))
     assert found.kind == "hang"
-    assert "collective 12" in found.text
+    assert "collective 11" in found.text
     assert "the network" in found.text
 
 
@@ -118,6 +138,7 @@ def test_a_hang_before_any_collective() -> None:
     found = judged(*(report(rank, "", message="silent for 9 s in the phase `build`", world=2) for rank in (0, 1)))
     assert found.kind == "hang"
     assert "silent for 9 s in the phase `build`" in found.text
+    assert (found.rank, found.node) == (None, None)
 
 
 # --------------------------------------------------------------------------------------------- a grid of 2 by 4 ranks
@@ -134,7 +155,7 @@ def test_a_rank_that_blocks_its_tp_group_and_so_the_dp_peers(rank: int) -> None:
     calls = dict.fromkeys(peers, STEP + "EAFAFLBBBG") | dict.fromkeys(group, STEP + "EA") | {rank: STEP + "E"}
     found = judged(*grid(calls, outside=rank))
     assert (found.kind, found.rank, found.node, found.step) == ("hang", rank, f"n{rank // 4}", 1)
-    assert f"never entered collective 13, all_reduce of (16, 16) float32 over tp {group}" in found.text
+    assert f"never entered collective 12, all_reduce of (16, 16) float32 over tp {group}" in found.text
     assert "row_parallel < model.py:67" in found.text
 
 
@@ -145,7 +166,7 @@ def test_a_rank_that_blocks_its_dp_group_and_so_both_tp_groups(rank: int) -> Non
     calls = dict.fromkeys(range(8), reduced + "N") | dict.fromkeys(pair, reduced) | {rank: reduced[:-1]}
     found = judged(*grid(calls, outside=rank))
     assert (found.kind, found.rank) == ("hang", rank)
-    assert f"never entered collective 21, all_reduce of (4096,) float32 over dp {pair}" in found.text
+    assert f"never entered collective 2, all_reduce of (4096,) float32 over dp {pair}" in found.text
 
 
 def test_a_killed_rank_of_the_grid_names_what_it_was_in() -> None:
@@ -153,7 +174,7 @@ def test_a_killed_rank_of_the_grid_names_what_it_was_in() -> None:
     reports[6]["cause"] = {"kind": "died", "message": "killed by SIGKILL", "signal": "SIGKILL"}
     found = judged(*reports)
     assert (found.kind, found.rank) == ("died", 6)
-    assert "inside collective 13, all_reduce of (16, 16) float32 over tp [4, 5, 6, 7]" in found.text
+    assert "inside collective 12, all_reduce of (16, 16) float32 over tp [4, 5, 6, 7]" in found.text
 
 
 # ---------------------------------------------------------------------------------------------------------- mismatches
@@ -163,8 +184,8 @@ def test_the_one_that_differs_from_the_majority() -> None:
     calls = dict.fromkeys(range(8), STEP + "EAFAFL") | {5: STEP + "EAFAFs"}
     found = judged(*grid(calls))
     assert (found.kind, found.rank) == ("mismatch", 5)
-    assert "entered collective 17, all_gather of (1, 2, 15) float32 over tp [4, 5, 6, 7]" in found.text
-    assert "where rank 4 entered collective 17, all_gather of (1, 2, 16) float32 over tp [4, 5, 6, 7]" in found.text
+    assert "entered collective 16, all_gather of (1, 2, 15) float32 over tp [4, 5, 6, 7]" in found.text
+    assert "where rank 4 entered collective 16, all_gather of (1, 2, 16) float32 over tp [4, 5, 6, 7]" in found.text
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -199,13 +220,104 @@ def test_a_mismatch_explains_a_crash() -> None:
     assert (found.kind, found.rank) == ("mismatch", 2)
 
 
+def test_where_nothing_tells_two_apart_neither_is_to_blame() -> None:
+    verdict = judged(report(0, "E", world=2), report(1, "B", world=2))
+    assert (verdict.kind, verdict.rank, verdict.node) == ("mismatch", None, None)
+    assert "rank 0 entered collective 1" in verdict.text
+    assert "where rank 1 entered collective 1" in verdict.text
+
+
+# -------------------------------------------------------------------------- ranks whose programs differ: pp=2 and tp=2
+
+
+def stages(calls: dict[int, str], outside: tuple[int, ...] = ()) -> list[Report]:
+    """Reports of ranks 0 and 1, the first stage, and 2 and 3, the second; `P` is a transfer from 0 to 2 or 1 to 3."""
+    reports = []
+    for rank, text in calls.items():
+        groups = {"tp": [rank // 2 * 2, rank // 2 * 2 + 1], "pp": [rank % 2, rank % 2 + 2], "dp": [0, 1]}
+        letters = [(letter, groups[CALLS[letter[0]][2]]) for letter in re.findall(r"\w\*?", text)]
+        reports.append(report_of(rank, letters, "hang", rank not in outside, len(calls), 2))
+    return reports
+
+
+def test_a_rank_that_hangs_in_the_second_stage() -> None:
+    """The first has entered many more collectives over tp, and waits for the second."""
+    first = 3 * "EAFAFP"
+    verdict = judged(*stages({0: first, 1: first, 2: "PALPA", 3: "PALP"}, outside=(3,)))
+    assert (verdict.kind, verdict.rank, verdict.node) == ("hang", 3, "n1")
+    assert "never entered collective 3, all_reduce of (16, 16) float32 over tp [2, 3]" in verdict.text
+    assert verdict.text.endswith("while ranks 0, 1, 2 waited")
+
+
+def test_a_rank_that_died_is_followed_through_another_group() -> None:
+    """Rank 0 waits over tp for rank 1, which waits over pp for the dead one."""
+    reports = stages({0: "EAFPE", 1: "EAFP", 2: "PA", 3: ""})
+    reports[3]["cause"] = {"kind": "died", "message": "killed by SIGKILL", "signal": "SIGKILL"}
+    verdict = judged(*reports)
+    assert (verdict.kind, verdict.rank, verdict.node) == ("died", 3, "n1")
+    assert "never entered collective 1, all_reduce of (16, 16) float32 over tp [2, 3]" in verdict.text
+    assert verdict.text.endswith("while ranks 0, 1, 2 waited")
+
+
+def test_two_groups_in_opposite_order_are_a_cycle() -> None:
+    verdict = judged(*stages({0: "E", 1: "G"}))
+    assert (verdict.kind, verdict.rank, verdict.node) == ("hang", None, None)
+    assert "rank 0 for rank 1 in collective 1, all_reduce of (16, 16) float32 over tp [0, 1]" in verdict.text
+    assert "rank 1 for rank 0 in collective 1, all_reduce of (4096,) float32 over dp [0, 1]" in verdict.text
+
+
+def test_a_cycle_of_four_over_four_groups() -> None:
+    verdict = judged(*stages({0: "EPE", 1: "EPP", 2: "PP", 3: "PA"}))
+    assert (verdict.kind, verdict.rank, verdict.node) == ("hang", None, None)
+    waits = ["0 for rank 1 in collective 2", "1 for rank 3 in collective 2", "3 for rank 2 in collective 1"]
+    assert all(f"rank {wait}" in verdict.text for wait in [*waits, "2 for rank 0 in collective 2"]), verdict.text
+
+
+def test_a_skipped_collective_in_one_group_while_another_went_on() -> None:
+    first = 4 * "EAFAFP"
+    verdict = judged(*stages({0: first, 1: first, 2: "PALPAL", 3: "PALPAPA"}))
+    assert (verdict.kind, verdict.rank, verdict.node) == ("mismatch", 3, "n1")
+    assert "skipped collective 4, all_gather of (1, 2, 16) float32 over tp [2, 3]" in verdict.text
+    assert "went on to collective 4, all_reduce of (16, 16) float32 over tp [2, 3]" in verdict.text
+
+
+def test_what_runs_in_the_background_is_not_waited_for() -> None:
+    """Rank 0 hangs outside any collective; the peer that it will need later waits for it already."""
+    verdict = judged(*stages({0: "GG*", 1: "GE"}, outside=(0,)))
+    assert (verdict.kind, verdict.rank, verdict.node) == ("hang", 0, "n0")
+    assert "never entered collective 1, all_reduce of (16, 16) float32 over tp [0, 1]" in verdict.text
+
+
+def test_of_two_that_are_waited_for_neither_is_to_blame_for_sure() -> None:
+    verdict = judged(*stages({0: "EPE", 1: "EP", 2: "PA", 3: "P"}, outside=(1, 3)))
+    assert (verdict.kind, verdict.rank, verdict.node) == ("hang", None, None)
+    assert "no rank is to blame for sure: rank 1 never entered collective 2" in verdict.text
+    assert "rank 3 never entered collective 1" in verdict.text
+
+
+@pytest.mark.parametrize(
+    ("first", "outside", "text"),
+    [
+        ("EPEP", (), "none came out: the network"),
+        ("EPE", (0, 2), "rank 3 did not come out: the network or a rank itself"),
+    ],
+)
+def test_a_collective_that_all_members_entered_holds_up_the_other_stage(
+    first: str, outside: tuple[int, ...], text: str
+) -> None:
+    verdict = judged(*stages({0: first, 1: "EPEP", 2: "PA", 3: "PA"}, outside))
+    assert (verdict.kind, verdict.rank, verdict.node) == ("hang", None, None), verdict.text
+    assert "ranks 2, 3 entered collective 1, all_reduce of (16, 16) float32 over tp [2, 3]" in verdict.text
+    assert text in verdict.text
+
+
 # ------------------------------------------------------------------------------------------------------- the black box
 
 
-def filled(count: int, inside: bool = False) -> BlackBox:
+def filled(count: int, inside: bool = False, ranks: range = range(1, 8, 2)) -> BlackBox:
     box = BlackBox()
     for number in range(1, count + 1):
-        entered = box.enter("all_reduce", (number % 7,), "float32", "dp", range(1, 8, 2))
+        entered = box.enter("all_reduce", (number % 7,), "float32", "dp", ranks)
         if number < count or not inside:
             box.leave(entered)
     return box
@@ -222,8 +334,9 @@ def test_the_ring_keeps_the_last_collectives() -> None:
 def test_a_hang_is_found_after_the_ring_has_wrapped() -> None:
     reports = []
     for rank, (count, inside) in enumerate([(5000, True), (4999, False)]):
-        box = filled(count, inside)
-        reports.append({**report(rank, world=2), "entered": count, "collectives": box.collectives()})
+        box = filled(count, inside, range(2))
+        noted = {"entered": count, "groups": box.group_counts(), "collectives": box.collectives()}
+        reports.append({**report(rank, world=2), **noted})
     found = judged(*reports)
     assert (found.kind, found.rank) == ("hang", 1)
     assert "never entered collective 5000, all_reduce of (2,) float32 over dp" in found.text
@@ -234,6 +347,59 @@ def test_a_long_shape_leaves_the_other_entries_whole() -> None:
     box.enter("all_reduce", tuple(range(1000)), "float32", "tp", range(2))
     box.enter("barrier", (), "object", "control", range(2))
     assert [call["number"] for call in box.collectives()] == [1, 2, 3, 5]
+
+
+def test_collectives_are_numbered_within_their_group() -> None:
+    box = BlackBox()
+    for axis, ranks in [("tp", (0, 1)), ("model", (0, 1, 4, 5)), ("tp", (0, 1)), ("model", (0, 1)), ("tp", (0, 1))]:
+        number = box.enter("barrier", (), "object", axis, ranks)
+    box.run_on(number)
+    noted = [(call["axis"], call["ranks"], call["number_in_group"]) for call in box.collectives()]
+    assert noted == [
+        ("tp", [0, 1], 1),
+        ("model", [0, 1, 4, 5], 1),
+        ("tp", [0, 1], 2),
+        ("model", [0, 1], 1),
+        ("tp", [0, 1], 3),
+    ]
+    assert [count["entered"] for count in box.group_counts()] == [3, 1, 1]
+    assert [call["background"] for call in box.collectives()] == [False] * 4 + [True]
+
+
+def test_the_count_of_a_group_outlives_its_records() -> None:
+    box = BlackBox()
+    for _ in range(3):
+        box.leave(box.enter("barrier", (), "object", "control", range(4)))
+    for _ in range(SLOTS):
+        box.leave(box.enter("barrier", (), "object", "tp", range(2)))
+    assert {call["axis"] for call in box.collectives()} == {"tp"}
+    assert box.group_counts() == [
+        {"axis": "control", "ranks": [0, 1, 2, 3], "entered": 3},
+        {"axis": "tp", "ranks": [0, 1], "entered": SLOTS},
+    ]
+
+
+def test_a_trainer_killed_between_record_and_count_has_entered() -> None:
+    box = filled(5, inside=True)
+    box.table[0].entered = 4
+    assert [count["entered"] for count in box.group_counts()] == [5]
+
+
+def test_a_collective_in_the_background_is_noted_as_such_until_it_is_waited_for() -> None:
+    box, states = BlackBox(), []
+
+    def note() -> None:
+        states.append((box.collectives()[-1]["background"], box.collectives()[-1]["left"]))
+
+    class Noting(Nobody):
+        def all_reduce_(self, x: torch.Tensor, op: Op) -> Finish:
+            return note
+
+    pending = all_reduce_(torch.zeros(1), Group("tp", (0, 1), Noting(), box))
+    note()
+    pending.wait()
+    note()
+    assert states == [(True, False), (False, False), (False, True)]
 
 
 def validated(rank: int) -> list[str]:
@@ -251,7 +417,7 @@ def validated(rank: int) -> list[str]:
 
 
 def test_all_ranks_note_the_same_collectives_in_the_same_order() -> None:
-    """What every verdict rests on, and what a validation that does not divide by dp would break."""
+    """What every found rests on within a group, and what a validation that does not divide by dp would break."""
     assert len(validated(0)) > 5
     assert validated(2) == validated(0)
 

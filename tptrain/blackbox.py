@@ -10,12 +10,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from types import CodeType, FrameType
 from typing import Any
 
 PHASES = ("rendezvous", "build", "first_step", "step", "checkpoint", "end")
 SLOTS, SLOT_BYTES = 4096, 256  # the last collectives: some steps of a deep model, 1 MiB
+INSIDE, LEFT, BACKGROUND = range(3)  # state of a collective: the host is inside it, it has returned, the host runs on
+GROUPS, GROUP_BYTES = 64, 4096  # the groups of a rank; the kernel gives memory only to those that are in use
 TEXT_BYTES = 2000
 SAME_SIGNAL_S = 3  # Slurm signals every process of a rank, some of them twice: within this time it is one signal
 
@@ -27,7 +28,8 @@ class _State(ctypes.Structure):
         ("since", ctypes.c_double),  # monotonic clock at the last sign of life
         ("launched", ctypes.c_double),  # unix time of the command that started the run; 0 where not known
         ("began", ctypes.c_double * (1 + len(PHASES))),  # unix time: of this record, and of each phase the first time
-        ("entered", ctypes.c_int64),  # collectives, over the whole life of the trainer
+        ("entered", ctypes.c_int64),  # collectives of all groups, over the whole life of the trainer
+        ("groups", ctypes.c_int32),  # entries of the table of groups that are in use
         ("signal", ctypes.c_int32),  # the first that asked for a stop; 0 for none
         ("signalled", ctypes.c_double),  # monotonic clock, then
         ("signalled_again", ctypes.c_int32),
@@ -36,16 +38,27 @@ class _State(ctypes.Structure):
     )
 
 
+class _Group(ctypes.Structure):
+    """One entry of the table of groups, which keeps the counts of groups whose collectives the ring has dropped."""
+
+    _fields_ = (
+        ("entered", ctypes.c_int64),  # collectives of this group, over the whole life of the trainer
+        ("name", ctypes.c_char * (GROUP_BYTES - 8)),  # axis, tab, ranks
+    )
+
+
 class BlackBox:
     """Shared between a trainer and its supervisor by being made before the fork."""
 
     def __init__(self) -> None:
         size = ctypes.sizeof(_State)
-        self.memory = mmap.mmap(-1, size + SLOTS * SLOT_BYTES)
+        self.slots = size + GROUPS * GROUP_BYTES
+        self.memory = mmap.mmap(-1, self.slots + SLOTS * SLOT_BYTES)
         self.state = _State.from_buffer(self.memory)
-        self.slots = size
+        self.table = (_Group * GROUPS).from_buffer(self.memory, size)
         self.rank = 0
         self.texts: dict[tuple[Any, ...], bytes] = {}  # of collectives that were entered before
+        self.groups: dict[tuple[Any, ...], tuple[int, _Group]] = {}  # index and entry in the table, by axis and ranks
         self.counts_signals = True  # not in the trainer: its handler may run long after the signal came
         self.state.began[0] = time.time()
         self.touch()
@@ -99,44 +112,97 @@ class BlackBox:
 
     # ------------------------------------------------------------------------------------------------- collectives
 
-    def enter(self, op: str, shape: tuple[int, ...], dtype: Any, axis: str, ranks: Sequence[int]) -> int:
-        """Note that a collective is entered; returns the number to `leave` it by, the first being 1."""
+    def enter(self, op: str, shape: tuple[int, ...], dtype: Any, axis: str, ranks: tuple[int, ...] | range) -> int:
+        """Note that a collective of the group (axis and ranks) is entered; returns its number in the order of this
+        rank's collectives, the first being 1, which `leave` takes. All members of a group enter the same collectives,
+        from the same places, in the same order; their collectives in other groups are their own.
+
+        The record is published by `state.entered`, and only then counted in the table: a trainer that is killed in
+        between leaves a count that `group_counts` completes from the record.
+        """
         number = self.state.entered + 1
+        index, group = self.groups.get((axis, ranks)) or self._add_group(axis, ranks)
+        in_group = group.entered + 1
         frame = sys._getframe(2)
-        call = (op, shape, dtype, axis, ranks[0], ranks[-1], len(ranks), _places(frame))
-        if call not in self.texts:
-            members = f"{ranks[0]}:{ranks[-1] + 1}:{ranks[1] - ranks[0] if len(ranks) > 1 else 1}"
+        call = (op, shape, dtype, index, _places(frame))
+        call_text = self.texts.get(call)
+        if call_text is None:
             kind = str(dtype).removeprefix("torch.")
-            self.texts[call] = f"{op}\t{tuple(shape)}\t{kind}\t{axis}\t{members}\t{_call_site(frame)}".encode()
-        text = b"%d\t%b" % (number, self.texts[call])
+            call_text = f"{index}\t{op}\t{tuple(shape)}\t{kind}\t{_call_site(frame)}".encode()
+            self.texts[call] = call_text
+        text = b"%d\t%d\t%b" % (number, in_group, call_text)
         text = text[: SLOT_BYTES - 3]
         start = self.slots + number % SLOTS * SLOT_BYTES
         self.memory[start : start + 3 + len(text)] = b"\0" + len(text).to_bytes(2, "big") + text
         self.state.entered = number
+        group.entered = in_group
         self.touch()
         return number
 
+    def run_on(self, number: int) -> None:
+        """The collective goes on in the background; this rank does other things until it waits for it."""
+        self.memory[self.slots + number % SLOTS * SLOT_BYTES] = BACKGROUND
+
+    def wait(self, number: int) -> None:
+        """This rank does nothing else from now on until the collective has returned."""
+        self.memory[self.slots + number % SLOTS * SLOT_BYTES] = INSIDE
+
     def leave(self, number: int) -> None:
         """The collective has returned (over NCCL: has been handed to the device)."""
-        self.memory[self.slots + number % SLOTS * SLOT_BYTES] = 1
+        self.memory[self.slots + number % SLOTS * SLOT_BYTES] = LEFT
         self.touch()
 
+    def _add_group(self, axis: str, ranks: tuple[int, ...] | range) -> tuple[int, _Group]:
+        """A new entry of the table. Its name is whole before `state.groups` shows it to the reader."""
+        index, members = self.state.groups, list(ranks)
+        stride = max(1, members[1] - members[0]) if len(members) > 1 else 1
+        evenly = range(members[0], members[-1] + 1, stride)
+        text = f"{evenly.start}:{evenly.stop}:{stride}" if list(evenly) == members else ",".join(map(str, members))
+        name = f"{axis}\t{text}".encode()
+        assert index < GROUPS, f"a rank in more than {GROUPS} groups"
+        assert len(name) < GROUP_BYTES - 8, f"{len(ranks)} ranks at uneven distances in the group {axis}"
+        self.table[index].name = name
+        self.state.groups = index + 1
+        self.groups[axis, ranks] = index, self.table[index]
+        return self.groups[axis, ranks]
+
     def collectives(self) -> list[dict[str, Any]]:
-        """The last collectives, oldest first."""
-        found = []
+        """The last collectives of all groups, oldest first: `number` counts all of this rank's, and `number_in_group`
+        those of its group.
+        """
+        calls = []
+        names = self._group_names()
         last = self.state.entered
         for number in range(max(1, last - SLOTS + 2), last + 1):
             start = self.slots + number % SLOTS * SLOT_BYTES
             length = int.from_bytes(self.memory[start + 1 : start + 3], "big")
             fields = self.memory[start + 3 : start + 3 + length].decode(errors="replace").split("\t")
             if len(fields) == 7 and fields[0] == str(number):
-                low, high, stride = (int(n) for n in fields[5].split(":"))
-                call = dict(zip(("op", "shape", "dtype", "axis"), fields[1:5], strict=True))
-                ranks = list(range(low, high, stride))
-                found.append(
-                    {"number": number, **call, "ranks": ranks, "site": fields[6], "left": bool(self.memory[start])}
-                )
-        return found
+                call = {"number": number, "number_in_group": int(fields[1]), **names[int(fields[2])]}
+                call |= dict(zip(("op", "shape", "dtype", "site"), fields[3:], strict=True))
+                state = self.memory[start]
+                calls.append(call | {"left": state == LEFT, "background": state == BACKGROUND})
+        return calls
+
+    def group_counts(self) -> list[dict[str, Any]]:
+        """How many collectives this rank has entered in each of its groups."""
+        counts = [
+            name | {"entered": group.entered} for name, group in zip(self._group_names(), self.table, strict=False)
+        ]
+        for call in self.collectives()[-1:]:  # it may be published and not yet counted
+            for count in counts:
+                if (count["axis"], count["ranks"]) == (call["axis"], call["ranks"]):
+                    count["entered"] = max(count["entered"], call["number_in_group"])
+        return counts
+
+    def _group_names(self) -> list[dict[str, Any]]:
+        """Axis and ranks of each group, in the order of the table."""
+        names = []
+        for group in self.table[: self.state.groups]:
+            axis, _, members = group.name.decode().partition("\t")
+            numbers = [int(n) for n in members.replace(":", ",").split(",")]
+            names.append({"axis": axis, "ranks": list(range(*numbers)) if ":" in members else numbers})
+        return names
 
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep

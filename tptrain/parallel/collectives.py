@@ -15,21 +15,27 @@ from tptrain.parallel.group import Group
 class Work:
     """A collective under way: `wait` before reading its result or changing its operand."""
 
-    def __init__(self, finish: Finish, leave: Callable[[], None]) -> None:
-        self.finish, self.leave = finish, leave
+    def __init__(self, finish: Finish, group: Group | None = None, number: int = 0) -> None:
+        """`number`: by which the black box knows the collective, which now runs in the background."""
+        self.finish, self.group, self.number = finish, group, number
+        if group is not None:
+            group.box.run_on(number)
 
     def wait(self) -> None:
+        if self.group is None:
+            return
+        self.group.box.wait(self.number)
         self.finish()
-        self.leave()
+        self.group.box.leave(self.number)
 
 
-NOTHING = Work(lambda: None, lambda: None)  # where there is nobody to wait for
+NOTHING = Work(lambda: None)  # where there is nobody to wait for
 
 
 def _work(group: Group, op: str, x: Tensor, begin: Callable[[], Finish]) -> Work:
     """Note a collective in the black box and begin it."""
     number = group.enter(op, x)
-    return Work(begin(), lambda: group.box.leave(number))
+    return Work(begin(), group, number)
 
 
 def all_reduce_(x: Tensor, group: Group | None, op: Op = "sum") -> Work:
@@ -53,7 +59,7 @@ def all_reduce(x: Tensor, group: Group | None) -> tuple[Tensor, Work]:
         return x, NOTHING
     number = group.enter("all_reduce", x)
     total, finish = group.communicator.sum(x)
-    return total, Work(finish, lambda: group.box.leave(number))
+    return total, Work(finish, group, number)
 
 
 def all_gather(x: Tensor, group: Group | None, out: Tensor | None = None) -> tuple[Tensor, Work]:
