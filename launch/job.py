@@ -9,12 +9,12 @@ from typing import Any
 
 import psutil
 
-from launch import verdict
 from launch.allocation import Allocation
 from launch.place import find_place
-from launch.supervisor import Supervisor
-from tptrain.blackbox import BlackBox
 from tptrain.config import Config, UserError, read_config
+from tptrain.watch import verdict
+from tptrain.watch.black_box import BlackBox
+from tptrain.watch.supervisor import Supervisor
 
 # Trains as one rank: config, black box, allocation (on Slurm), the attempt's name, what to do once all ranks are there.
 Entry = Callable[[Config, BlackBox, Any, str, Callable[[], None]], int]

@@ -16,12 +16,12 @@ import submitit
 from submitit.core.utils import pickle_load
 from tqdm import tqdm
 
-from launch import verdict
 from launch.job import Entry, command_time, run_rank, shell_lines
 from launch.place import free_port
 from launch.run_dir import newest_checkpoint, read_job, record_job
 from tptrain.config import Config
 from tptrain.config.validate import minutes
+from tptrain.watch import verdict
 
 GRACE_S = 20  # between the first rank's exit and the end of the others
 A_YEAR_MIN = 60 * 24 * 365

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import verdict
 from launch.allocation import ask, fields, requeued_by_slurm, slurm_name
 from launch.run_dir import newest_checkpoint
 from tptrain.config import Config, read_config
+from tptrain.watch import verdict
 
 DOWN = ("down", "drain", "drng", "fail", "maint")
 FINAL = {

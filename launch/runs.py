@@ -17,11 +17,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch import verdict
 from launch.allocation import fields
 from launch.local import Tail, ask_to_stop, supervisors
 from launch.run_dir import newest_checkpoint, read_job
 from tptrain.config import Config, UserError, read_config
+from tptrain.watch import verdict
 
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "SIGNALING")
 ASK_S = 10  # between two questions to Slurm while a log is followed

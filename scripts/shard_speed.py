@@ -16,7 +16,6 @@ from statistics import median
 
 import torch
 
-from tptrain.blackbox import BlackBox
 from tptrain.config import UserError, load_config
 from tptrain.config.schema import kv_heads
 from tptrain.config.sizes import flops_per_token
@@ -24,6 +23,7 @@ from tptrain.mesh import Mesh
 from tptrain.metrics import memory_gb, peak_flops
 from tptrain.plan import tp_degrees
 from tptrain.train import build
+from tptrain.watch.black_box import BlackBox
 
 WARMUP, STEPS = 3, 10
 GPU = ["model=llama3_1b", "train.seq_len=4096", "train.precision=bf16"]

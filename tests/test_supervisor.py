@@ -19,10 +19,8 @@ import pytest
 import torch
 
 from launch.place import Place, free_port
-from launch.supervisor import Supervisor
 from tests.distributed import FORKSERVER
 from tptrain import collectives, loss
-from tptrain.blackbox import SAME_SIGNAL_S, BlackBox
 from tptrain.config import Config, ModelConfig
 from tptrain.layers import initial_values
 from tptrain.loss import cross_entropy_backward
@@ -30,6 +28,8 @@ from tptrain.mesh import Mesh
 from tptrain.model import Decoder
 from tptrain.optim import Optimizer
 from tptrain.rank import run
+from tptrain.watch.black_box import SAME_SIGNAL_S, BlackBox
+from tptrain.watch.supervisor import Supervisor
 
 TP, STEP_S, FAULT_STEP, STEPS = 2, 3, 3, 20
 BOUND_S = STEP_S + 10  # from the fault to the end of the last process

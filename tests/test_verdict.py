@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from launch.verdict import Report, Verdict, judge, nodes, read
-from tptrain.blackbox import SLOTS, BlackBox
 from tptrain.collectives import GATHER
 from tptrain.config import Config, ModelConfig
 from tptrain.mesh import Group, Mesh
 from tptrain.model import Decoder
 from tptrain.optim import Optimizer
 from tptrain.train import Trainer
+from tptrain.watch.black_box import SLOTS, BlackBox
+from tptrain.watch.verdict import Report, Verdict, judge, nodes, read
 
 # The collectives of a step of two layers, by letter: operation, shape, axis and call site.
 CALLS = {

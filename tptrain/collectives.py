@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tptrain import fused
-from tptrain.blackbox import BlackBox
 from tptrain.mesh import Group
+from tptrain.watch.black_box import BlackBox
 
 # torch 2.13 has new names for them and warns of the old ones
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"

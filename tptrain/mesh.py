@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 
 from tptrain import preflight
-from tptrain.blackbox import BlackBox
 from tptrain.config import Config, UserError, check_topology
 from tptrain.config.schema import kv_heads
 from tptrain.shared_memory import SharedMemory, connect
+from tptrain.watch.black_box import BlackBox
 
 T = TypeVar("T")
 

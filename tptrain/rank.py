@@ -12,9 +12,9 @@ from typing import Any
 
 import filelock
 
-from tptrain.blackbox import BlackBox
 from tptrain.config import Config, UserError
 from tptrain.config.load import write_atomically
+from tptrain.watch.black_box import BlackBox
 
 LOCK_S = 60  # for a superseded attempt of the same job to notice and let go
 

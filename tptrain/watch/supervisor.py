@@ -2,7 +2,7 @@
 
 It needs neither torch nor the interpreter of a trainer that hangs in C++. Where a trainer dies, stops, or is silent for
 longer than its phase allows, the supervisor writes what the black box holds into the run directory; the other ranks'
-supervisors see that, write theirs, and the first of them prints one verdict (launch/verdict.py).
+supervisors see that, write theirs, and the first of them prints one verdict (verdict.py).
 """
 
 import contextlib
@@ -19,13 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import verdict
 from launch.allocation import Allocation
 from launch.place import Place
-from tptrain import blackbox
-from tptrain.blackbox import BlackBox
 from tptrain.config import Config
 from tptrain.config.load import write_atomically
+from tptrain.watch import black_box, verdict
+from tptrain.watch.black_box import BlackBox
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STACKS = signal.SIGRTMIN + 3  # asks a trainer for the Python stacks of its threads
@@ -33,7 +32,7 @@ TICK_S = 0.1
 GATHER_S = 6  # for the reports of the other ranks, once one is there
 CLOCK_SKEW_S = 60  # between nodes; what is older than this process is another run's
 APART_S = 5  # the starts of the ranks of one node, whose clock is one
-PACKAGE = str(Path(blackbox.__file__).parent) + os.sep
+PACKAGE = str(Path(black_box.__file__).parents[1]) + os.sep
 CONCLUDING = ("died", "hang", "infra", "bug", "waiting")  # ranks that end so judge; all others have said why they end
 Trainer = Callable[[BlackBox], int]
 

@@ -1,6 +1,6 @@
 """What a rank is doing, in memory that outlives it: phase, step, stop signals and the last collectives it entered.
 
-The trainer writes, its supervisor (another process on the same node, see launch/supervisor.py) reads: the record is
+The trainer writes, its supervisor (another process on the same node, see supervisor.py) reads: the record is
 whole even where the trainer was killed, stopped, or aborted by gloo in the middle of a collective. Imports no torch.
 """
 
@@ -139,7 +139,7 @@ class BlackBox:
         return found
 
 
-_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _OURS: dict[int, tuple[CodeType, bool]] = {}
 
 
