@@ -37,7 +37,7 @@ def requeued_by_slurm(shown: dict[str, str]) -> bool:
     return int(shown.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
-class Allocation:
+class SlurmAllocation:
     """The job that this process runs in."""
 
     def __init__(self) -> None:

@@ -9,27 +9,14 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import dataclass
 
 from tptrain.config import UserError
+from tptrain.watch.place import Place
 
 
-@dataclass(frozen=True)
-class Place:
-    rank: int
-    world: int
-    node: str  # as Slurm calls it
-    job: str  # who started it: the same for all attempts of a requeued job
-    restart: int  # how often the job was restarted before
-
-    @property
-    def attempt(self) -> str:
-        """Names this try to run the job: ranks of two attempts never meet, and what they leave lies apart."""
-        return f"{self.job}-{self.restart}"
-
-    @property
-    def on_slurm(self) -> bool:
-        return "SLURM_JOB_ID" in os.environ and "SUBMITIT_LOCAL_NTASKS" not in os.environ
+def on_slurm() -> bool:
+    """Whether this process runs in a Slurm job, other than as a rank that submitit's local executor started there."""
+    return "SLURM_JOB_ID" in os.environ and "SUBMITIT_LOCAL_NTASKS" not in os.environ
 
 
 def find_place() -> Place:

@@ -55,6 +55,12 @@ def test_only_main_knows_both_sides() -> None:
         assert all(module.startswith(free) for module in inside - {"tptrain"}), file
 
 
+def test_config_and_watch_import_no_torch() -> None:
+    for folder in ("config", "watch"):
+        for file in (ROOT / "tptrain" / folder).glob("*.py"):
+            assert not any(module.split(".")[0] == "torch" for module in _imports(file)), file
+
+
 def test_the_environment_is_read_in_the_mesh_and_launch_only() -> None:
     for file in (ROOT / "tptrain").rglob("*.py"):
         if file.name not in ("mesh.py",):

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from launch.place import Place, free_port
+from launch.place import free_port
 from tests.distributed import FORKSERVER
 from tptrain import collectives, loss
 from tptrain.config import Config, ModelConfig
@@ -29,6 +29,7 @@ from tptrain.model import Decoder
 from tptrain.optim import Optimizer
 from tptrain.rank import run
 from tptrain.watch.black_box import SAME_SIGNAL_S, BlackBox
+from tptrain.watch.place import Place
 from tptrain.watch.supervisor import Supervisor
 
 TP, STEP_S, FAULT_STEP, STEPS = 2, 3, 3, 20
@@ -129,7 +130,7 @@ def be_rank(folder: Path, rank: int, world: int, port: int, trainer: Callable[..
         (folder / f"trainer-{rank}").write_text(str(os.getpid()))
         return trainer(config, box, asked)
 
-    sys.exit(Supervisor(config, place, None).run(noted))
+    sys.exit(Supervisor(config, place).run(noted))
 
 
 def tiny_run(config: Config, box: BlackBox, case: Case) -> int:

@@ -8,18 +8,18 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import filelock
 
 from tptrain.config import Config, UserError
 from tptrain.config.load import write_atomically
 from tptrain.watch.black_box import BlackBox
+from tptrain.watch.place import Allocation
 
 LOCK_S = 60  # for a superseded attempt of the same job to notice and let go
 
 
-def run(config: Config, box: BlackBox, allocation: Any, attempt: str, claim: Callable[[], None]) -> int:
+def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: str, claim: Callable[[], None]) -> int:
     """Train as one rank, whose place the environment tells; `claim` runs on rank 0 once all ranks are there.
 
     Returns the exit code: 0 done (or stopped with a checkpoint), 2 a user's mistake, 4 a full disk, 1

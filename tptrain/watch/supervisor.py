@@ -19,12 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.allocation import Allocation
-from launch.place import Place
 from tptrain.config import Config
 from tptrain.config.load import write_atomically
 from tptrain.watch import black_box, verdict
 from tptrain.watch.black_box import BlackBox
+from tptrain.watch.place import Allocation, FlightRecorder, Place
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STACKS = signal.SIGRTMIN + 3  # asks a trainer for the Python stacks of its threads
@@ -38,10 +37,16 @@ Trainer = Callable[[BlackBox], int]
 
 
 class Supervisor:
-    """One rank's."""
+    """Runs and watches one rank's trainer. `allocation`: on Slurm; `flight_recorder`: where NCCL may be used."""
 
-    def __init__(self, config: Config, place: Place, allocation: Allocation | None) -> None:
-        self.config, self.place, self.allocation = config, place, allocation
+    def __init__(
+        self,
+        config: Config,
+        place: Place,
+        allocation: Allocation | None = None,
+        flight_recorder: FlightRecorder | None = None,
+    ) -> None:
+        self.config, self.place, self.allocation, self.flight_recorder = config, place, allocation, flight_recorder
         self.run_dir = Path(config.run.dir or ".")
         self.reports = verdict.folder_of(self.run_dir, place.attempt)
         self.box = BlackBox()
@@ -70,8 +75,9 @@ class Supervisor:
         if self.place.rank == 0 and self.allocation is not None:
             threading.Thread(target=self._follow_end_time, daemon=True).start()
         cause, code = self._watch()
-        with contextlib.suppress(OSError):
-            self._nccl_pipe().unlink(missing_ok=True)  # NCCL makes it and leaves it
+        if self.flight_recorder is not None:
+            with contextlib.suppress(OSError):
+                self.flight_recorder.pipe.unlink(missing_ok=True)  # NCCL makes it and leaves it
         if cause is None:
             return 0
         if cause["kind"] != "superseded":
@@ -176,18 +182,16 @@ class Supervisor:
 
     def _ask_nccl(self) -> None:
         """Have NCCL write PyTorch's flight record beside our reports: its monitor thread listens on a pipe."""
-        record = Path(f"{os.environ.get('TORCH_NCCL_DEBUG_INFO_TEMP_FILE')}{self.place.rank}")
+        if self.flight_recorder is None:
+            return
         with contextlib.suppress(OSError):  # no pipe: not over NCCL
             self.reports.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._nccl_pipe(), os.O_WRONLY | os.O_NONBLOCK)
+            handle = os.open(self.flight_recorder.pipe, os.O_WRONLY | os.O_NONBLOCK)
             os.write(handle, b"1\n")
             os.close(handle)
             deadline = time.monotonic() + 2
-            while not record.exists() and time.monotonic() < deadline:
+            while not self.flight_recorder.record.exists() and time.monotonic() < deadline:
                 time.sleep(TICK_S)
-
-    def _nccl_pipe(self) -> Path:
-        return Path(f"{os.environ.get('TORCH_NCCL_DEBUG_INFO_PIPE_FILE')}{self.place.rank}.pipe")
 
     def _kill(self) -> None:
         os.kill(self.child, signal.SIGKILL)
