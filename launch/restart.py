@@ -21,14 +21,9 @@ from launch.allocation import ask, fields, requeued_by_slurm, slurm_name
 from launch.run_dir import newest_checkpoint
 from tptrain.config import Config, read_config
 from tptrain.watch import verdict
+from tptrain.watch.outcome import Outcome
 
 DOWN = ("down", "drain", "drng", "fail", "maint")
-FINAL = {
-    "user": "the mistake would repeat itself",
-    "diverged": "the loss would be no number again",
-    "disk": "the disk is full",
-    "cancelled": "the user stopped it",
-}
 
 
 @dataclass(frozen=True)
@@ -43,15 +38,13 @@ def decide(config: Config, history: list[dict[str, Any]], ended: dict[str, Any],
 
     `history`: the ends of earlier attempts, oldest first; `state`: what Slurm says of the job.
     """
-    kind = ended["kind"]
-    if kind == "done":
-        return Decision(False, "the run is finished")
-    if kind in FINAL:
-        return Decision(False, FINAL[kind])
-    if state not in ("RUNNING", "TIMEOUT", "") and not (state == "COMPLETING" and kind == "timeout"):
+    outcome = Outcome(ended["kind"])
+    if outcome.final:
+        return Decision(False, outcome.final)
+    if state not in ("RUNNING", "TIMEOUT", "") and not (state == "COMPLETING" and outcome == Outcome.TIMEOUT):
         return Decision(False, f"Slurm says {state.lower()}")
-    if kind == "bug" and any(
-        before["kind"] == "bug" and (before["step"], before.get("error")) == (ended["step"], ended.get("error"))
+    if outcome == Outcome.BUG and any(
+        before["kind"] == Outcome.BUG and (before["step"], before.get("error")) == (ended["step"], ended.get("error"))
         for before in history
     ):
         return Decision(False, f"the same error came before at step {ended['step']}")
@@ -63,8 +56,7 @@ def decide(config: Config, history: list[dict[str, Any]], ended: dict[str, Any],
     if in_a_row >= config.cluster.max_restarts:
         limit = config.cluster.max_restarts
         return Decision(False, f"{limit} restarts in a row brought no new checkpoint (cluster.max_restarts={limit})")
-    node = ended.get("node") if kind in ("died", "gone", "hang", "mismatch") else None
-    return Decision(True, ended["message"], exclude=node)
+    return Decision(True, ended["message"], exclude=ended.get("node") if outcome.blames_node else None)
 
 
 def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
@@ -76,8 +68,7 @@ def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
         return base | {key: said[-1][key] for key in ("kind", "message", "step")}
     reports = verdict.read(verdict.folder_of(run_dir, attempt))
     if not reports:
-        kind = {0: "done", 2: "user", 4: "disk"}.get(code, "infra")  # the exit codes of tptrain/rank.py
-        return base | {"kind": kind, "message": f"srun ended with {code}", "step": 0}
+        return base | {"kind": Outcome.of_exit_code(code), "message": f"srun ended with {code}", "step": 0}
     world = next(iter(reports.values()))["world"]
     judged = verdict.judge(reports, world, verdict.nodes(run_dir, attempt))
     told = {"kind": judged.kind, "message": judged.text, "step": judged.step, "node": judged.node}
@@ -93,8 +84,8 @@ def main(run_dir: Path, code: int) -> None:
     attempt = f"{job}.0-{restart}"
     ended = how_it_ended(run_dir, attempt, code)
     shown = fields(name)
-    if ended["kind"] in ("infra", "stopped", "gone") and shown.get("Reason") == "TimeLimit":
-        ended |= {"kind": "timeout", "message": "the time limit"}
+    if ended["kind"] in (Outcome.INFRA, Outcome.STOPPED, Outcome.GONE) and shown.get("Reason") == "TimeLimit":
+        ended |= {"kind": Outcome.TIMEOUT, "message": "the time limit"}
     ends = [event for event in verdict.events(run_dir) if event["event"] == "end"]
     history = [event for event in ends if event["attempt"].split(".")[0] == job]
     decision = decide(config, history, ended, shown.get("JobState", ""))
@@ -106,7 +97,7 @@ def main(run_dir: Path, code: int) -> None:
     with (run_dir / "logs" / "attempts.jsonl").open("a") as file:  # first: without a history there would be no end
         file.write(json.dumps(ended | told) + "\n")
     if not decision.requeue:
-        if ended["kind"] != "done":
+        if ended["kind"] != Outcome.DONE:
             print(f"not requeued: {decision.why}", flush=True)
         return
     if subprocess.run(["scontrol", "requeue", name], check=False).returncode:

@@ -22,6 +22,7 @@ from launch.local import Tail, ask_to_stop, supervisors
 from launch.run_dir import newest_checkpoint, read_job
 from tptrain.config import Config, UserError, read_config
 from tptrain.watch import verdict
+from tptrain.watch.outcome import Outcome
 
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "SIGNALING")
 ASK_S = 10  # between two questions to Slurm while a log is followed
@@ -87,20 +88,22 @@ def states(runs: list[Path]) -> dict[Path, State]:
 
 def _state(run: Path, job: dict[str, Any], slurm: dict[str, State]) -> State:
     ended = [event for event in verdict.events(run) if event["event"] in ("last", "end")]
-    kind = ended[-1]["kind"] if ended else ""
+    outcome = Outcome(ended[-1]["kind"]) if ended else None
     if job.get("kind") == "slurm" and job["id"] in slurm:
-        found = slurm[job["id"]]
-        stopped = found.word == "completed" and kind in ("cancelled", "stopped")  # before its last step
-        return State(kind, ended[-1]["message"]) if stopped else found
+        state = slurm[job["id"]]
+        if state.word == "completed" and outcome is not None and outcome.early:
+            return State(outcome, ended[-1]["message"])
+        return state
     if job.get("kind") == "local":
         if (controller := _controller(job)) is not None:
             return State("running", f"process {controller.pid}")
         if not ended or ended[-1]["attempt"] != job.get("attempt"):  # it had no time to say how it ended
             return State("failed", "killed")
-    words = {"done": "completed", "stopped": "stopped", "cancelled": "cancelled"}
-    if not ended:
+    if outcome is None:
         return State("unknown" if job else "not launched")
-    return State(words.get(kind, "failed"), "" if kind == "done" else ended[-1]["message"])
+    if outcome == Outcome.DONE:
+        return State("completed")
+    return State(outcome if outcome.early else "failed", ended[-1]["message"])
 
 
 def _slurm_states(ids: set[str]) -> dict[str, State] | None:

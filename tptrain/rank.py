@@ -14,6 +14,7 @@ import filelock
 from tptrain.config import Config, UserError
 from tptrain.config.load import write_atomically
 from tptrain.watch.black_box import BlackBox
+from tptrain.watch.outcome import Outcome
 from tptrain.watch.place import Allocation
 
 LOCK_S = 60  # for a superseded attempt of the same job to notice and let go
@@ -22,8 +23,7 @@ LOCK_S = 60  # for a superseded attempt of the same job to notice and let go
 def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: str, claim: Callable[[], None]) -> int:
     """Train as one rank, whose place the environment tells; `claim` runs on rank 0 once all ranks are there.
 
-    Returns the exit code: 0 done (or stopped with a checkpoint), 2 a user's mistake, 4 a full disk, 1
-    anything else.
+    Returns the exit code of its outcome.
     """
     import torch.distributed as dist
 
@@ -33,11 +33,11 @@ def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: s
     from tptrain.stop import Stop
     from tptrain.train import Diverged, train
 
-    def fail(kind: str, text: str, code: int = 1) -> int:
-        box.end(kind, text)
+    def fail(outcome: Outcome, text: str) -> int:
+        box.end(outcome, text)
         with contextlib.suppress(OSError):  # the log may lie on the disk that is full
             print(f"{f'[rank {box.rank}] ' if box.rank else ''}error: {text}", file=sys.stderr, flush=True)
-        return code
+        return outcome.exit_code
 
     folder = Path(config.run.dir or ".")
     try:
@@ -54,9 +54,9 @@ def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: s
             agreed = train(config, mesh, Stop(mesh, allocation))
             box.touch("end")
             if agreed is None:
-                box.end("done", f"step {box.state.step}")
+                box.end(Outcome.DONE, f"step {box.state.step}")
             else:
-                box.end("stopped" if agreed.requeue else "cancelled", agreed.reason)
+                box.end(Outcome.STOPPED if agreed.requeue else Outcome.CANCELLED, agreed.reason)
             if mesh.is_main:
                 kind, message = box.ending()
                 note(
@@ -66,29 +66,29 @@ def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: s
             mesh.close()
         return 0
     except Told as error:
-        box.end("user", f"{error}")
-        return 2
+        box.end(Outcome.USER, f"{error}")
+        return Outcome.USER.exit_code
     except UserError as error:
-        return fail("user", f"{error}", 2)
+        return fail(Outcome.USER, f"{error}")
     except Diverged as error:
-        return fail("diverged", f"{error}")
+        return fail(Outcome.DIVERGED, f"{error}")
     except RendezvousError as error:
-        return fail("infra", f"{error}")
+        return fail(Outcome.INFRA, f"{error}")
     except (CheckpointError, OSError) as error:
         full = "no space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if isinstance(error, OSError) and not full:
             return _bug(error, box)
         if isinstance(error, OSError):
             return fail(
-                "disk", f"no space left on the device: {error.filename or folder}. Free some and launch again", 4
+                Outcome.DISK, f"no space left on the device: {error.filename or folder}. Free some and launch again"
             )
-        return fail("disk", f"{error}", 4) if full else fail("bug", f"{error}")
+        return fail(Outcome.DISK if full else Outcome.BUG, f"{error}")
     except RuntimeError as error:  # a collective failed, as it does when another rank is gone
         said = str(error)
         if isinstance(error, dist.DistError) or "gloo" in said or "NCCL" in said:
-            return fail("infra", f"lost another rank: {said.split('] ', 1)[-1].split('. ')[0]}")
+            return fail(Outcome.INFRA, f"lost another rank: {said.split('] ', 1)[-1].split('. ')[0]}")
         if any(word in said for word in ("uncorrectable ECC", "CUDA error: unspecified launch", "bus error")):
-            return fail("infra", f"the device failed: {said.splitlines()[0]}")
+            return fail(Outcome.INFRA, f"the device failed: {said.splitlines()[0]}")
         return _bug(error, box)
     except Exception as error:
         return _bug(error, box)
@@ -96,8 +96,8 @@ def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: s
 
 def _bug(error: Exception, box: BlackBox) -> int:
     traceback.print_exc()
-    box.end("bug", "".join(traceback.format_exception_only(error)).strip())
-    return 1
+    box.end(Outcome.BUG, "".join(traceback.format_exception_only(error)).strip())
+    return Outcome.BUG.exit_code
 
 
 def note(folder: Path, event: dict) -> None:

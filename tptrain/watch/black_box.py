@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from types import CodeType, FrameType
 from typing import Any
 
+from tptrain.watch.outcome import Outcome
+
 PHASES = ("rendezvous", "build", "first_step", "step", "checkpoint", "end")
 SLOTS, SLOT_BYTES = 4096, 256  # the last collectives: some steps of a deep model, 1 MiB
 TEXT_BYTES = 2000
@@ -32,7 +34,7 @@ class _State(ctypes.Structure):
         ("signalled", ctypes.c_double),  # monotonic clock, then
         ("signalled_again", ctypes.c_int32),
         ("end_time", ctypes.c_double),  # unix time at which Slurm kills the job, on rank 0; 0 where not known
-        ("ending", ctypes.c_char * TEXT_BYTES),  # kind, newline, message: how the trainer ended, in its own words
+        ("ending", ctypes.c_char * TEXT_BYTES),  # outcome, newline, message: how the trainer ended, in its own words
     )
 
 
@@ -72,14 +74,14 @@ class BlackBox:
         parts = {name: end - start for name, start, end in zip(names, times, times[1:], strict=False)}
         return {name: seconds for name, seconds in parts.items() if name != "launch" or self.state.launched}
 
-    def end(self, kind: str, message: str = "") -> None:
-        """How the trainer ends: one of done, stopped, user, diverged, bug, lost, disk; and why, for people."""
-        self.state.ending = f"{kind}\n{message}".encode()[: TEXT_BYTES - 1]
+    def end(self, outcome: Outcome, message: str = "") -> None:
+        """How the trainer ends, and why, for people."""
+        self.state.ending = f"{outcome}\n{message}".encode()[: TEXT_BYTES - 1]
 
-    def ending(self) -> tuple[str, str]:
-        """Kind and message; empty where the trainer had no time to say."""
-        kind, _, message = self.state.ending.decode(errors="replace").partition("\n")
-        return kind, message
+    def ending(self) -> tuple[Outcome | None, str]:
+        """Outcome and message; None and empty where the trainer had no time to say."""
+        outcome, _, message = self.state.ending.decode(errors="replace").partition("\n")
+        return Outcome(outcome) if outcome else None, message
 
     # ---------------------------------------------------------------------------------------------------- signals
 

@@ -23,6 +23,7 @@ from tptrain.config import Config
 from tptrain.config.load import write_atomically
 from tptrain.watch import black_box, verdict
 from tptrain.watch.black_box import BlackBox
+from tptrain.watch.outcome import Outcome
 from tptrain.watch.place import Allocation, FlightRecorder, Place
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -32,7 +33,6 @@ GATHER_S = 6  # for the reports of the other ranks, once one is there
 CLOCK_SKEW_S = 60  # between nodes; what is older than this process is another run's
 APART_S = 5  # the starts of the ranks of one node, whose clock is one
 PACKAGE = str(Path(black_box.__file__).parents[1]) + os.sep
-CONCLUDING = ("died", "hang", "infra", "bug", "waiting")  # ranks that end so judge; all others have said why they end
 Trainer = Callable[[BlackBox], int]
 
 
@@ -80,9 +80,9 @@ class Supervisor:
                 self.flight_recorder.pipe.unlink(missing_ok=True)  # NCCL makes it and leaves it
         if cause is None:
             return 0
-        if cause["kind"] != "superseded":
+        if cause["kind"] != Outcome.SUPERSEDED:
             self._report(cause)
-        if cause["kind"] in CONCLUDING:
+        if cause["kind"].concludes:
             self._conclude()
         return code
 
@@ -98,7 +98,7 @@ class Supervisor:
             code = trainer(self.box)
         except BaseException:  # what the trainer itself does not expect
             traceback.print_exc()
-            self.box.end("bug", traceback.format_exc().strip().splitlines()[-1])
+            self.box.end(Outcome.BUG, traceback.format_exc().strip().splitlines()[-1])
         finally:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
@@ -126,7 +126,7 @@ class Supervisor:
                 if self._superseded():
                     self._kill()
                     print("a later attempt of this job has taken over the run: this one ends", flush=True)
-                    return {"kind": "superseded"}, 1
+                    return {"kind": Outcome.SUPERSEDED}, 1
                 if self._others_reported():
                     return self._join_in(), 1
             time.sleep(TICK_S)
@@ -135,7 +135,8 @@ class Supervisor:
         """Ends the trainer on a signal that cannot wait for a step boundary, or dumps and ends it when it hangs."""
         state, phase = self.box.state, self.box.phase
         # A user's Ctrl-C or `cancel` is for good; all other signals are Slurm's, and the job may go on later.
-        stop = {"kind": "cancelled" if self.box.signal == "SIGINT" else "stopped", "signal": self.box.signal}
+        outcome = Outcome.CANCELLED if self.box.signal == "SIGINT" else Outcome.STOPPED
+        stop = {"kind": outcome, "signal": self.box.signal}
         in_time = self.box.signal in ("SIGUSR1", "SIGUSR2")  # the time limit is only near: a step may still be done
         if self.box.signal and not in_time and phase in ("rendezvous", "build"):
             self._kill()
@@ -155,7 +156,7 @@ class Supervisor:
         )
         if silent <= limit:
             return None
-        return self._dump({"kind": "hang", "message": f"silent for {silent:.0f} s in the phase `{phase}`"})
+        return self._dump({"kind": Outcome.HANG, "message": f"silent for {silent:.0f} s in the phase `{phase}`"})
 
     def _join_in(self) -> dict[str, Any]:
         """Another rank has failed: give its trainer a moment to end by itself, then say what it was doing."""
@@ -163,9 +164,9 @@ class Supervisor:
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.child, os.WNOHANG)
             if pid:
-                return self._after_exit(os.waitstatus_to_exitcode(status))[0] or {"kind": "done"}
+                return self._after_exit(os.waitstatus_to_exitcode(status))[0] or {"kind": Outcome.DONE}
             time.sleep(TICK_S)
-        return self._dump({"kind": "waiting", "message": "ended because another rank failed"})
+        return self._dump({"kind": Outcome.WAITING, "message": "ended because another rank failed"})
 
     def _dump(self, cause: dict[str, Any]) -> dict[str, Any]:
         """The trainer's stacks, then its end."""
@@ -200,13 +201,13 @@ class Supervisor:
             time.sleep(0.01)
 
     def _after_exit(self, code: int) -> tuple[dict[str, Any] | None, int]:
-        kind, message = self.box.ending()
         if code == 0:
             return None, 0
         if code < 0:
             name = signal.strsignal(-code) if -code >= signal.SIGRTMIN else signal.Signals(-code).name
-            return {"kind": "died", "message": f"killed by {name}", "signal": name}, 1
-        return {"kind": kind or "bug", "message": message or f"exit code {code}"}, code
+            return {"kind": Outcome.DIED, "message": f"killed by {name}", "signal": name}, 1
+        outcome, message = self.box.ending()
+        return {"kind": outcome or Outcome.BUG, "message": message or f"exit code {code}"}, code
 
     def _superseded(self) -> bool:
         """Whether Slurm has restarted this job elsewhere, while a dead node's ranks were left alive."""
@@ -268,11 +269,11 @@ class Supervisor:
             if len(reports) == self.place.world or time.monotonic() > deadline:
                 break
             time.sleep(TICK_S)
-        judges = [rank for rank, report in reports.items() if report["cause"]["kind"] in CONCLUDING]
+        judges = [rank for rank, report in reports.items() if Outcome(report["cause"]["kind"]).concludes]
         if not judges or min(judges) != self.place.rank:
             return
         judged = verdict.judge(reports, self.place.world, verdict.nodes(self.run_dir, self.place.attempt))
-        if judged.kind in verdict.ANNOUNCED:
+        if judged.kind.announced:
             return
         print(f"verdict: {judged.text}\n  every rank's last collectives and stacks: {self.reports}", flush=True)
         with contextlib.suppress(OSError):

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tptrain.watch.outcome import Outcome
+
 Report = dict[str, Any]
-ANNOUNCED = ("cancelled", "stopped", "user", "diverged", "disk")  # ends of which the rank itself has told people
 
 
 @dataclass(frozen=True)
 class Verdict:
     text: str
-    kind: str  # user, diverged, disk, bug, died, gone, hang, mismatch, stopped or infra
+    kind: Outcome
     rank: int | None
     node: str | None
     step: int  # the last that was finished
@@ -72,31 +73,31 @@ def judge(reports: dict[int, Report], world: int, placed: list[str]) -> Verdict:
     for report in sorted(reports.values(), key=lambda report: report["time"]):
         by_kind.setdefault(report["cause"]["kind"], []).append(report)
 
-    def blame(kind: str, rank: int, text: str) -> Verdict:
+    def blame(kind: Outcome, rank: int, text: str) -> Verdict:
         node = reports[rank]["node"] if rank in reports else (placed[rank] if rank < len(placed) else None)
         return Verdict(f"rank {rank} on {node or 'an unknown node'} {text}", kind, rank, node, step)
 
-    for kind in (*ANNOUNCED, "bug"):
+    for kind in (*(outcome for outcome in Outcome if outcome.announced), Outcome.BUG):
         if kind in by_kind:
             first = by_kind[kind][0]
             return blame(kind, first["rank"], f"ended after step {first['step']}: {first['cause']['message']}")
     if (odd := _odd_one_out(reports)) is not None:
-        return blame("mismatch", *odd)
+        return blame(Outcome.MISMATCH, *odd)
     missing = sorted(set(range(world)) - reports.keys())
-    died = [report for report in by_kind.get("died", []) if report["cause"]["signal"] == "SIGKILL"]
-    died = died or by_kind.get("died", [])
+    died = [report for report in by_kind.get(Outcome.DIED, []) if report["cause"]["signal"] == "SIGKILL"]
+    died = died or by_kind.get(Outcome.DIED, [])
     if died:
-        return blame("died", died[0]["rank"], _left_off(died[0], f"was {died[0]['cause']['message']}", reports))
+        return blame(Outcome.DIED, died[0]["rank"], _left_off(died[0], f"was {died[0]['cause']['message']}", reports))
     halted = [report for report in reports.values() if report["cause"].get("stopped")]
     if halted:
-        return blame("hang", halted[0]["rank"], _left_off(halted[0], "was stopped (SIGSTOP)", reports))
+        return blame(Outcome.HANG, halted[0]["rank"], _left_off(halted[0], "was stopped (SIGSTOP)", reports))
     if missing:
         awaited = _awaited(missing[0], reports)
         which = f", without entering {awaited}" if awaited else ""
-        return blame("gone", missing[0], f"does not answer: its node or its processes are gone{which}")
-    if "hang" not in by_kind:
-        first = next(iter(by_kind.get("infra", reports.values())))
-        return blame("infra", first["rank"], f"ended after step {first['step']}: {first['cause']['message']}")
+        return blame(Outcome.GONE, missing[0], f"does not answer: its node or its processes are gone{which}")
+    if Outcome.HANG not in by_kind:
+        first = next(iter(by_kind.get(Outcome.INFRA, reports.values())))
+        return blame(Outcome.INFRA, first["rank"], f"ended after step {first['step']}: {first['cause']['message']}")
     return _hang(reports, blame)
 
 
@@ -104,13 +105,13 @@ def _hang(reports: dict[int, Report], blame: Any) -> Verdict:
     last = min(reports.values(), key=lambda report: report["entered"])
     where = f" (it was at {last['top']})" if last["top"] else ""
     if last["entered"] < max(report["entered"] for report in reports.values()):
-        return blame("hang", last["rank"], f"{_never_entered(last, reports)}{where}")
+        return blame(Outcome.HANG, last["rank"], f"{_never_entered(last, reports)}{where}")
     call = _call(last, last["entered"])
-    silent = next(report for report in reports.values() if report["cause"]["kind"] == "hang")["cause"]["message"]
+    silent = next(report for report in reports.values() if report["cause"]["kind"] == Outcome.HANG)["cause"]["message"]
     if call is None or call["left"]:
-        return blame("hang", last["rank"], f"was {silent}{where}")
+        return blame(Outcome.HANG, last["rank"], f"was {silent}{where}")
     text = f"all ranks entered {_describe(call)} and none came out: the network between them"
-    return Verdict(text, "hang", None, None, last["step"])
+    return Verdict(text, Outcome.HANG, None, None, last["step"])
 
 
 def _left_off(report: Report, how: str, reports: dict[int, Report]) -> str:
