@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from launch.job import Entry, command_time, run_rank, shell_lines
 from launch.place import free_port
-from launch.run_dir import newest_checkpoint, read_job, record_job
+from launch.run_dir import read_job, record_job
 from tptrain.config import Config
 from tptrain.config.validate import minutes
+from tptrain.run_files import newest_checkpoint
 from tptrain.watch import verdict
 
 GRACE_S = 20  # between the first rank's exit and the end of the others

@@ -7,7 +7,6 @@ again, up to `cluster.max_restarts` times in a row without a new checkpoint; a m
 number, a full disk, and an error that came twice at the same step are not.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -18,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.allocation import ask, fields, requeued_by_slurm, slurm_name
-from launch.run_dir import newest_checkpoint
 from tptrain.config import Config, read_config
+from tptrain.run_files import add_event, events, newest_checkpoint
 from tptrain.watch import verdict
 from tptrain.watch.outcome import Outcome
 
@@ -63,7 +62,7 @@ def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
     """The end of an attempt, by what its ranks left in the run directory."""
     newest = newest_checkpoint(run_dir)
     base = {"event": "end", "attempt": attempt, "time": time.time(), "checkpoint": newest, "node": None}
-    said = [event for event in verdict.events(run_dir) if (event["event"], event["attempt"]) == ("last", attempt)]
+    said = [event for event in events(run_dir) if (event["event"], event["attempt"]) == ("last", attempt)]
     if code == 0 and said:
         return base | {key: said[-1][key] for key in ("kind", "message", "step")}
     reports = verdict.read(verdict.folder_of(run_dir, attempt))
@@ -86,7 +85,7 @@ def main(run_dir: Path, code: int) -> None:
     shown = fields(name)
     if ended["kind"] in (Outcome.INFRA, Outcome.STOPPED, Outcome.GONE) and shown.get("Reason") == "TimeLimit":
         ended |= {"kind": Outcome.TIMEOUT, "message": "the time limit"}
-    ends = [event for event in verdict.events(run_dir) if event["event"] == "end"]
+    ends = [event for event in events(run_dir) if event["event"] == "end"]
     history = [event for event in ends if event["attempt"].split(".")[0] == job]
     decision = decide(config, history, ended, shown.get("JobState", ""))
     if requeued_by_slurm(shown):
@@ -94,8 +93,7 @@ def main(run_dir: Path, code: int) -> None:
     told = {"requeued": decision.requeue, "why": decision.why, "excluded": None}
     if decision.requeue and decision.exclude:
         told["excluded"] = _without(decision.exclude, shown)
-    with (run_dir / "logs" / "attempts.jsonl").open("a") as file:  # first: without a history there would be no end
-        file.write(json.dumps(ended | told) + "\n")
+    add_event(run_dir, ended | told)  # first: without a history there would be no end
     if not decision.requeue:
         if ended["kind"] != Outcome.DONE:
             print(f"not requeued: {decision.why}", flush=True)

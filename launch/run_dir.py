@@ -11,6 +11,7 @@ from typing import Any
 
 from tptrain.config import Config, UserError, read_config, write_config
 from tptrain.config.load import write_atomically
+from tptrain.run_files import newest_checkpoint
 
 # What may change when a run is resumed; all else makes it another run.
 MAY_CHANGE = ("run", "parallel", "cluster", "logging", "checkpoint", "wandb", "watchdog")
@@ -78,12 +79,6 @@ def check_resume(before: Config, now: Config, run_dir: Path) -> None:
             f"train.steps={now.train.steps}: fewer than the {before.train.steps} of the run in {run_dir}. "
             "A resumed run may only be made longer."
         )
-
-
-def newest_checkpoint(run_dir: Path) -> str | None:
-    names = [marker.parent.name for marker in run_dir.glob("checkpoints/step-*/commit.json")]
-    names = [name for name in names if name.removeprefix("step-").isdigit()]
-    return max(names, key=lambda name: int(name.removeprefix("step-")), default=None)
 
 
 def record_job(run_dir: Path, **job: Any) -> None:

@@ -19,9 +19,9 @@ from rich.table import Table
 
 from launch.allocation import fields
 from launch.local import Tail, ask_to_stop, supervisors
-from launch.run_dir import newest_checkpoint, read_job
+from launch.run_dir import read_job
 from tptrain.config import Config, UserError, read_config
-from tptrain.watch import verdict
+from tptrain.run_files import events, newest_checkpoint
 from tptrain.watch.outcome import Outcome
 
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "SIGNALING")
@@ -87,7 +87,7 @@ def states(runs: list[Path]) -> dict[Path, State]:
 
 
 def _state(run: Path, job: dict[str, Any], slurm: dict[str, State]) -> State:
-    ended = [event for event in verdict.events(run) if event["event"] in ("last", "end")]
+    ended = [event for event in events(run) if event["event"] in ("last", "end")]
     outcome = Outcome(ended[-1]["kind"]) if ended else None
     if job.get("kind") == "slurm" and job["id"] in slurm:
         state = slurm[job["id"]]
@@ -165,7 +165,7 @@ def status(runs: list[Path]) -> None:
 def _cells(run: Path, config: Config, state: State) -> list[str]:
     row = last_row(run)
     left = (config.train.steps - row["step"]) * row.get("step_time_s", 0) if row else 0
-    starts = [event for event in verdict.events(run) if event["event"] == "start"]
+    starts = [event for event in events(run) if event["event"] == "start"]
     job = read_job(run).get("id", "")
     word = state.word + (f" ({state.reason})" if state.reason else "")
     return [

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from tptrain.checkpoint import Saver, load_newest, step_folder
+from tptrain.checkpoint import Saver, load_newest
 from tptrain.config import load_config
 from tptrain.config.sizes import checkpoint_bytes
 from tptrain.mesh import make_mesh
+from tptrain.run_files import step_folder
 from tptrain.train import build
 
 ROUNDS = 5

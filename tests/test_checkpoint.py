@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from tptrain import checkpoint
-from tptrain.checkpoint import COMMIT, CheckpointError, committed, load_newest
+from tptrain.checkpoint import CheckpointError, load_newest
 from tptrain.config import Config, load_config
 from tptrain.mesh import make_mesh
 from tptrain.model import Decoder
 from tptrain.optim import MOMENTS, Optimizer
+from tptrain.run_files import COMMIT, committed
 
 DTYPE = torch.bfloat16  # the masters and moments are float32
 

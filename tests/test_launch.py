@@ -15,8 +15,9 @@ import pytest
 from tests.commands import finish, losses, ranks_of, rows_in, run, start_launch, tptrain, trainer_of, wait_until
 from tests.corpus import overrides
 from tests.wandb_files import wandb_rows
-from tptrain.checkpoint import COMMIT, committed, damage, read_commit
+from tptrain.checkpoint import damage, read_commit
 from tptrain.metrics import read_rows
+from tptrain.run_files import COMMIT, committed
 
 TP2 = ["parallel.tp=2", "checkpoint.every=5"]
 

@@ -12,10 +12,10 @@ import torch
 from tests.commands import losses
 from tests.corpus import overrides
 from tests.distributed import run_ranks
-from tptrain.checkpoint import committed, step_of
 from tptrain.config import load_config
 from tptrain.config.schema import kv_heads
 from tptrain.mesh import Mesh, make_mesh
+from tptrain.run_files import committed, step_of
 from tptrain.stop import Agreement, Stop
 from tptrain.train import train
 

@@ -9,7 +9,6 @@ Every rank says which boxes of each global tensor it has, so torch loads them at
 import contextlib
 import errno
 import json
-import re
 import shutil
 import threading
 import time
@@ -33,9 +32,8 @@ from tptrain.config.load import write_atomically
 from tptrain.files import Files, measure, sync
 from tptrain.mesh import Group, Mesh, gather
 from tptrain.optim import Optimizer
+from tptrain.run_files import COMMIT, committed, step_folder, step_folders, step_of
 from tptrain.shards import flat, rng_state, state_dict
-
-COMMIT = "commit.json"
 
 
 class CheckpointError(Exception):
@@ -53,24 +51,6 @@ class Commit:
     data: str  # digest of the packed tokens
     updates: int  # of the weights: fewer than steps where train.on_nan=skip left some out
     files: dict[str, list[Any]]  # name -> [bytes, xxh3_128 hex]
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def committed(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first. Says nothing of whether their bytes are still good."""
-    return [path for path in _step_folders(folder) if (path / COMMIT).exists()]
-
-
-def _step_folders(folder: Path) -> list[Path]:
-    """Oldest first, committed or not. A folder of any other name is not ours."""
-    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)), key=step_of)
 
 
 # --------------------------------------------------------------------------------------------------------------- saving
@@ -234,7 +214,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     with contextlib.suppress(OSError):  # one checkpoint too many is no reason to stop
         for old in good[:-keep]:
             (old / COMMIT).unlink()
-    for path in _step_folders(folder):
+    for path in step_folders(folder):
         if not (path / COMMIT).exists():
             shutil.rmtree(path, ignore_errors=True)
 
@@ -252,7 +232,7 @@ def load_newest(folder: Path, optimizer: Optimizer, mesh: Mesh, say: Callable[[s
     Every rank calls it; `say` gets a line on each checkpoint that is passed over. None where there is no good one.
     """
     candidates = mesh.main_first(lambda: committed(folder))
-    unfinished = [path for path in _step_folders(folder) if not (path / COMMIT).exists()]
+    unfinished = [path for path in step_folders(folder) if not (path / COMMIT).exists()]
     if unfinished:
         say(f"warning: ignoring {', '.join(path.name for path in unfinished)}: never committed (a save was cut off)")
     for path in reversed(candidates):

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import sys
 import time
 import traceback
@@ -13,6 +12,7 @@ import filelock
 
 from tptrain.config import Config, UserError
 from tptrain.config.load import write_atomically
+from tptrain.run_files import add_event
 from tptrain.watch.black_box import BlackBox
 from tptrain.watch.outcome import Outcome
 from tptrain.watch.place import Allocation
@@ -50,7 +50,7 @@ def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: s
             mesh = build_mesh(config, box, own)
             if mesh.is_main:
                 begin = {"event": "start", "attempt": attempt, "time": time.time(), "tp": mesh.tp, "dp": mesh.dp}
-                note(folder, begin | {"nodes": list(mesh.nodes)})
+                add_event(folder, begin | {"nodes": list(mesh.nodes)})
             agreed = train(config, mesh, Stop(mesh, allocation))
             box.touch("end")
             if agreed is None:
@@ -58,11 +58,9 @@ def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: s
             else:
                 box.end(Outcome.STOPPED if agreed.requeue else Outcome.CANCELLED, agreed.reason)
             if mesh.is_main:
-                kind, message = box.ending()
-                note(
-                    folder,
-                    {"event": "last", "attempt": attempt, "kind": kind, "message": message, "step": box.state.step},
-                )
+                outcome, message = box.ending()
+                last = {"event": "last", "attempt": attempt, "kind": outcome, "message": message}
+                add_event(folder, last | {"step": box.state.step})
             mesh.close()
         return 0
     except Told as error:
@@ -98,13 +96,6 @@ def _bug(error: Exception, box: BlackBox) -> int:
     traceback.print_exc()
     box.end(Outcome.BUG, "".join(traceback.format_exception_only(error)).strip())
     return Outcome.BUG.exit_code
-
-
-def note(folder: Path, event: dict) -> None:
-    """Append to the run's history, logs/attempts.jsonl: what its attempts did, for `status` and for restarts."""
-    (folder / "logs").mkdir(exist_ok=True)
-    with (folder / "logs" / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(event) + "\n")
 
 
 @contextlib.contextmanager

@@ -5,13 +5,13 @@ a rank that waits in its n-th waits for one that has entered fewer, and the rank
 all others wait for; and where the n-th differs in operation, shape or call site, the odd one out did something else.
 """
 
-import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tptrain.run_files import events
 from tptrain.watch.outcome import Outcome
 
 Report = dict[str, Any]
@@ -41,21 +41,6 @@ def read(folder: Path, since: float = 0) -> dict[int, Report]:
             continue
         if report["time"] >= since:
             found[report["rank"]] = report
-    return found
-
-
-def events(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's history, oldest first: logs/attempts.jsonl."""
-    try:
-        lines = (run_dir / "logs" / "attempts.jsonl").read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # a crash cut it short
-            event = json.loads(line)
-            if isinstance(event, dict) and {"event", "attempt"} <= event.keys():
-                found.append(event)
     return found
 
 
