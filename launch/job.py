@@ -10,9 +10,11 @@ import psutil
 
 from launch.allocation import SlurmAllocation
 from launch.place import find_place, on_slurm
+from launch.slurm import SlurmError
 from tptrain.config import Config, UserError, read_config
 from tptrain.watch import verdict
 from tptrain.watch.black_box import BlackBox
+from tptrain.watch.outcome import Outcome
 from tptrain.watch.place import Allocation, FlightRecorder, Place
 from tptrain.watch.supervisor import Supervisor
 
@@ -39,7 +41,7 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None], launc
         code = supervised(entry, read_config(Path(run_dir) / "config.yaml"), launched=launched)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code = (Outcome.INFRA if isinstance(error, SlurmError) else Outcome.USER).exit_code
     if code and os.environ.get("SUBMITIT_EXECUTOR") != "local":
         sys.exit(code)
     return code

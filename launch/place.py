@@ -5,11 +5,11 @@ Whoever started it, afterwards the environment has torchrun's variables, which i
 
 import os
 import socket
-import subprocess
 import sys
 import time
 import zlib
 
+from launch import slurm
 from tptrain.config import UserError
 from tptrain.watch.place import Place
 
@@ -60,16 +60,13 @@ def _take_slurm_variables(attempt: str) -> None:
             f"RANK={said[0]} WORLD_SIZE={said[1]}: so says the environment, and Slurm says that this is rank {rank} of "
             f"{world}. Unset RANK and WORLD_SIZE (in your shell, cluster.env or cluster.setup)."
         )
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-    )
     tasks = env["SLURM_STEP_TASKS_PER_NODE"].replace("(", ",").split(",")  # "4(x2)" or "2,1"
     env |= {
         "RANK": rank,
         "WORLD_SIZE": world,
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": tasks[0],
-        "MASTER_ADDR": nodes.stdout.split()[0],
+        "MASTER_ADDR": slurm.hostnames(env["SLURM_STEP_NODELIST"])[0],
         # A restarted job keeps its id, and a dead attempt may still hold its port: the restart count moves it.
         "MASTER_PORT": str(20000 + zlib.crc32(attempt.encode()) % 12000),
     }

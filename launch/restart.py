@@ -9,20 +9,18 @@ number, a full disk, and an error that came twice at the same step are not.
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.allocation import ask, fields, requeued_by_slurm, slurm_name
+from launch import slurm
+from launch.allocation import requeued_by_slurm, slurm_name
 from tptrain.config import Config, read_config
 from tptrain.run_files import add_event, events, newest_checkpoint
 from tptrain.watch import verdict
 from tptrain.watch.outcome import Outcome
-
-DOWN = ("down", "drain", "drng", "fail", "maint")
 
 
 @dataclass(frozen=True)
@@ -62,18 +60,18 @@ def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
     """The end of an attempt, by what its ranks left in the run directory."""
     newest = newest_checkpoint(run_dir)
     base = {"event": "end", "attempt": attempt, "time": time.time(), "checkpoint": newest, "node": None}
-    said = [event for event in events(run_dir) if (event["event"], event["attempt"]) == ("last", attempt)]
-    if code == 0 and said:
-        return base | {key: said[-1][key] for key in ("kind", "message", "step")}
+    last = [event for event in events(run_dir) if (event["event"], event["attempt"]) == ("last", attempt)]
+    if code == 0 and last:
+        return base | {key: last[-1][key] for key in ("kind", "message", "step")}
     reports = verdict.read(verdict.folder_of(run_dir, attempt))
     if not reports:
         return base | {"kind": Outcome.of_exit_code(code), "message": f"srun ended with {code}", "step": 0}
     world = next(iter(reports.values()))["world"]
     judged = verdict.judge(reports, world, verdict.nodes(run_dir, attempt))
-    told = {"kind": judged.kind, "message": judged.text, "step": judged.step, "node": judged.node}
+    end = base | {"kind": judged.kind, "message": judged.text, "step": judged.step, "node": judged.node}
     if judged.rank in reports:  # the same error may come first on another rank the next time
-        told["error"] = reports[judged.rank]["cause"]["message"]
-    return base | told
+        end["error"] = reports[judged.rank]["cause"]["message"]
+    return end
 
 
 def main(run_dir: Path, code: int) -> None:
@@ -82,7 +80,7 @@ def main(run_dir: Path, code: int) -> None:
     job, name, restart = os.environ["SLURM_JOB_ID"], slurm_name(), os.environ.get("SLURM_RESTART_COUNT", "0")
     attempt = f"{job}.0-{restart}"
     ended = how_it_ended(run_dir, attempt, code)
-    shown = fields(name)
+    shown = slurm.show_job(name)
     if ended["kind"] in (Outcome.INFRA, Outcome.STOPPED, Outcome.GONE) and shown.get("Reason") == "TimeLimit":
         ended |= {"kind": Outcome.TIMEOUT, "message": "the time limit"}
     ends = [event for event in events(run_dir) if event["event"] == "end"]
@@ -90,37 +88,44 @@ def main(run_dir: Path, code: int) -> None:
     decision = decide(config, history, ended, shown.get("JobState", ""))
     if requeued_by_slurm(shown):
         decision = Decision(False, "Slurm has requeued it by itself")
-    told = {"requeued": decision.requeue, "why": decision.why, "excluded": None}
-    if decision.requeue and decision.exclude:
-        told["excluded"] = _without(decision.exclude, shown)
-    add_event(run_dir, ended | told)  # first: without a history there would be no end
+    excluded = _nodes_to_exclude(decision.exclude, shown) if decision.requeue and decision.exclude else None
+    ended |= {"requeued": decision.requeue, "why": decision.why, "excluded": excluded}
+    add_event(run_dir, ended)  # first: without a history there would be no end
     if not decision.requeue:
         if ended["kind"] != Outcome.DONE:
             print(f"not requeued: {decision.why}", flush=True)
         return
-    if subprocess.run(["scontrol", "requeue", name], check=False).returncode:
-        print("not requeued: Slurm refuses", flush=True)
+    try:
+        slurm.requeue(name)
+    except slurm.SlurmError as error:
+        print(f"not requeued: Slurm refuses: {error}", flush=True)
         return
-    if told["excluded"]:
-        subprocess.run(["scontrol", "update", f"JobId={name}", f"ExcNodeList={told['excluded']}"], check=False)
-    kept_away = f", without {told['excluded']}" if told["excluded"] else ""
-    print(f"requeued{kept_away}: {decision.why}", flush=True)
+    if excluded:
+        try:
+            slurm.exclude_nodes(name, excluded)
+        except slurm.SlurmError as error:
+            print(error, flush=True)
+    without = f", without {excluded}" if excluded else ""
+    print(f"requeued{without}: {decision.why}", flush=True)
 
 
-def _without(node: str, shown: dict[str, str]) -> str | None:
-    """All nodes to keep the job away from, this one among them; None where too few would be left."""
-    away = {name for name in _expand(shown.get("ExcNodeList", "(null)"))} | {node}
-    states = ask("sinfo", "--noheader", "--Node", "--format=%N %t", f"--partition={shown.get('Partition', '')}")
-    up = {name for name, state in map(str.split, states.splitlines()) if state.strip("*~#") not in DOWN}
-    left, needed = len(up - away), int(shown.get("NumNodes", "1").split("-")[0])
+def _nodes_to_exclude(node: str, shown: dict[str, str]) -> str | None:
+    """The nodes that the job must avoid already, and `node`; None where too few others are up.
+
+    `shown`: what `slurm.show_job` returned.
+    """
+    before = shown.get("ExcNodeList", "(null)")
+    try:
+        excluded = {node} | set(slurm.hostnames(before) if before not in ("(null)", "") else ())
+        left = len(slurm.nodes_up(shown.get("Partition", "")) - excluded)
+    except slurm.SlurmError as error:
+        print(f"{node} is not excluded: {error}", flush=True)
+        return None
+    needed = int(shown.get("NumNodes", "1").split("-")[0])
     if left < needed:
         print(f"{node} is not excluded: only {left} other nodes are up, and the job needs {needed}", flush=True)
         return None
-    return ",".join(sorted(away))
-
-
-def _expand(names: str) -> list[str]:
-    return [] if names in ("(null)", "") else ask("scontrol", "show", "hostnames", names).split()
+    return ",".join(sorted(excluded))
 
 
 if __name__ == "__main__":

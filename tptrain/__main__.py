@@ -97,7 +97,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 
 
 def launch(asked: argparse.Namespace) -> int:
-    from launch import run_dir, slurm, sweep
+    from launch import run_dir, submit, sweep
     from tptrain.config import UserError
     from tptrain.rank import run
 
@@ -110,9 +110,9 @@ def launch(asked: argparse.Namespace) -> int:
         base = Path(configs[0].run.dir or ".")
     cluster = configs[0].cluster
     if cluster.kind == "slurm":
-        slurm.check(configs[0])
+        submit.check(configs[0])
         if cluster.dry_run:
-            print(slurm.script(configs, base))
+            print(submit.script(configs, base))
             return 0
     elif cluster.dry_run:
         raise UserError("cluster.dry_run: shows the sbatch script, and cluster=local has none. Use cluster=slurm.")
@@ -122,7 +122,7 @@ def launch(asked: argparse.Namespace) -> int:
         for config in configs:
             stack.enter_context(_only_launch(config))
             stack.enter_context(run_dir.claimed(config))
-        job = slurm.submit(configs, base, run)
+        job = submit.submit(configs, base, run)
     if len(configs) > 1:
         print(f"submitted Slurm job array {job} of {len(configs)} runs, in {base}/0 to {base}/{len(configs) - 1}")
     else:
