@@ -1,8 +1,6 @@
 """The daily commands: what runs there are and how they stand, their logs, and how to stop one."""
 
 import contextlib
-import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from launch import slurm
 from launch.local import Tail, ask_to_stop, supervisors
 from launch.run_dir import read_job
 from tptrain.config import Config, UserError, read_config
+from tptrain.rows import last_row
 from tptrain.run_files import events, newest_checkpoint
 from tptrain.watch.outcome import Outcome
 
@@ -145,7 +144,7 @@ def status(runs: list[Path]) -> None:
 
 
 def _cells(run: Path, config: Config, state: State) -> list[str]:
-    row = last_row(run)
+    row = last_row(run / "metrics.jsonl")
     left = (config.train.steps - row["step"]) * row.get("step_time_s", 0) if row else 0
     starts = [event for event in events(run) if event["event"] == "start"]
     job = read_job(run).get("id", "")
@@ -161,22 +160,6 @@ def _cells(run: Path, config: Config, state: State) -> list[str]:
         str(max(0, len(starts) - 1)),
         newest_checkpoint(run) or "",
     ]
-
-
-def last_row(run: Path) -> dict[str, Any] | None:
-    """The newest row of metrics.jsonl, out of the file's tail."""
-    try:
-        with (run / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "step" in row:
-                return row
-    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------- logs

@@ -11,9 +11,10 @@ from tptrain.config import load_config
 from tptrain.config.schema import OptimConfig
 from tptrain.config.sizes import flops_per_token
 from tptrain.mesh import make_mesh
-from tptrain.metrics import Recorder, read_rows
+from tptrain.metrics import Recorder
 from tptrain.model import Decoder
 from tptrain.optim import Optimizer, learning_rate
+from tptrain.rows import read_rows
 
 
 @pytest.mark.parametrize("model", ["tiny", "gpt2"])

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["config"],
-    ["run_files"],
+    ["rows", "run_files"],
     ["watch"],
     ["preflight", "plan", "shared_memory", "native", "files"],
     ["fused", "attention"],
@@ -52,12 +52,12 @@ def test_only_main_knows_both_sides() -> None:
             assert not any(module.split(".")[0] in ("launch", "submitit") for module in _imports(file)), file
     for file in (ROOT / "launch").rglob("*.py"):
         inside = {module for module in _imports(file) if module.split(".")[0] == "tptrain"}
-        free = ("tptrain.config", "tptrain.run_files", "tptrain.watch")  # of torch
+        free = ("tptrain.config", "tptrain.rows", "tptrain.run_files", "tptrain.watch")  # of torch
         assert all(module.startswith(free) for module in inside - {"tptrain"}), file
 
 
 def test_what_the_launcher_imports_needs_no_torch() -> None:
-    for pattern in ("config/*.py", "watch/*.py", "run_files.py"):
+    for pattern in ("config/*.py", "watch/*.py", "rows.py", "run_files.py"):
         for file in (ROOT / "tptrain").glob(pattern):
             assert not any(module.split(".")[0] == "torch" for module in _imports(file)), file
 

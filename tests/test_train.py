@@ -18,8 +18,8 @@ from tptrain.config import load_config
 from tptrain.config.schema import kv_heads
 from tptrain.layers import parameters
 from tptrain.mesh import make_mesh
-from tptrain.metrics import read_rows
 from tptrain.native import compile_kernels
+from tptrain.rows import read_rows
 from tptrain.stop import Stop
 from tptrain.train import Trainer, build, train
 

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +18,7 @@ from tqdm import tqdm
 
 from tptrain.config import Config
 from tptrain.config.load import write_atomically
-
-Row = dict[str, Any]
+from tptrain.rows import Row, describe, read_rows, short
 
 # Dense peaks in TFLOP/s, (bf16, fp32 without TF32), off the vendors' data sheets. The first that is in the name counts.
 PEAK_TFLOPS = {
@@ -51,17 +49,6 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 class Recorder:
@@ -108,20 +95,6 @@ class Recorder:
         if self.bar is not None:
             self.bar.close()
         self.wandb.finish()
-
-
-def short(row: Row) -> str:
-    return f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s"
-
-
-def describe(row: Row, steps: int) -> str:
-    """One line of the console: starts with `step`, by which the launcher knows it."""
-    left = timedelta(seconds=math.ceil((steps - row["step"]) * row["step_time_s"]))
-    validation = f"  val_loss {row['val_loss']:.4f}" if "val_loss" in row else ""
-    return (
-        f"step {row['step']:>{len(str(steps))}}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-        f"grad_norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tok/s  eta {left}{validation}"
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- wandb
