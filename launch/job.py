@@ -58,7 +58,7 @@ def supervised(entry: Entry, config: Config, claim: Callable[[], None] = lambda:
 
 def _flight_recorder(config: Config, place: Place) -> FlightRecorder:
     """Have NCCL keep PyTorch's flight record, and write it where the other reports of a hang lie."""
-    reports = verdict.folder_of(Path(config.run.dir or "."), place.attempt)
+    reports = verdict.folder_of(Path(config.run.dir), place.attempt)
     record = os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(reports / "nccl-trace-"))
     pipe = os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", f"/tmp/tptrain-{place.attempt}-")
     return FlightRecorder(Path(f"{record}{place.rank}"), Path(f"{pipe}{place.rank}.pipe"))

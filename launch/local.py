@@ -33,7 +33,7 @@ STOPPING = "Ctrl-C: stopping after this step, with a checkpoint (again: at once,
 def submit(config: Config, entry: Entry) -> submitit.Job[int]:
     """Start one process a rank. Ctrl-C in the terminal does not reach them: `follow` passes it on."""
     cluster = config.cluster
-    run_dir = Path(config.run.dir or ".")
+    run_dir = Path(config.run.dir)
     executor = submitit.LocalExecutor(run_dir / "logs", python=_python(config))
     executor.update_parameters(
         tasks_per_node=cluster.tasks_per_node,
@@ -86,7 +86,7 @@ class Follower:
     """Shows a local job's progress until its end, and ends what is left of it."""
 
     def __init__(self, config: Config, job: submitit.Job[int], presses: list[float]) -> None:
-        self.run_dir = Path(config.run.dir or ".")
+        self.run_dir = Path(config.run.dir)
         self.ranks = config.cluster.tasks_per_node or 1
         self.prefix = str(self.run_dir / "logs" / job.job_id)
         self.controller = psutil.Process(int(job.job_id))

@@ -39,7 +39,7 @@ def submit(configs: list[Config], base: Path, entry: Entry) -> str:
     Raises UserError with Slurm's own words where it refuses.
     """
     executor = _executor(configs, base)
-    dirs = [config.run.dir or "." for config in configs]
+    dirs = [config.run.dir for config in configs]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
             if len(configs) == 1:
@@ -67,7 +67,7 @@ def script(configs: list[Config], base: Path) -> str:
 def _executor(configs: list[Config], base: Path) -> submitit.SlurmExecutor:
     executor = submitit.SlurmExecutor(base / "logs")
     array = len(configs) > 1
-    run_dir = shlex.quote(str(base)) + "/$SLURM_ARRAY_TASK_ID" if array else shlex.quote(configs[0].run.dir or ".")
+    run_dir = shlex.quote(str(base)) + "/$SLURM_ARRAY_TASK_ID" if array else shlex.quote(configs[0].run.dir)
     executor.update_parameters(**_parameters(configs[0], base.name, run_dir))
     return executor
 

@@ -27,7 +27,7 @@ def _train(
 ) -> Any:
     lines = [*overrides(Path(folder), name), "parallel.tp=2", f"train.steps={STEPS}", "optim=constant", *changes]
     config = load_config(lines)
-    Path(config.run.dir or "").mkdir(parents=True, exist_ok=True)
+    Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(2, kv_heads(config.model), torch.device("cpu"))
     stop = Stop(mesh, allocation, asked(mesh)) if asked else Stop(mesh, allocation)
     return train(config, mesh, stop), mesh.box.state.step

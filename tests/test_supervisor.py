@@ -150,7 +150,7 @@ def tiny_train(config: Config, grid: Mesh, case: Case) -> None:
     for step in range(1, STEPS + 1):
         fault = case.fault if (step, grid.rank) == (FAULT_STEP, case.rank) else ""
         if fault:
-            (Path(config.run.dir or ".") / "fault").touch()
+            (Path(config.run.dir) / "fault").touch()
         if fault == "stops":
             os.kill(os.getpid(), signal.SIGSTOP)
         if fault.startswith("dies"):
@@ -202,7 +202,7 @@ def wait_for_signal(config: Config, box: BlackBox, asked: Signals) -> int:
     if asked.deaf_s:
         signal.pthread_sigmask(signal.SIG_BLOCK, asked.numbers)
     box.touch(asked.phase)
-    (Path(config.run.dir or ".") / "fault").touch()
+    (Path(config.run.dir) / "fault").touch()
     while not box.signal:
         time.sleep(0.01)
     heard = time.monotonic()

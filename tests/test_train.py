@@ -53,7 +53,7 @@ def after(steps: int, rank: int = 0) -> Callable[[], str | None]:
 def run_here(lines: list[str], tp: int, stop_after: int = 10**9) -> None:
     """Train on the ranks this is called on, which meet in shared memory, as those of a launch on one machine do."""
     config = load_config([*lines, f"parallel.tp={tp}"])
-    run_dir = Path(config.run.dir or "")
+    run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(tp, kv_heads(config.model), torch.device("cpu"), shared=True)
     train(config, mesh, Stop(mesh, asked=after(stop_after)))

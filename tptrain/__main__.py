@@ -107,7 +107,7 @@ def launch(asked: argparse.Namespace) -> int:
             _check(config)
     else:
         configs = [_launchable(asked.overrides)]
-        base = Path(configs[0].run.dir or ".")
+        base = Path(configs[0].run.dir)
     cluster = configs[0].cluster
     if cluster.kind == "slurm":
         submit.check(configs[0])
@@ -127,7 +127,7 @@ def launch(asked: argparse.Namespace) -> int:
         print(f"submitted Slurm job array {job} of {len(configs)} runs, in {base}/0 to {base}/{len(configs) - 1}")
     else:
         print(f"submitted Slurm job {job}, run directory {configs[0].run.dir}")
-    command, name = "python -m tptrain", shlex.quote(configs[0].run.dir or ".")
+    command, name = "python -m tptrain", shlex.quote(configs[0].run.dir)
     every = f"{shlex.quote(str(base))}/[0-9]*" if len(configs) > 1 else name
     print(
         f"  how it stands:        {command} status {every}\n"
@@ -146,7 +146,7 @@ def _only_launch(config: "Config") -> Iterator[None]:
     from launch import runs
     from tptrain.config import UserError
 
-    folder = Path(config.run.dir or ".")
+    folder = Path(config.run.dir)
     lock = Path(f"{folder}.launching")
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -168,7 +168,7 @@ def _launch_here(configs: "list[Config]") -> int:
 
     worst = 0
     for config in configs:
-        folder = Path(config.run.dir or ".")
+        folder = Path(config.run.dir)
         with local.interrupts() as presses:
             with _only_launch(config), run_dir.claimed(config):
                 job = local.submit(config, run)
@@ -234,7 +234,7 @@ def train(asked: argparse.Namespace) -> int:
     validate(config)
 
     def claim() -> None:
-        _check_free(Path(config.run.dir or "."))
+        _check_free(Path(config.run.dir))
         run_dir.claim(config)
 
     return _exit_code(supervised(run, config, claim))

@@ -152,7 +152,7 @@ def build_mesh(config: Config, box: BlackBox, claim: Callable[[], None] = lambda
     if backend == "nccl" and device.type == "cpu":
         raise UserError("parallel.backend=nccl: this machine shows no CUDA device to torch. Use parallel.backend=gloo.")
     name = "cpu" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
-    mine = preflight.Report(rank, env["TPTRAIN_NODE"], local_rank, name, config.run.dir or ".")
+    mine = preflight.Report(rank, env["TPTRAIN_NODE"], local_rank, name, config.run.dir)
     patience, hosted = config.watchdog.rendezvous_s, env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = env["TPTRAIN_ATTEMPT"]
     store = preflight.join(env["MASTER_ADDR"], int(env["MASTER_PORT"]), mine, world, hosted, patience, attempt)

@@ -56,7 +56,7 @@ class Recorder:
 
     def __init__(self, config: Config, start: int) -> None:
         self.steps = config.train.steps
-        path = Path(config.run.dir or ".") / "metrics.jsonl"
+        path = Path(config.run.dir) / "metrics.jsonl"
         kept = [row for row in read_rows(path) if row["step"] <= start]  # a dead attempt's rows past the checkpoint
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", buffering=1)
@@ -113,7 +113,7 @@ class Wandb:
     def __init__(self, config: Config, say: Callable[[str], None], earlier: list[Row]) -> None:
         self.config, self.say = config, say
         self.rows: queue.Queue[Row | None] = queue.Queue()
-        self.handed_over = Path(config.run.dir or ".") / "wandb" / "handed-over"  # the last step that wandb surely has
+        self.handed_over = Path(config.run.dir) / "wandb" / "handed-over"  # the last step that wandb surely has
         text = self.handed_over.read_text(errors="replace") if self.handed_over.exists() else ""
         last = int(text) if text.isdigit() else 0
         for row in earlier:
@@ -155,7 +155,7 @@ class Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        identity = Path(self.config.run.dir or ".") / "wandb" / "run-id"
+        identity = Path(self.config.run.dir) / "wandb" / "run-id"
         if not identity.exists():
             identity.parent.mkdir(exist_ok=True)
             write_atomically(identity, f"{int(time.time() * 1e6):x}")

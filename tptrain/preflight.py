@@ -108,10 +108,10 @@ def check(
             raise UserError(said)
         claim()
         token = f".seen-{uuid.uuid4().hex}"
-        (Path(config.run.dir or ".") / token).touch()
+        (Path(config.run.dir) / token).touch()
         return token
 
-    path = Path(config.run.dir or ".") / meeting.by_main("report", asdict(mine), first)
+    path = Path(config.run.dir) / meeting.by_main("report", asdict(mine), first)
     seen = _appears(path)
 
     def second() -> str:
@@ -162,7 +162,7 @@ def problem(reports: list[Report], config: Config) -> str | None:
 
 
 def _disk_problem(config: Config) -> str | None:
-    folder = Path(config.run.dir or ".")
+    folder = Path(config.run.dir)
     while not folder.exists():
         folder = folder.parent
     free, needed = shutil.disk_usage(folder).free, checkpoint_bytes(config.model)

@@ -39,7 +39,7 @@ def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: s
             print(f"{f'[rank {box.rank}] ' if box.rank else ''}error: {text}", file=sys.stderr, flush=True)
         return outcome.exit_code
 
-    folder = Path(config.run.dir or ".")
+    folder = Path(config.run.dir)
     try:
         with contextlib.ExitStack() as stack:
 

@@ -130,7 +130,7 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None) -> Agreement | N
     trainer = build(config, mesh)
     say = _printer(mesh)
     say(_introduction(trainer))
-    folder = Path(config.run.dir or ".") / "checkpoints"
+    folder = Path(config.run.dir) / "checkpoints"
     found = checkpoint.load_newest(folder, trainer.optimizer, mesh, say)
     start = mesh.box.state.step = found.step if found else 0
     if found and found.data != trainer.data.digest:

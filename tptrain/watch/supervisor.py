@@ -47,7 +47,7 @@ class Supervisor:
         flight_recorder: FlightRecorder | None = None,
     ) -> None:
         self.config, self.place, self.allocation, self.flight_recorder = config, place, allocation, flight_recorder
-        self.run_dir = Path(config.run.dir or ".")
+        self.run_dir = Path(config.run.dir)
         self.reports = verdict.folder_of(self.run_dir, place.attempt)
         self.box = BlackBox()
         self.box.rank = place.rank
