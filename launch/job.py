@@ -5,19 +5,21 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from launch import verdict
-from launch.allocation import Allocation
-from launch.place import find_place
-from launch.supervisor import Supervisor
-from tptrain.blackbox import BlackBox
+from launch.allocation import SlurmAllocation
+from launch.place import find_place, on_slurm
+from launch.slurm import SlurmError
 from tptrain.config import Config, UserError, read_config
+from tptrain.watch import verdict
+from tptrain.watch.black_box import BlackBox
+from tptrain.watch.outcome import Outcome
+from tptrain.watch.place import Allocation, FlightRecorder, Place
+from tptrain.watch.supervisor import Supervisor
 
 # Trains as one rank: config, black box, allocation (on Slurm), the attempt's name, what to do once all ranks are there.
-Entry = Callable[[Config, BlackBox, Any, str, Callable[[], None]], int]
+Entry = Callable[[Config, BlackBox, Allocation | None, str, Callable[[], None]], int]
 
 
 def command_time() -> float:
@@ -39,7 +41,7 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None], launc
         code = supervised(entry, read_config(Path(run_dir) / "config.yaml"), launched=launched)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code = (Outcome.INFRA if isinstance(error, SlurmError) else Outcome.USER).exit_code
     if code and os.environ.get("SUBMITIT_EXECUTOR") != "local":
         sys.exit(code)
     return code
@@ -48,17 +50,18 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None], launc
 def supervised(entry: Entry, config: Config, claim: Callable[[], None] = lambda: None, launched: float = 0.0) -> int:
     """Run this process's rank; `claim` runs on rank 0 once all are there. Raises UserError for a misplaced one."""
     place = find_place()
-    _keep_nccl_record(verdict.folder_of(Path(config.run.dir or "."), place.attempt), place.attempt)
-    allocation = Allocation() if place.on_slurm else None
-    supervisor = Supervisor(config, place, allocation)
+    allocation = SlurmAllocation() if on_slurm() else None
+    supervisor = Supervisor(config, place, allocation, _flight_recorder(config, place))
     supervisor.box.state.launched = 0.0 if place.restart else launched  # a restart was not waited for since then
     return supervisor.run(lambda box: entry(config, box, allocation, place.attempt, claim))
 
 
-def _keep_nccl_record(reports: Path, attempt: str) -> None:
-    """Have NCCL write PyTorch's flight record where the other reports of a hang lie, when its pipe is written to."""
-    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(reports / "nccl-trace-"))
-    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", f"/tmp/tptrain-{attempt}-")
+def _flight_recorder(config: Config, place: Place) -> FlightRecorder:
+    """Have NCCL keep PyTorch's flight record, and write it where the other reports of a hang lie."""
+    reports = verdict.folder_of(Path(config.run.dir), place.attempt)
+    record = os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(reports / "nccl-trace-"))
+    pipe = os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", f"/tmp/tptrain-{place.attempt}-")
+    return FlightRecorder(Path(f"{record}{place.rank}"), Path(f"{pipe}{place.rank}.pipe"))
 
 
 def shell_lines(config: Config) -> list[str]:

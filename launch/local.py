@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -16,12 +15,14 @@ import submitit
 from submitit.core.utils import pickle_load
 from tqdm import tqdm
 
-from launch import verdict
 from launch.job import Entry, command_time, run_rank, shell_lines
 from launch.place import free_port
-from launch.run_dir import newest_checkpoint, read_job, record_job
+from launch.run_dir import read_job, record_job
 from tptrain.config import Config
 from tptrain.config.validate import minutes
+from tptrain.records.rows import describe, figures, parse_row
+from tptrain.records.run_dir import newest_checkpoint
+from tptrain.watch import verdict
 
 GRACE_S = 20  # between the first rank's exit and the end of the others
 A_YEAR_MIN = 60 * 24 * 365
@@ -32,7 +33,7 @@ STOPPING = "Ctrl-C: stopping after this step, with a checkpoint (again: at once,
 def submit(config: Config, entry: Entry) -> submitit.Job[int]:
     """Start one process a rank. Ctrl-C in the terminal does not reach them: `follow` passes it on."""
     cluster = config.cluster
-    run_dir = Path(config.run.dir or ".")
+    run_dir = Path(config.run.dir)
     executor = submitit.LocalExecutor(run_dir / "logs", python=_python(config))
     executor.update_parameters(
         tasks_per_node=cluster.tasks_per_node,
@@ -85,16 +86,20 @@ class Follower:
     """Shows a local job's progress until its end, and ends what is left of it."""
 
     def __init__(self, config: Config, job: submitit.Job[int], presses: list[float]) -> None:
-        self.run_dir = Path(config.run.dir or ".")
+        self.run_dir = Path(config.run.dir)
         self.ranks = config.cluster.tasks_per_node or 1
         self.prefix = str(self.run_dir / "logs" / job.job_id)
         self.controller = psutil.Process(int(job.job_id))
+        self.steps = config.train.steps
         self.log = Tail(Path(f"{self.prefix}_0_log.out"))
+        self.metrics = Tail(self.run_dir / "metrics.jsonl")
+        self.metrics.lines()  # what is there before the trainer puts its own file in that place
+        self.row_lines: set[str] = set()  # of rows that the bar has shown, as they will come in the log
         self.presses = presses  # of Ctrl-C, see `interrupts`
-        self.told_verdict = False  # by rank 0, whose log is shown
+        self.verdict_shown = False  # in rank 0's log
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=config.train.steps, unit="step", desc=config.run.name, dynamic_ncols=True)
+            self.bar = tqdm(total=self.steps, unit="step", desc=config.run.name, dynamic_ncols=True)
 
     def follow(self) -> int:
         """Returns the job's exit code: 0 done, 2 for a user's mistake, 1 for anything else, Ctrl-C included."""
@@ -138,21 +143,22 @@ class Follower:
                 rank.kill()
 
     def _show(self) -> None:
-        for line in self.log.lines():
-            self.told_verdict = self.told_verdict or line.startswith("verdict:")
-            if self.bar is None:
-                print(line, flush=True)
-            elif not self._advance(line):
-                self.bar.write(line, file=sys.stderr)
+        lines = self.log.lines()  # before the metrics: a row is in that file before its line is in the log
+        if self.bar is not None:
+            self._advance(self.bar)
+        for line in lines:
+            self.verdict_shown = self.verdict_shown or line.startswith("verdict:")
+            if line not in self.row_lines:
+                self._say(line)
+            self.row_lines.discard(line)
 
-    def _advance(self, line: str) -> bool:
-        """Move the bar to a console row's step; whether that is all there is to show of the line."""
-        row = re.match(r"step +(\d+)/\d+  (.*)  eta", line)
-        if row is None or self.bar is None:
-            return False
-        self.bar.set_postfix_str(row[2].replace("  ", ", "), refresh=False)
-        self.bar.update(int(row[1]) - self.bar.n)
-        return "val_loss" not in line
+    def _advance(self, bar: tqdm) -> None:
+        """Move the bar to the newest row of metrics.jsonl. Only rows with a validation are lines as well."""
+        rows = [row for line in self.metrics.lines() if (row := parse_row(line)) is not None]
+        self.row_lines |= {describe(row, self.steps) for row in rows if "val_loss" not in row}
+        if rows:
+            bar.set_postfix_str(", ".join(figures(rows[-1])), refresh=False)
+            bar.update(rows[-1]["step"] - bar.n)
 
     def _say(self, text: str) -> None:
         if self.bar is not None:
@@ -178,7 +184,7 @@ class Follower:
             for rank, said in enumerate(outcomes)
             if isinstance(said, str)
         ]
-        if self.told_verdict:
+        if self.verdict_shown:
             pass
         elif reports:
             _complain(verdict.judge(reports, self.ranks, []).text)
@@ -225,15 +231,17 @@ def ask_to_stop(controller: psutil.Process, told: set[int]) -> None:
 
 
 class Tail:
-    """Whole lines of a growing log, as they come, without submitit's own."""
+    """Whole lines of a growing file, as they come, without submitit's own. A file that replaces it is read as well."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.offset = path, 0
+        self.path, self.inode, self.offset = path, 0, 0
 
     def lines(self) -> list[str]:
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
+            if (inode := os.fstat(file.fileno()).st_ino) != self.inode:
+                self.inode, self.offset = inode, 0
             file.seek(self.offset)
             whole = file.read()
         whole = whole[: whole.rfind(b"\n") + 1]

@@ -5,31 +5,18 @@ Whoever started it, afterwards the environment has torchrun's variables, which i
 
 import os
 import socket
-import subprocess
 import sys
 import time
 import zlib
-from dataclasses import dataclass
 
+from launch import slurm
 from tptrain.config import UserError
+from tptrain.watch.place import Place
 
 
-@dataclass(frozen=True)
-class Place:
-    rank: int
-    world: int
-    node: str  # as Slurm calls it
-    job: str  # who started it: the same for all attempts of a requeued job
-    restart: int  # how often the job was restarted before
-
-    @property
-    def attempt(self) -> str:
-        """Names this try to run the job: ranks of two attempts never meet, and what they leave lies apart."""
-        return f"{self.job}-{self.restart}"
-
-    @property
-    def on_slurm(self) -> bool:
-        return "SLURM_JOB_ID" in os.environ and "SUBMITIT_LOCAL_NTASKS" not in os.environ
+def on_slurm() -> bool:
+    """Whether this process runs in a Slurm job, other than as a rank that submitit's local executor started there."""
+    return "SLURM_JOB_ID" in os.environ and "SUBMITIT_LOCAL_NTASKS" not in os.environ
 
 
 def find_place() -> Place:
@@ -73,16 +60,13 @@ def _take_slurm_variables(attempt: str) -> None:
             f"RANK={said[0]} WORLD_SIZE={said[1]}: so says the environment, and Slurm says that this is rank {rank} of "
             f"{world}. Unset RANK and WORLD_SIZE (in your shell, cluster.env or cluster.setup)."
         )
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-    )
     tasks = env["SLURM_STEP_TASKS_PER_NODE"].replace("(", ",").split(",")  # "4(x2)" or "2,1"
     env |= {
         "RANK": rank,
         "WORLD_SIZE": world,
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": tasks[0],
-        "MASTER_ADDR": nodes.stdout.split()[0],
+        "MASTER_ADDR": slurm.hostnames(env["SLURM_STEP_NODELIST"])[0],
         # A restarted job keeps its id, and a dead attempt may still hold its port: the restart count moves it.
         "MASTER_PORT": str(20000 + zlib.crc32(attempt.encode()) % 12000),
     }

@@ -7,28 +7,20 @@ again, up to `cluster.max_restarts` times in a row without a new checkpoint; a m
 number, a full disk, and an error that came twice at the same step are not.
 """
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import verdict
-from launch.allocation import ask, fields, requeued_by_slurm, slurm_name
-from launch.run_dir import newest_checkpoint
+from launch import slurm
+from launch.allocation import requeued_by_slurm, slurm_name
 from tptrain.config import Config, read_config
-
-DOWN = ("down", "drain", "drng", "fail", "maint")
-FINAL = {
-    "user": "the mistake would repeat itself",
-    "diverged": "the loss would be no number again",
-    "disk": "the disk is full",
-    "cancelled": "the user stopped it",
-}
+from tptrain.records.run_dir import add_event, events, newest_checkpoint
+from tptrain.watch import verdict
+from tptrain.watch.outcome import Outcome
 
 
 @dataclass(frozen=True)
@@ -43,15 +35,13 @@ def decide(config: Config, history: list[dict[str, Any]], ended: dict[str, Any],
 
     `history`: the ends of earlier attempts, oldest first; `state`: what Slurm says of the job.
     """
-    kind = ended["kind"]
-    if kind == "done":
-        return Decision(False, "the run is finished")
-    if kind in FINAL:
-        return Decision(False, FINAL[kind])
-    if state not in ("RUNNING", "TIMEOUT", "") and not (state == "COMPLETING" and kind == "timeout"):
+    outcome = Outcome(ended["kind"])
+    if outcome.final:
+        return Decision(False, outcome.final)
+    if state not in ("RUNNING", "TIMEOUT", "") and not (state == "COMPLETING" and outcome == Outcome.TIMEOUT):
         return Decision(False, f"Slurm says {state.lower()}")
-    if kind == "bug" and any(
-        before["kind"] == "bug" and (before["step"], before.get("error")) == (ended["step"], ended.get("error"))
+    if outcome == Outcome.BUG and any(
+        before["kind"] == Outcome.BUG and (before["step"], before.get("error")) == (ended["step"], ended.get("error"))
         for before in history
     ):
         return Decision(False, f"the same error came before at step {ended['step']}")
@@ -63,27 +53,25 @@ def decide(config: Config, history: list[dict[str, Any]], ended: dict[str, Any],
     if in_a_row >= config.cluster.max_restarts:
         limit = config.cluster.max_restarts
         return Decision(False, f"{limit} restarts in a row brought no new checkpoint (cluster.max_restarts={limit})")
-    node = ended.get("node") if kind in ("died", "gone", "hang", "mismatch") else None
-    return Decision(True, ended["message"], exclude=node)
+    return Decision(True, ended["message"], exclude=ended.get("node") if outcome.blames_node else None)
 
 
 def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
     """The end of an attempt, by what its ranks left in the run directory."""
     newest = newest_checkpoint(run_dir)
     base = {"event": "end", "attempt": attempt, "time": time.time(), "checkpoint": newest, "node": None}
-    said = [event for event in verdict.events(run_dir) if (event["event"], event["attempt"]) == ("last", attempt)]
-    if code == 0 and said:
-        return base | {key: said[-1][key] for key in ("kind", "message", "step")}
+    last = [event for event in events(run_dir) if (event["event"], event["attempt"]) == ("last", attempt)]
+    if code == 0 and last:
+        return base | {key: last[-1][key] for key in ("kind", "message", "step")}
     reports = verdict.read(verdict.folder_of(run_dir, attempt))
     if not reports:
-        kind = {0: "done", 2: "user", 4: "disk"}.get(code, "infra")  # the exit codes of tptrain/rank.py
-        return base | {"kind": kind, "message": f"srun ended with {code}", "step": 0}
+        return base | {"kind": Outcome.of_exit_code(code), "message": f"srun ended with {code}", "step": 0}
     world = next(iter(reports.values()))["world"]
     judged = verdict.judge(reports, world, verdict.nodes(run_dir, attempt))
-    told = {"kind": judged.kind, "message": judged.text, "step": judged.step, "node": judged.node}
+    end = base | {"kind": judged.kind, "message": judged.text, "step": judged.step, "node": judged.node}
     if judged.rank in reports:  # the same error may come first on another rank the next time
-        told["error"] = reports[judged.rank]["cause"]["message"]
-    return base | told
+        end["error"] = reports[judged.rank]["cause"]["message"]
+    return end
 
 
 def main(run_dir: Path, code: int) -> None:
@@ -92,46 +80,52 @@ def main(run_dir: Path, code: int) -> None:
     job, name, restart = os.environ["SLURM_JOB_ID"], slurm_name(), os.environ.get("SLURM_RESTART_COUNT", "0")
     attempt = f"{job}.0-{restart}"
     ended = how_it_ended(run_dir, attempt, code)
-    shown = fields(name)
-    if ended["kind"] in ("infra", "stopped", "gone") and shown.get("Reason") == "TimeLimit":
-        ended |= {"kind": "timeout", "message": "the time limit"}
-    ends = [event for event in verdict.events(run_dir) if event["event"] == "end"]
+    shown = slurm.show_job(name)
+    if ended["kind"] in (Outcome.INFRA, Outcome.STOPPED, Outcome.GONE) and shown.get("Reason") == "TimeLimit":
+        ended |= {"kind": Outcome.TIMEOUT, "message": "the time limit"}
+    ends = [event for event in events(run_dir) if event["event"] == "end"]
     history = [event for event in ends if event["attempt"].split(".")[0] == job]
     decision = decide(config, history, ended, shown.get("JobState", ""))
     if requeued_by_slurm(shown):
         decision = Decision(False, "Slurm has requeued it by itself")
-    told = {"requeued": decision.requeue, "why": decision.why, "excluded": None}
-    if decision.requeue and decision.exclude:
-        told["excluded"] = _without(decision.exclude, shown)
-    with (run_dir / "logs" / "attempts.jsonl").open("a") as file:  # first: without a history there would be no end
-        file.write(json.dumps(ended | told) + "\n")
+    excluded = _nodes_to_exclude(decision.exclude, shown) if decision.requeue and decision.exclude else None
+    ended |= {"requeued": decision.requeue, "why": decision.why, "excluded": excluded}
+    add_event(run_dir, ended)  # first: without a history there would be no end
     if not decision.requeue:
-        if ended["kind"] != "done":
+        if ended["kind"] != Outcome.DONE:
             print(f"not requeued: {decision.why}", flush=True)
         return
-    if subprocess.run(["scontrol", "requeue", name], check=False).returncode:
-        print("not requeued: Slurm refuses", flush=True)
+    try:
+        slurm.requeue(name)
+    except slurm.SlurmError as error:
+        print(f"not requeued: Slurm refuses: {error}", flush=True)
         return
-    if told["excluded"]:
-        subprocess.run(["scontrol", "update", f"JobId={name}", f"ExcNodeList={told['excluded']}"], check=False)
-    kept_away = f", without {told['excluded']}" if told["excluded"] else ""
-    print(f"requeued{kept_away}: {decision.why}", flush=True)
+    if excluded:
+        try:
+            slurm.exclude_nodes(name, excluded)
+        except slurm.SlurmError as error:
+            print(error, flush=True)
+    without = f", without {excluded}" if excluded else ""
+    print(f"requeued{without}: {decision.why}", flush=True)
 
 
-def _without(node: str, shown: dict[str, str]) -> str | None:
-    """All nodes to keep the job away from, this one among them; None where too few would be left."""
-    away = {name for name in _expand(shown.get("ExcNodeList", "(null)"))} | {node}
-    states = ask("sinfo", "--noheader", "--Node", "--format=%N %t", f"--partition={shown.get('Partition', '')}")
-    up = {name for name, state in map(str.split, states.splitlines()) if state.strip("*~#") not in DOWN}
-    left, needed = len(up - away), int(shown.get("NumNodes", "1").split("-")[0])
+def _nodes_to_exclude(node: str, shown: dict[str, str]) -> str | None:
+    """The nodes that the job must avoid already, and `node`; None where too few others are up.
+
+    `shown`: what `slurm.show_job` returned.
+    """
+    before = shown.get("ExcNodeList", "(null)")
+    try:
+        excluded = {node} | set(slurm.hostnames(before) if before not in ("(null)", "") else ())
+        left = len(slurm.nodes_up(shown.get("Partition", "")) - excluded)
+    except slurm.SlurmError as error:
+        print(f"{node} is not excluded: {error}", flush=True)
+        return None
+    needed = int(shown.get("NumNodes", "1").split("-")[0])
     if left < needed:
         print(f"{node} is not excluded: only {left} other nodes are up, and the job needs {needed}", flush=True)
         return None
-    return ",".join(sorted(away))
-
-
-def _expand(names: str) -> list[str]:
-    return [] if names in ("(null)", "") else ask("scontrol", "show", "hostnames", names).split()
+    return ",".join(sorted(excluded))
 
 
 if __name__ == "__main__":

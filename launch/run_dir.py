@@ -1,20 +1,17 @@
 """A run's directory before the run: snapshot of the config, whether a second launch may go on in it, job records."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tptrain.config import Config, UserError, read_config, write_config
 from tptrain.config.load import write_atomically
-
-# What may change when a run is resumed; all else makes it another run.
-MAY_CHANGE = ("run", "parallel", "cluster", "logging", "checkpoint", "wandb", "watchdog")
-MAY_CHANGE_IN_TRAIN = ("steps", "micro_batch_size", "device", "on_nan", "eval_every", "eval_sequences")
+from tptrain.records.run_dir import newest_checkpoint
 
 
 def claim(config: Config) -> Config | None:
@@ -23,7 +20,7 @@ def claim(config: Config) -> Config | None:
     Returns the snapshot that was there before. Raises UserError where the directory belongs to another config or holds
     something else.
     """
-    run_dir = Path(config.run.dir or ".")
+    run_dir = Path(config.run.dir)
     snapshot = run_dir / "config.yaml"
     if not snapshot.exists():
         if run_dir.exists() and (not run_dir.is_dir() or _foreign(run_dir)):
@@ -46,7 +43,7 @@ def claim(config: Config) -> Config | None:
 @contextlib.contextmanager
 def claimed(config: Config) -> Iterator[None]:
     """`claim` for a submission: where that fails, the directory is again as it was."""
-    run_dir = Path(config.run.dir or ".")
+    run_dir = Path(config.run.dir)
     fresh = not run_dir.exists()
     before = claim(config)
     try:
@@ -61,16 +58,13 @@ def claimed(config: Config) -> Iterator[None]:
 
 def check_resume(before: Config, now: Config, run_dir: Path) -> None:
     """Raises UserError where `now` is not the run that `before` started."""
-    old, new = _flat(asdict(before)), _flat(asdict(now))
-    for key in sorted(old.keys() | new.keys()):
-        group, _, rest = key.partition(".")
-        if group in MAY_CHANGE or (group == "train" and rest in MAY_CHANGE_IN_TRAIN) or key == "data.cache_dir":
-            continue
-        if old.get(key) != new.get(key):
+    old, new = _fixed_settings(before), _fixed_settings(now)
+    for key in sorted(old):
+        if old[key] != new[key]:
             untrained = newest_checkpoint(run_dir) is None
             raise UserError(
-                f"run.dir={run_dir}: belongs to a run with {key}={old.get(key)}, and this launch has "
-                f"{key}={new.get(key)}. Launch with the old value to resume it, or choose another run.dir or run.name"
+                f"run.dir={run_dir}: belongs to a run with {key}={old[key]}, and this launch has "
+                f"{key}={new[key]}. Launch with the old value to resume it, or choose another run.dir or run.name"
                 + (", or remove this one, which has no checkpoint yet." if untrained else ".")
             )
     if now.train.steps < before.train.steps:
@@ -78,12 +72,6 @@ def check_resume(before: Config, now: Config, run_dir: Path) -> None:
             f"train.steps={now.train.steps}: fewer than the {before.train.steps} of the run in {run_dir}. "
             "A resumed run may only be made longer."
         )
-
-
-def newest_checkpoint(run_dir: Path) -> str | None:
-    names = [marker.parent.name for marker in run_dir.glob("checkpoints/step-*/commit.json")]
-    names = [name for name in names if name.removeprefix("step-").isdigit()]
-    return max(names, key=lambda name: int(name.removeprefix("step-")), default=None)
 
 
 def record_job(run_dir: Path, **job: Any) -> None:
@@ -101,7 +89,15 @@ def _foreign(run_dir: Path) -> bool:
     return any(entry.name not in ("logs", ".lock") for entry in run_dir.iterdir())
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict) or not node:
-        return {prefix.removesuffix("."): node}
-    return {key: value for name, below in node.items() for key, value in _flat(below, f"{prefix}{name}.").items()}
+def _fixed_settings(node: Any, prefix: str = "") -> dict[str, Any]:
+    """By dotted key, the settings that a resume may not change."""
+    fixed: dict[str, Any] = {}
+    for item in dataclasses.fields(node):
+        key, value = f"{prefix}{item.name}", getattr(node, item.name)
+        if item.metadata.get("may_change"):
+            continue
+        if dataclasses.is_dataclass(value):
+            fixed |= _fixed_settings(value, f"{key}.")
+        else:
+            fixed[key] = value
+    return fixed

@@ -1,10 +1,6 @@
 """The daily commands: what runs there are and how they stand, their logs, and how to stop one."""
 
 import contextlib
-import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -17,11 +13,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch import verdict
-from launch.allocation import fields
+from launch import slurm
 from launch.local import Tail, ask_to_stop, supervisors
-from launch.run_dir import newest_checkpoint, read_job
+from launch.run_dir import read_job
 from tptrain.config import Config, UserError, read_config
+from tptrain.records.rows import last_row
+from tptrain.records.run_dir import events, newest_checkpoint
+from tptrain.watch.outcome import Outcome
 
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "SIGNALING")
 ASK_S = 10  # between two questions to Slurm while a log is followed
@@ -79,56 +77,42 @@ def states(runs: list[Path]) -> dict[Path, State]:
     """The state of every run's last job: one `squeue`, and one `sacct` where Slurm keeps accounts."""
     jobs = {run: read_job(run) for run in runs}
     ids = {job["id"] for job in jobs.values() if job.get("kind") == "slurm"}
-    slurm = _slurm_states(ids) if ids else {}
-    if slurm is None:
-        slurm = dict.fromkeys(ids, SILENT)
-    return {run: _state(run, job, slurm) for run, job in jobs.items()}
+    try:
+        by_slurm = _slurm_states(ids) if ids else {}
+    except slurm.SlurmError:
+        by_slurm = dict.fromkeys(ids, SILENT)
+    return {run: _state(run, job, by_slurm) for run, job in jobs.items()}
 
 
-def _state(run: Path, job: dict[str, Any], slurm: dict[str, State]) -> State:
-    ended = [event for event in verdict.events(run) if event["event"] in ("last", "end")]
-    kind = ended[-1]["kind"] if ended else ""
-    if job.get("kind") == "slurm" and job["id"] in slurm:
-        found = slurm[job["id"]]
-        stopped = found.word == "completed" and kind in ("cancelled", "stopped")  # before its last step
-        return State(kind, ended[-1]["message"]) if stopped else found
+def _state(run: Path, job: dict[str, Any], by_slurm: dict[str, State]) -> State:
+    ended = [event for event in events(run) if event["event"] in ("last", "end")]
+    outcome = Outcome(ended[-1]["kind"]) if ended else None
+    if job.get("kind") == "slurm" and job["id"] in by_slurm:
+        state = by_slurm[job["id"]]
+        if state.word == "completed" and outcome is not None and outcome.early:
+            return State(outcome, ended[-1]["message"])
+        return state
     if job.get("kind") == "local":
         if (controller := _controller(job)) is not None:
             return State("running", f"process {controller.pid}")
         if not ended or ended[-1]["attempt"] != job.get("attempt"):  # it had no time to say how it ended
             return State("failed", "killed")
-    words = {"done": "completed", "stopped": "stopped", "cancelled": "cancelled"}
-    if not ended:
+    if outcome is None:
         return State("unknown" if job else "not launched")
-    return State(words.get(kind, "failed"), "" if kind == "done" else ended[-1]["message"])
+    if outcome == Outcome.DONE:
+        return State("completed")
+    return State(outcome if outcome.early else "failed", ended[-1]["message"])
 
 
-def _slurm_states(ids: set[str]) -> dict[str, State] | None:
-    """By job id; None where Slurm does not answer, and a job that it has forgotten is left out."""
-    found: dict[str, State] = {}
-    queue = _lines("squeue", "-h", "-r", f"--jobs={','.join(ids)}", "--format=%i|%T|%r")
-    if queue is None:
-        return None
-    if shutil.which("sacct"):
-        for words in _lines("sacct", "-X", "-n", "-P", f"--jobs={','.join(ids)}", "--format=JobID,State") or []:
-            found[words[0]] = State(words[1].split()[0].lower())
-    for words in queue:
-        reason = "" if words[2] == "None" else words[2]
-        found[words[0]] = State(words[1].lower(), reason)
-    for job in ids - found.keys():  # no accounting: Slurm itself remembers an ended job for some minutes
-        if state := fields(job).get("JobState"):
-            found[job] = State(state.lower())
-    return found
-
-
-def _lines(*command: str) -> list[list[str]] | None:
-    try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if shown.returncode and "Invalid job id" not in shown.stderr:  # one of ours that Slurm has forgotten
-        return None
-    return [line.split("|") for line in shown.stdout.splitlines() if line]
+def _slurm_states(ids: set[str]) -> dict[str, State]:
+    """By job id, without the jobs that Slurm has forgotten. Raises SlurmError where it does not answer."""
+    queue = slurm.queued(ids)
+    by_id = {job: State(word.lower()) for job, word in slurm.accounted(ids).items()}
+    by_id |= {job: State(word.lower(), reason) for job, (word, reason) in queue.items()}
+    for job in ids - by_id.keys():  # no accounting: Slurm itself remembers an ended job for some minutes
+        if word := slurm.show_job(job).get("JobState"):
+            by_id[job] = State(word.lower())
+    return by_id
 
 
 def _controller(job: dict[str, Any]) -> psutil.Process | None:
@@ -160,9 +144,9 @@ def status(runs: list[Path]) -> None:
 
 
 def _cells(run: Path, config: Config, state: State) -> list[str]:
-    row = last_row(run)
+    row = last_row(run / "metrics.jsonl")
     left = (config.train.steps - row["step"]) * row.get("step_time_s", 0) if row else 0
-    starts = [event for event in verdict.events(run) if event["event"] == "start"]
+    starts = [event for event in events(run) if event["event"] == "start"]
     job = read_job(run).get("id", "")
     word = state.word + (f" ({state.reason})" if state.reason else "")
     return [
@@ -176,22 +160,6 @@ def _cells(run: Path, config: Config, state: State) -> list[str]:
         str(max(0, len(starts) - 1)),
         newest_checkpoint(run) or "",
     ]
-
-
-def last_row(run: Path) -> dict[str, Any] | None:
-    """The newest row of metrics.jsonl, out of the file's tail."""
-    try:
-        with (run / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "step" in row:
-                return row
-    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------- logs
@@ -238,10 +206,10 @@ def cancel(run: Path) -> int:
         raise UserError(f"{run}: nothing to cancel, its last job is {state.word}.")
     if job["kind"] == "local":
         _cancel_local(job)
-    elif state.word == "running" and _lines("squeue", "-h", "-s", f"--jobs={job['id']}"):
+    elif state.word == "running" and slurm.has_steps(job["id"]):
         _cancel_slurm(job["id"], run)
     else:  # it waits, is suspended, or its ranks have not started: there is nothing to save
-        _scancel(job["id"])
+        slurm.cancel(job["id"])
     newest = newest_checkpoint(run)
     print(f"cancelled; {f'checkpoint {newest}' if newest else 'no checkpoint yet'}. `launch` again goes on from there")
     return 0
@@ -250,7 +218,7 @@ def cancel(run: Path) -> int:
 def _cancel_slurm(job: str, run: Path) -> None:
     """SIGINT to the ranks: they save, and end; the job script sees that it was the user. Then, if need be, force."""
     print(f"asking job {job} to save and stop ...", flush=True)
-    _scancel("--signal=INT", job)
+    slurm.cancel(job, signal="INT")
     deadline = time.monotonic() + read_config(run / "config.yaml").cluster.grace_s + CANCEL_S
     while states([run])[run].word in ("running", "completing"):
         if time.monotonic() > deadline:
@@ -258,13 +226,7 @@ def _cancel_slurm(job: str, run: Path) -> None:
             break
         time.sleep(1)
     if states([run])[run].alive:  # it hangs, or somebody requeued it in between
-        _scancel(job)
-
-
-def _scancel(*arguments: str) -> None:
-    done = subprocess.run(["scancel", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"scancel {' '.join(arguments)}: {done.stderr.strip()}")
+        slurm.cancel(job)
 
 
 def _cancel_local(job: dict[str, Any]) -> None:

@@ -1,121 +1,119 @@
-"""`cluster=slurm`: one Slurm job, through submitit; its ranks run directly under srun."""
+"""The one Slurm client: every command that this project gives to Slurm, apart from submitit's sbatch and srun.
 
-import contextlib
-import io
-import shlex
-import shutil
+`ask` runs them all, each with a time-out. A command that is missing, fails or gives no answer raises SlurmError, and
+the caller decides what that means.
+"""
+
+import os
 import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
-import submitit
-from submitit.core.utils import FailedJobError
+from tptrain.config import UserError
 
-from launch.job import Entry, command_time, run_rank, shell_lines
-from launch.run_dir import record_job
-from tptrain.config import Config, UserError
+ANSWER_S = 20  # for Slurm's controller to answer a command
+HURRIED_S = 10  # the same, where a job may have only seconds left
+ORDER_S = 120  # the same, for an order that must not be given up while the controller is merely busy
+DOWN = ("down", "drain", "drng", "fail", "maint")  # states of a node that takes no job, in sinfo's short form
 
 
-def check(config: Config) -> None:
-    """Whether Slurm is here and knows the partition. Raises UserError."""
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            "cluster=slurm: `sbatch` was not found. Run this on a login node of the cluster, or use cluster=local."
-        )
-    partitions = _ask("sinfo", "--noheader", "--format=%R").split()
-    wanted = config.cluster.partition
-    if wanted is not None and not set(wanted.split(",")) <= set(partitions):
-        known = ", ".join(sorted(set(partitions)))
-        raise UserError(f"cluster.partition={wanted}: unknown to Slurm. Known: {known}.")
+class SlurmError(UserError):
+    """Slurm refuses or gives no answer. A UserError, because the user's command ends with its message."""
 
 
-def submit(configs: list[Config], base: Path, entry: Entry) -> str:
-    """Submit one run, or several as one job array with its logs in `base`; returns the job's id.
-
-    Raises UserError with Slurm's own words where it refuses.
-    """
-    executor = _executor(configs, base)
-    dirs = [config.run.dir or "." for config in configs]
+def ask(*command: str, timeout_s: float = ANSWER_S, ignored_error: str | None = None) -> str:
+    """What a Slurm command prints. Raises SlurmError, unless it fails with `ignored_error` in its message."""
+    environment = os.environ | {"SLURM_TIME_FORMAT": "standard"}  # a user's own could not be parsed
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
-            if len(configs) == 1:
-                jobs = [executor.submit(run_rank, entry, dirs[0], {}, command_time())]
-            else:
-                count = len(dirs)
-                jobs = executor.map_array(run_rank, [entry] * count, dirs, [{}] * count, [command_time()] * count)
-    except (FailedJobError, subprocess.CalledProcessError) as error:
-        lines = [line.strip() for line in (getattr(error, "stderr", None) or str(error)).splitlines() if line.strip()]
-        reason = next((line for line in lines if "error:" in line), lines[0])
-        raise UserError(f"cluster: Slurm refuses the job: {reason.removeprefix('sbatch: error: ')}") from error
-    for folder, job in zip(dirs, jobs, strict=True):
-        record_job(Path(folder), kind="slurm", id=job.job_id, logs=str(base / "logs" / job.job_id))
-    return jobs[0].job_id.partition("_")[0]
-
-
-def script(configs: list[Config], base: Path) -> str:
-    """The sbatch script that `submit` would hand to Slurm, to the letter."""
-    executor = _executor(configs, base)
-    if len(configs) > 1:
-        executor.parameters["map_count"] = len(configs)
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
-
-
-def _executor(configs: list[Config], base: Path) -> submitit.SlurmExecutor:
-    executor = submitit.SlurmExecutor(base / "logs")
-    array = len(configs) > 1
-    run_dir = shlex.quote(str(base)) + "/$SLURM_ARRAY_TASK_ID" if array else shlex.quote(configs[0].run.dir or ".")
-    executor.update_parameters(**_parameters(configs[0], base.name, run_dir))
-    return executor
-
-
-def _parameters(config: Config, name: str, run_dir: str) -> dict[str, Any]:
-    cluster = config.cluster
-    further: dict[str, Any] = {
-        key.replace("_", "-"): ",".join(map(str, value)) if isinstance(value, list) else value
-        for key, value in cluster.sbatch.items()
-        if value is not None and value is not False
-    }
-    if cluster.time is not None:
-        further["time"] = cluster.time
-    if cluster.mem is not None:
-        further["mem"] = cluster.mem
-    further["requeue" if cluster.max_restarts else "no-requeue"] = True
-    # A rank that dies must not leave the others hanging in a collective.
-    srun_args = ["--kill-on-bad-exit=1"]
-    if cluster.cpus_per_task:  # since Slurm 22.05 srun does not take it over from sbatch
-        srun_args.append(f"--cpus-per-task={cluster.cpus_per_task}")
-    return {
-        "job_name": name,
-        "nodes": cluster.nodes,
-        "ntasks_per_node": cluster.tasks_per_node,
-        "gpus_per_node": cluster.gpus_per_node,
-        "cpus_per_task": cluster.cpus_per_task,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "time": None,  # submitit's default is 5 minutes; ours is the partition's
-        "wckey": None,
-        # A set-up line that fails ends the job. The trap keeps the script alive through a SIGTERM: srun goes on to its
-        # end, and then it is decided whether the job goes back into the queue.
-        "setup": ["set -e", *shell_lines(config), "set +e", "trap : TERM"],
-        "teardown": [
-            "code=$?",
-            f"{shlex.quote(sys.executable)} -m launch.restart {run_dir} $code",
-            "exit $code",
-        ],
-        "signal_delay_s": cluster.grace_s,
-        "srun_args": srun_args,
-        "stderr_to_stdout": True,
-        "additional_parameters": further,
-    }
-
-
-def _ask(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"cluster=slurm: Slurm does not answer: {error.stderr.strip()}") from error
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment)
+    except OSError as error:
+        raise SlurmError(f"`{command[0]}` cannot be run: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"cluster=slurm: `{command[0]}` gave no answer in {error.timeout:.0f} s.") from error
+        raise SlurmError(f"`{command[0]}` gave no answer in {timeout_s:.0f} s") from error
+    if done.returncode and not (ignored_error and ignored_error in done.stderr):
+        raise SlurmError(f"`{' '.join(command)}`: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- questions on jobs
+
+
+def queued(jobs: set[str]) -> dict[str, tuple[str, str]]:
+    """State and reason of each of these jobs that waits or runs, by id."""
+    # squeue fails where it is asked for one job only and has forgotten it.
+    shown = ask("squeue", "-h", "-r", _jobs(jobs), "--format=%i|%T|%r", ignored_error="Invalid job id")
+    rows = [line.split("|", 2) for line in shown.splitlines() if line]
+    return {job: (state, "" if reason == "None" else reason) for job, state, reason in rows}
+
+
+def accounted(jobs: set[str]) -> dict[str, str]:
+    """The state of each of these jobs by Slurm's accounting, by id; empty where there is none."""
+    try:
+        shown = ask("sacct", "-X", "-n", "-P", _jobs(jobs), "--format=JobID,State")
+    except SlurmError:
+        return {}
+    rows = [line.split("|") for line in shown.splitlines() if line]
+    return {job: state.split()[0] for job, state in rows}
+
+
+def has_steps(job: str) -> bool:
+    """Whether ranks of a job run."""
+    return bool(ask("squeue", "-h", "-s", _jobs({job}), ignored_error="Invalid job id").strip())
+
+
+def show_job(job: str) -> dict[str, str]:
+    """`scontrol show job`, as far as its values hold no blanks. Empty where Slurm does not know the job or answer."""
+    try:
+        words = ask("scontrol", "show", "job", "--oneliner", job, timeout_s=HURRIED_S).split()
+    except SlurmError:
+        return {}
+    fields: dict[str, str] = {}
+    for name, _, value in (word.partition("=") for word in words if "=" in word):
+        fields.setdefault(name, value)
+    return fields
+
+
+def _jobs(jobs: set[str]) -> str:
+    return f"--jobs={','.join(jobs)}"
+
+
+# ----------------------------------------------------------------------------------------- questions on nodes and site
+
+
+def partitions() -> set[str]:
+    return set(ask("sinfo", "--noheader", "--format=%R").split())
+
+
+def hostnames(names: str) -> list[str]:
+    """The nodes that a Slurm list such as n[1-3] stands for."""
+    return ask("scontrol", "show", "hostnames", names).split()
+
+
+def nodes_up(partition: str) -> set[str]:
+    """The nodes of a partition that can run a job."""
+    rows = ask("sinfo", "--noheader", "--Node", "--format=%N %t", f"--partition={partition}").splitlines()
+    return {node for node, state in map(str.split, rows) if state.strip("*~#") not in DOWN}
+
+
+def kill_wait_s() -> float:
+    """Seconds between Slurm's SIGTERM and its SIGKILL; Slurm's default where it does not answer."""
+    try:
+        shown = ask("scontrol", "show", "config", timeout_s=HURRIED_S)
+    except SlurmError:
+        shown = ""
+    values = [line.split("=")[1].split()[0] for line in shown.splitlines() if line.startswith("KillWait")]
+    return float(values[0]) if values else 30.0
+
+
+# --------------------------------------------------------------------------------------------------------------- orders
+
+
+def cancel(job: str, signal: str | None = None) -> None:
+    """End a job, or send its ranks a signal."""
+    ask("scancel", *([f"--signal={signal}"] if signal else []), job, timeout_s=ORDER_S)
+
+
+def requeue(job: str) -> None:
+    ask("scontrol", "requeue", job, timeout_s=ORDER_S)
+
+
+def exclude_nodes(job: str, nodes: str) -> None:
+    ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}", timeout_s=ORDER_S)

@@ -32,7 +32,7 @@ def configs(overrides: list[str]) -> tuple[Path, list[Config]]:
     if any("run." in key for lines in varied for key in lines if key.startswith("run.") and key not in fixed):
         raise UserError("run: a sweep names its runs itself: 0, 1, ... below run.dir. Give one run.name or run.dir.")
     first = load_config(varied[0])
-    base = Path(first.run.dir or ".")
+    base = Path(first.run.dir)
     if not fixed:
         base = base.parent / f"sweep-{first.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     group = first.wandb.group or base.name

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from tptrain.checkpoint.commit import step_folder
 from tptrain.checkpoint.load import load_newest
 from tptrain.checkpoint.save import Saver
 from tptrain.config import load_config
@@ -27,6 +26,7 @@ from tptrain.nn.decoder import CHECKPOINT_BYTES, parameter_count
 from tptrain.ops.choose import choose
 from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import tp_grid
+from tptrain.records.run_dir import step_folder
 from tptrain.train.schedule import plain
 from tptrain.train.trainer import build, compiled_folder
 

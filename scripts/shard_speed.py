@@ -18,11 +18,11 @@ import torch
 
 from tptrain.config import UserError, load_config
 from tptrain.config.schema import kv_heads
-from tptrain.metrics import memory_gb, peak_flops
 from tptrain.models.spec import decoder_spec
 from tptrain.ops.choose import choose
 from tptrain.parallel.mesh import Mesh, tp_grid
 from tptrain.plan.report import tp_degrees
+from tptrain.train.metrics import memory_gb, peak_flops
 from tptrain.train.trainer import build, compiled_folder
 
 WARMUP, STEPS = 3, 10

@@ -1,15 +1,18 @@
 """Start the real commands as a user does, and look at the processes they leave."""
 
+import contextlib
 import os
+import pty
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-from tptrain.metrics import read_rows
+from tptrain.records.rows import read_rows
 
 TPTRAIN = [sys.executable, "-m", "tptrain"]
 TIMEOUT_S = 150
@@ -40,6 +43,21 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, **variables: str) -> subpro
         timeout=timeout_s,
         check=False,
     )
+
+
+def on_a_terminal(verb: str, *overrides: str) -> str:
+    """Run a verb to its end, with a terminal for stdout and stderr; returns what it showed."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, 200))
+    command = subprocess.Popen([*TPTRAIN, verb, *overrides], env=environment(), stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux reports that nobody has the other side open
+        while block := os.read(ours, 65536):
+            shown += block
+    os.close(ours)
+    assert command.wait(TIMEOUT_S) == 0, shown
+    return shown.decode()
 
 
 STARTED: list[subprocess.Popen[str]] = []

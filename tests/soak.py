@@ -22,7 +22,7 @@ import psutil
 
 from tests.commands import finish, losses, ranks_of, start_launch, tptrain, trainer_of
 from tests.corpus import overrides
-from tptrain.checkpoint.commit import committed, step_of
+from tptrain.records.run_dir import committed, step_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGHUP)  # a local rank ignores SIGINT
 LONGEST_S = 90  # that a launch may take to end after its signal

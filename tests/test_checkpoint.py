@@ -13,10 +13,11 @@ import torch
 from tests.distributed import mesh
 from tests.models import training
 from tptrain.checkpoint import save
-from tptrain.checkpoint.commit import COMMIT, CheckpointError, committed, step_folder
+from tptrain.checkpoint.commit import CheckpointError
 from tptrain.checkpoint.load import load_newest
 from tptrain.config import Config, load_config
 from tptrain.optim.state import MOMENTS
+from tptrain.records.run_dir import COMMIT, committed, step_folder
 
 DTYPE = torch.bfloat16  # the masters and moments are float32
 

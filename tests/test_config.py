@@ -1,5 +1,6 @@
 """The configuration: groups, defaults, snapshots, and what a mistake answers."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from tests.corpus import write_corpus
 from tptrain.__main__ import main
 from tptrain.config import UserError, load_config, read_config, validate, write_config
 from tptrain.config.load import known_keys
-from tptrain.config.schema import padded_vocab_size
+from tptrain.config.schema import Config, padded_vocab_size
 from tptrain.config.validate import minutes
 
 MODELS = {  # parameters in millions, of the models' own cards
@@ -57,12 +58,9 @@ def test_snapshot_reads_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_yaml_holds_only_differences_from_the_dataclasses() -> None:
-    import dataclasses
-
     import yaml
 
     from tptrain.config.load import config_dir
-    from tptrain.config.schema import Config
 
     for file in config_dir().glob("*/*.yaml"):
         default = dataclasses.asdict(getattr(Config(), file.parent.name))
@@ -232,6 +230,20 @@ def test_a_run_directory_of_another_config_is_refused(
     assert key in message
     assert str(tmp_path / "run") in message
     assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_which_settings_may_change_on_a_resume() -> None:
+    marked = {"run", "parallel", "checkpoint", "logging", "wandb", "watchdog", "cluster"}
+    marked |= {f"train.{key}" for key in ("steps", "micro_batch_size", "device", "on_nan", "eval_every")}
+    marked |= {"train.eval_sequences", "data.cache_dir"}
+    config, found = Config(), set()
+    for key in known_keys():
+        group, _, name = key.partition(".")
+        node = getattr(config, group) if name else config
+        fields = {item.name: item for item in dataclasses.fields(node)}
+        if (item := fields.get(name or group)) and item.metadata.get("may_change"):
+            found.add(key)
+    assert found == marked
 
 
 def test_topology_and_longer_training_may_change_on_a_resume(tmp_path: Path) -> None:

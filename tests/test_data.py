@@ -8,7 +8,7 @@ import pytest
 
 from tests.corpus import write_corpus
 from tptrain.config import UserError, load_config
-from tptrain.data import TokenData, prepare, shuffled
+from tptrain.data.tokens import TokenData, prepare, shuffled
 
 EOD = 256
 

@@ -10,7 +10,7 @@ import pytest
 from tests.commands import TPTRAIN, environment, losses, wait_until
 from tests.corpus import overrides
 from tests.test_slurm import JOB, ask, events, in_queue, processes_of, submit, trainer, wait_for_end
-from tptrain.metrics import read_rows
+from tptrain.records.rows import read_rows
 
 pytestmark = [pytest.mark.drill, pytest.mark.slurm, pytest.mark.usefixtures("slurm"), pytest.mark.timeout(900)]
 

@@ -12,11 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import finish, losses, ranks_of, rows_in, run, start_launch, tptrain, trainer_of, wait_until
+from tests.commands import (
+    finish,
+    losses,
+    on_a_terminal,
+    ranks_of,
+    rows_in,
+    run,
+    start_launch,
+    tptrain,
+    trainer_of,
+    wait_until,
+)
 from tests.corpus import overrides
 from tests.wandb_files import wandb_rows
-from tptrain.checkpoint.commit import COMMIT, committed, damage, read_commit
-from tptrain.metrics import read_rows
+from tptrain.checkpoint.commit import damage, read_commit
+from tptrain.records.run_dir import COMMIT, committed
+from tptrain.train.metrics import read_rows
 
 TP2 = ["parallel.tp=2", "checkpoint.every=5"]
 
@@ -74,6 +86,22 @@ def test_console_tells_progress_and_what_is_next(finished: Path) -> None:
     assert re.search(r"step 20/20  loss \d\.\d{4}  .* tok/s  eta 0:00:00", output)
     assert "wandb sync" in output
     assert f"{finished}/run/checkpoints" in output
+
+
+def test_on_a_terminal_rows_are_a_bar_and_validations_are_lines(finished: Path) -> None:
+    """Also of a run that goes on: the rows it has before are not shown again."""
+    for start, steps in ((0, 10), (10, 20)):
+        changes = f"train.steps={steps}", "train.eval_every=5", "optim=constant"
+        shown = on_a_terminal("launch", *launch_lines(finished, *changes, name="terminal"))
+        lines = [line.rstrip() for line in re.split(r"[\r\n]+", shown)]
+        bar = rf" {steps}/{steps} \[.*, loss \d\.\d{{4}}, lr .*, grad_norm .* tok/s\]"
+        assert any(re.search(bar, line) for line in lines), shown
+        rows = [line for line in lines if line.startswith("step ")]
+        assert [int(row[5:].split("/")[0]) for row in rows] == [start + 5, start + 10], shown
+        assert all("val_loss" in row for row in rows)
+        assert sum(line.startswith("started in") for line in lines) == 1
+    log = max((finished / "terminal" / "logs").glob("*_0_log.out"), key=lambda path: path.stat().st_mtime)
+    assert log.read_text().count("\nstep ") == 10
 
 
 def test_no_secret_is_written(finished: Path) -> None:

@@ -11,8 +11,8 @@ from tests.distributed import mesh
 from tests.models import training
 from tptrain.config import load_config
 from tptrain.config.schema import OptimConfig
-from tptrain.metrics import Recorder, read_rows
 from tptrain.optim.schedule import learning_rate
+from tptrain.train.metrics import Recorder, read_rows
 
 
 @pytest.mark.parametrize("model", ["tiny", "gpt2"])

@@ -13,7 +13,7 @@ import pytest
 from tests.commands import TIMEOUT_S, TPTRAIN, losses, run, tptrain, wait_until
 from tests.corpus import overrides
 from tests.wandb_files import wandb_rows
-from tptrain.checkpoint.commit import committed
+from tptrain.records.run_dir import committed
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 

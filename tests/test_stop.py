@@ -13,13 +13,14 @@ import torch
 from tests.commands import losses
 from tests.corpus import overrides
 from tests.distributed import mesh, run_ranks
-from tptrain.checkpoint.commit import committed, read_commit, step_of
+from tptrain.checkpoint.commit import read_commit
 from tptrain.config import load_config
 from tptrain.config.schema import kv_heads
 from tptrain.optim.reduce import Reducer
 from tptrain.parallel.mesh import Mesh
-from tptrain.stop import Agreement, Stop
+from tptrain.records.run_dir import committed, step_of
 from tptrain.train.loop import train
+from tptrain.train.stop import Agreement, Stop
 
 WORLD, STEPS = 4, 60
 

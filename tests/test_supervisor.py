@@ -18,18 +18,19 @@ import psutil
 import pytest
 import torch
 
-from launch.place import Place, free_port
-from launch.supervisor import Supervisor
+from launch.place import free_port
 from tests.distributed import FORKSERVER
 from tests.models import training
-from tptrain.blackbox import SAME_SIGNAL_S, BlackBox
 from tptrain.config import Config, ModelConfig
 from tptrain.nn import cross_entropy
 from tptrain.nn.parameter import initial_values
 from tptrain.parallel import collectives
 from tptrain.parallel.mesh import Mesh
-from tptrain.rank import run
+from tptrain.run.rank import run
 from tptrain.train.schedule import Action, Reduce, plain
+from tptrain.watch.black_box import SAME_SIGNAL_S, BlackBox
+from tptrain.watch.place import Place
+from tptrain.watch.supervisor import Supervisor
 
 TP, STEP_S, FAULT_STEP, STEPS = 2, 3, 3, 20
 BOUND_S = STEP_S + 10  # from the fault to the end of the last process
@@ -129,7 +130,7 @@ def be_rank(folder: Path, rank: int, world: int, port: int, trainer: Callable[..
         (folder / f"trainer-{rank}").write_text(str(os.getpid()))
         return trainer(config, box, asked)
 
-    sys.exit(Supervisor(config, place, None).run(noted))
+    sys.exit(Supervisor(config, place).run(noted))
 
 
 def tiny_run(config: Config, box: BlackBox, case: Case) -> int:
@@ -148,7 +149,7 @@ def tiny_train(config: Config, grid: Mesh, case: Case) -> None:
     for step in range(1, STEPS + 1):
         fault = case.fault if (step, grid.rank) == (FAULT_STEP, case.rank) else ""
         if fault:
-            (Path(config.run.dir or ".") / "fault").touch()
+            (Path(config.run.dir) / "fault").touch()
         if fault == "stops":
             os.kill(os.getpid(), signal.SIGSTOP)
         if fault.startswith("dies"):
@@ -204,7 +205,7 @@ def wait_for_signal(config: Config, box: BlackBox, asked: Signals) -> int:
     if asked.deaf_s:
         signal.pthread_sigmask(signal.SIG_BLOCK, asked.numbers)
     box.touch(asked.phase)
-    (Path(config.run.dir or ".") / "fault").touch()
+    (Path(config.run.dir) / "fault").touch()
     while not box.signal:
         time.sleep(0.01)
     heard = time.monotonic()

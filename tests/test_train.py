@@ -15,12 +15,12 @@ from tests.corpus import overrides
 from tests.distributed import gather_global, mesh, run_ranks
 from tptrain.config import load_config
 from tptrain.config.schema import kv_heads
-from tptrain.metrics import read_rows
 from tptrain.nn.parameter import parameters
 from tptrain.ops.compiled import compile_table
 from tptrain.ops.table import REFERENCE, Operations
-from tptrain.stop import Stop
 from tptrain.train.loop import train
+from tptrain.train.metrics import read_rows
+from tptrain.train.stop import Stop
 from tptrain.train.trainer import Trainer, build
 
 FROZEN = Path(__file__).parent / "frozen"
@@ -53,7 +53,7 @@ def after(steps: int, rank: int = 0) -> Callable[[], str | None]:
 def run_here(lines: list[str], tp: int, stop_after: int = 10**9, ops: Operations | None = None) -> None:
     """Train on the ranks this is called on, which meet in shared memory, as those of a launch on one machine do."""
     config = load_config([*lines, f"parallel.tp={tp}"])
-    run_dir = Path(config.run.dir or "")
+    run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     grid = mesh(tp, kv_heads(config.model), shared=True)
     train(config, grid, Stop(grid, asked=after(stop_after)), ops)

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from launch.verdict import Report, Verdict, judge, nodes, read
 from tests.models import training
-from tptrain.blackbox import SLOTS, BlackBox
 from tptrain.config import Config, ModelConfig
 from tptrain.parallel.collectives import all_reduce_
 from tptrain.parallel.communicators import Finish, Nobody, Op
 from tptrain.parallel.group import Group
 from tptrain.parallel.mesh import Mesh, tp_grid
 from tptrain.train.trainer import Trainer
+from tptrain.watch.black_box import SLOTS, BlackBox
+from tptrain.watch.outcome import Outcome
+from tptrain.watch.verdict import Report, Verdict, judge, nodes, read
 
 # The collectives of a step of two layers, by letter: operation, shape, axis and call site.
 CALLS = {
@@ -115,7 +116,7 @@ def test_of_two_that_died_it_is_the_first() -> None:
 
 def test_an_error_names_step_and_message() -> None:
     found = judged(report(0, STEP, "infra", world=2), report(1, STEP, "bug", step=7, message="KeyError: 'x'"))
-    assert found == Verdict("rank 1 on n0 ended after step 7: KeyError: 'x'", "bug", 1, "n0", 7)
+    assert found == Verdict("rank 1 on n0 ended after step 7: KeyError: 'x'", Outcome.BUG, 1, "n0", 7)
 
 
 def test_a_rank_that_left_no_report_is_gone() -> None:

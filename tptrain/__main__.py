@@ -97,9 +97,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 
 
 def launch(asked: argparse.Namespace) -> int:
-    from launch import run_dir, slurm, sweep
+    from launch import run_dir, submit, sweep
     from tptrain.config import UserError
-    from tptrain.rank import run
+    from tptrain.run.rank import run
 
     if asked.multirun:
         base, configs = sweep.configs(asked.overrides)
@@ -107,12 +107,12 @@ def launch(asked: argparse.Namespace) -> int:
             _check(config)
     else:
         configs = [_launchable(asked.overrides)]
-        base = Path(configs[0].run.dir or ".")
+        base = Path(configs[0].run.dir)
     cluster = configs[0].cluster
     if cluster.kind == "slurm":
-        slurm.check(configs[0])
+        submit.check(configs[0])
         if cluster.dry_run:
-            print(slurm.script(configs, base))
+            print(submit.script(configs, base))
             return 0
     elif cluster.dry_run:
         raise UserError("cluster.dry_run: shows the sbatch script, and cluster=local has none. Use cluster=slurm.")
@@ -122,12 +122,12 @@ def launch(asked: argparse.Namespace) -> int:
         for config in configs:
             stack.enter_context(_only_launch(config))
             stack.enter_context(run_dir.claimed(config))
-        job = slurm.submit(configs, base, run)
+        job = submit.submit(configs, base, run)
     if len(configs) > 1:
         print(f"submitted Slurm job array {job} of {len(configs)} runs, in {base}/0 to {base}/{len(configs) - 1}")
     else:
         print(f"submitted Slurm job {job}, run directory {configs[0].run.dir}")
-    command, name = "python -m tptrain", shlex.quote(configs[0].run.dir or ".")
+    command, name = "python -m tptrain", shlex.quote(configs[0].run.dir)
     every = f"{shlex.quote(str(base))}/[0-9]*" if len(configs) > 1 else name
     print(
         f"  how it stands:        {command} status {every}\n"
@@ -146,7 +146,7 @@ def _only_launch(config: "Config") -> Iterator[None]:
     from launch import runs
     from tptrain.config import UserError
 
-    folder = Path(config.run.dir or ".")
+    folder = Path(config.run.dir)
     lock = Path(f"{folder}.launching")
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -164,11 +164,11 @@ def _only_launch(config: "Config") -> Iterator[None]:
 def _launch_here(configs: "list[Config]") -> int:
     """One run after the other, followed live; Ctrl-C ends the run and the sweep."""
     from launch import local, run_dir
-    from tptrain.rank import run
+    from tptrain.run.rank import run
 
     worst = 0
     for config in configs:
-        folder = Path(config.run.dir or ".")
+        folder = Path(config.run.dir)
         with local.interrupts() as presses:
             with _only_launch(config), run_dir.claimed(config):
                 job = local.submit(config, run)
@@ -221,7 +221,7 @@ def train(asked: argparse.Namespace) -> int:
     from launch import run_dir
     from launch.job import supervised
     from tptrain.config import UserError, load_config, read_config, validate
-    from tptrain.rank import run
+    from tptrain.run.rank import run
 
     overrides: list[str] = asked.overrides
     if len(overrides) == 1 and overrides[0].startswith("run.dir="):
@@ -234,7 +234,7 @@ def train(asked: argparse.Namespace) -> int:
     validate(config)
 
     def claim() -> None:
-        _check_free(Path(config.run.dir or "."))
+        _check_free(Path(config.run.dir))
         run_dir.claim(config)
 
     return _exit_code(supervised(run, config, claim))
@@ -263,7 +263,7 @@ def _check(config: "Config") -> None:
 
 def _check_free(folder: Path) -> None:
     """Raises UserError while another process trains in the folder."""
-    from tptrain.rank import run_lock
+    from tptrain.run.rank import run_lock
 
     if (folder / ".lock").exists():
         with run_lock(folder):

@@ -1,7 +1,6 @@
-"""Which checkpoints there are, and whether they are whole: folders and their commit markers."""
+"""Whether a checkpoint is whole: its commit marker and its checksums."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 import xxhash
 
 from tptrain.checkpoint.files import measure
-
-COMMIT = "commit.json"
+from tptrain.records.run_dir import COMMIT
 
 
 class CheckpointError(Exception):
@@ -28,24 +26,6 @@ class Commit:
     data: str  # digest of the packed tokens
     updates: int  # of the weights: fewer than steps where train.on_nan=skip left some out
     files: dict[str, list[Any]]  # name -> [bytes, xxh3_128 hex]
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def committed(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first. Says nothing of whether their bytes are still good."""
-    return [path for path in step_folders(folder) if (path / COMMIT).exists()]
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """Oldest first, committed or not. A folder of any other name is not ours."""
-    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)), key=step_of)
 
 
 def read_commit(path: Path) -> Commit | str:

@@ -8,12 +8,13 @@ import torch
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from tptrain.checkpoint.commit import COMMIT, CheckpointError, Commit, committed, damage, read_commit, step_folders
+from tptrain.checkpoint.commit import CheckpointError, Commit, damage, read_commit
 from tptrain.checkpoint.layout import flat, rng_state, training_state, weights_state
 from tptrain.checkpoint.torch_dcp import ranks_of, without_warnings
 from tptrain.nn.store import Store
 from tptrain.optim.adamw import Optimizer
 from tptrain.parallel.mesh import Mesh
+from tptrain.records.run_dir import COMMIT, committed, step_folders
 
 
 def load_newest(folder: Path, optimizer: Optimizer, mesh: Mesh, say: Callable[[str], None]) -> Commit | None:

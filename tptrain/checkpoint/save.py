@@ -18,16 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.serialization import set_crc32_options
 
-from tptrain.checkpoint.commit import (
-    COMMIT,
-    CheckpointError,
-    Commit,
-    body_digest,
-    committed,
-    step_folder,
-    step_folders,
-    step_of,
-)
+from tptrain.checkpoint.commit import CheckpointError, Commit, body_digest
 from tptrain.checkpoint.files import Files, measure, sync
 from tptrain.checkpoint.layout import flat, rng_state, training_state
 from tptrain.checkpoint.torch_dcp import ranks_of, without_warnings
@@ -35,6 +26,7 @@ from tptrain.config import Config, write_config
 from tptrain.config.load import write_atomically
 from tptrain.optim.adamw import Optimizer
 from tptrain.parallel.mesh import Mesh
+from tptrain.records.run_dir import COMMIT, committed, step_folder, step_folders, step_of
 
 
 class Saver:

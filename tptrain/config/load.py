@@ -176,7 +176,7 @@ def _fill_in(config: Config) -> None:
     """Settle what depends on other settings or on the working directory, so that the snapshot stands by itself."""
     if config.model.num_key_value_heads is None:
         config.model.num_key_value_heads = kv_heads(config.model)
-    if config.run.dir is None:
+    if not config.run.dir:
         config.run.name = config.run.name or f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         config.run.dir = f"runs/{config.run.name}"
     config.run.dir = _absolute(config.run.dir)

@@ -1,33 +1,44 @@
-"""Every setting there is, with its type, default and bounds.
+"""Every setting there is, with its type, default and bounds, and whether it may change when a run is resumed.
 
 Model fields carry the names of Hugging Face's `config.json`. Sizes count elements, batch sizes count sequences.
-A field made by `number` names the bounds that `validate` enforces; nothing else in the project repeats them.
+A field made by `number` names the bounds that `validate` enforces. A resume may change a field that is marked so, and
+every field of a group that is; a change of any other makes it another run. Nothing else in the project repeats either.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
+MAY_CHANGE = {"may_change": True}  # metadata of what a resume may change
 
-def number(default: Any, *, least: float | None = None, above: float | None = None, most: float | None = None) -> Any:
+
+def number(
+    default: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    may_change: bool = False,
+) -> Any:
     """A numeric field with inclusive bounds `least` and `most`, or the exclusive lower bound `above`."""
     bounds = {"least": least, "above": above, "most": most}
-    return field(default=default, metadata={k: v for k, v in bounds.items() if v is not None})
+    metadata = {k: v for k, v in bounds.items() if v is not None}
+    return field(default=default, metadata=metadata | {"may_change": may_change})
 
 
-def size(default: Any) -> Any:
+def size(default: Any, *, may_change: bool = False) -> Any:
     """A count of at least one."""
-    return number(default, least=1)
+    return number(default, least=1, may_change=may_change)
 
 
-def choice(default: Any, *options: str) -> Any:
+def choice(default: Any, *options: str, may_change: bool = False) -> Any:
     """A string out of a fixed list."""
-    return field(default=default, metadata={"options": options})
+    return field(default=default, metadata={"options": options, "may_change": may_change})
 
 
 @dataclass
 class RunConfig:
     name: str | None = None  # default: model name and time of the launch
-    dir: str | None = None  # default: runs/<name>; on a file system that every node sees
+    dir: str = ""  # default: runs/<name>, which loading fills in; on a file system that every node sees
 
 
 @dataclass
@@ -87,7 +98,8 @@ class DataConfig:
     tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer.json
     eod_token: str | None = None  # end of document, for tokenizer.json; None: the usual names are tried
     validation_fraction: float = number(0.02, above=0, most=0.5)
-    cache_dir: str = "runs/.data"  # packed tokens, shared by all runs that read the same data
+    # Packed tokens, shared by all runs that read the same data
+    cache_dir: str = field(default="runs/.data", metadata=MAY_CHANGE)
 
 
 @dataclass
@@ -105,20 +117,21 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int = size(400)
+    steps: int = size(400, may_change=True)  # but not to fewer
     seq_len: int = size(256)
     global_batch_size: int = size(8)
-    micro_batch_size: int = size(8)  # sequences a rank runs at once
+    micro_batch_size: int = size(8, may_change=True)  # sequences a rank runs at once
     precision: str = choice("fp32", "fp32", "bf16")
     seed: int = number(0, least=0, most=2**63 - 1)
-    device: str = choice("auto", "auto", "cpu", "cuda")
+    device: str = choice("auto", "auto", "cpu", "cuda", may_change=True)
     # Norms, rotary, activations: by torch.compile (auto: on cuda), before that by tptrain/native on a CPU, which has
     # attention too and takes a second; none: neither
     compile: str = choice("auto", "auto", "elementwise", "none")
     recompute: str = choice("none", "none", "selective", "full")  # in the backward pass: what is cheap, or whole layers
-    on_nan: str = choice("stop", "stop", "skip")  # a loss that is no number: end the run, or leave that update out
-    eval_every: int = number(100, least=0)  # steps between validations; 0: only after the last step
-    eval_sequences: int = size(64)  # held-out sequences a validation reads
+    # A loss that is no number: end the run, or leave that update out
+    on_nan: str = choice("stop", "stop", "skip", may_change=True)
+    eval_every: int = number(100, least=0, may_change=True)  # steps between validations; 0: only after the last step
+    eval_sequences: int = size(64, may_change=True)  # held-out sequences a validation reads
 
 
 @dataclass
@@ -174,17 +187,17 @@ class ClusterConfig:
 
 @dataclass
 class Config:
-    run: RunConfig = field(default_factory=RunConfig)
+    run: RunConfig = field(default_factory=RunConfig, metadata=MAY_CHANGE)
     model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=MAY_CHANGE)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=MAY_CHANGE)
+    logging: LoggingConfig = field(default_factory=LoggingConfig, metadata=MAY_CHANGE)
+    wandb: WandbConfig = field(default_factory=WandbConfig, metadata=MAY_CHANGE)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig, metadata=MAY_CHANGE)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata=MAY_CHANGE)
 
 
 VOCAB_MULTIPLE = 128

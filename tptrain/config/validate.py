@@ -221,7 +221,7 @@ def _check_unused(config: Config) -> None:
         raise UserError("data.eod_token: data.tokenizer=bytes has its own. Leave it out.")
     if optim.schedule == "constant" and optim.min_lr_ratio != OptimConfig().min_lr_ratio:
         raise UserError("optim.min_lr_ratio: has no effect on optim.schedule=constant. Leave it out.")
-    if len(Path(config.run.dir or "").name) > 200:
+    if len(Path(config.run.dir).name) > 200:
         raise UserError(f"run.name={config.run.name}: longer than a file's name may be. Use at most 200 characters.")
     if "%" in f"{config.run.dir}{config.run.name}":
         raise UserError(f"run.dir={config.run.dir}: has a %, which Slurm and submitit would replace. Use another name.")

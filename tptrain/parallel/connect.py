@@ -7,12 +7,12 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
-from tptrain.blackbox import BlackBox
 from tptrain.parallel import shared_memory
 from tptrain.parallel.communicators import ProcessGroup
 from tptrain.parallel.control import Control
 from tptrain.parallel.group import Group
 from tptrain.parallel.mesh import Grid, Mesh
+from tptrain.watch.black_box import BlackBox
 
 
 def connect(

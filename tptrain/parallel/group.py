@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tptrain.blackbox import BlackBox
 from tptrain.parallel.communicators import Communicator
+from tptrain.watch.black_box import BlackBox
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from tptrain.blackbox import BlackBox
 from tptrain.parallel.control import Control
 from tptrain.parallel.group import Group
+from tptrain.watch.black_box import BlackBox
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tptrain.blackbox import BlackBox
 from tptrain.config import Config
 from tptrain.config.schema import kv_heads
 from tptrain.nn.cross_entropy import CrossEntropy
@@ -26,6 +25,7 @@ from tptrain.parallel.mesh import Grid, Mesh, tp_grid
 from tptrain.train.runner import Runner
 from tptrain.train.schedule import Reduce
 from tptrain.train.trainer import build_model, micro_batches, parameter_counts
+from tptrain.watch.black_box import BlackBox
 
 Calls = Counter[tuple[str, str, int]]  # (operation, axis, bytes of the whole tensor) -> how often
 

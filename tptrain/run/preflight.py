@@ -122,10 +122,10 @@ def check_run_dir(meeting: "Meeting", reports: list[Report], config: Config, own
     def leave_token() -> str:
         own()
         token = f".seen-{uuid.uuid4().hex}"
-        (Path(config.run.dir or ".") / token).touch()
+        (Path(config.run.dir) / token).touch()
         return token
 
-    path = Path(config.run.dir or ".") / meeting.by_main("own", None, leave_token)
+    path = Path(config.run.dir) / meeting.by_main("own", None, leave_token)
     seen = _appears(path)
 
     def judge() -> str:
@@ -184,7 +184,7 @@ def problem(reports: list[Report], config: Config) -> str | None:
 
 
 def _disk_problem(config: Config) -> str | None:
-    folder = Path(config.run.dir or ".")
+    folder = Path(config.run.dir)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tptrain.blackbox import BlackBox
 from tptrain.config import Config, UserError, check_topology
 from tptrain.config.schema import kv_heads
 from tptrain.ops.choose import choose
@@ -19,6 +18,7 @@ from tptrain.parallel.mesh import Mesh, tp_grid
 from tptrain.run import preflight
 from tptrain.run.device import pick_device
 from tptrain.train.trainer import compiled_folder
+from tptrain.watch.black_box import BlackBox
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def meet(config: Config, box: BlackBox, own_run_dir: Callable[[], None] = lambda
     backend = _backend(config, device)
     ops = choose(device.type, config.train.compile, compiled_folder(config))
     name = "cpu" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
-    report = preflight.Report(rank, env["TPTRAIN_NODE"], local_rank, name, config.run.dir or ".", ops.backend)
+    report = preflight.Report(rank, env["TPTRAIN_NODE"], local_rank, name, config.run.dir, ops.backend)
     patience, hosted = config.watchdog.rendezvous_s, env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = env["TPTRAIN_ATTEMPT"]
     store = preflight.join(env["MASTER_ADDR"], int(env["MASTER_PORT"]), report, world, hosted, patience, attempt)

@@ -5,16 +5,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tptrain.checkpoint.commit import step_folder
 from tptrain.checkpoint.load import load_newest
 from tptrain.checkpoint.save import Saver
 from tptrain.config import Config, UserError
-from tptrain.metrics import Recorder, Row, memory_gb, peak_flops
 from tptrain.ops.choose import choose
 from tptrain.ops.table import Operations
 from tptrain.parallel.collectives import all_reduce_
 from tptrain.parallel.mesh import Mesh
-from tptrain.stop import Agreement, Stop
+from tptrain.records.run_dir import step_folder
+from tptrain.train.metrics import Recorder, Row, memory_gb, peak_flops
+from tptrain.train.stop import Agreement, Stop
 from tptrain.train.trainer import Trainer, build, compiled_folder, parameter_counts
 
 
@@ -33,7 +33,7 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None, ops: Operations 
     trainer = build(config, mesh, ops, say)
     say(_introduction(trainer))
     say(f"computing with {ops.backend}")
-    folder = Path(config.run.dir or ".") / "checkpoints"
+    folder = Path(config.run.dir) / "checkpoints"
     loaded = load_newest(folder, trainer.optimizer, mesh, say)
     start = mesh.box.state.step = loaded.step if loaded else 0
     if loaded and loaded.data != trainer.data.digest:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tptrain.config import Config
-from tptrain.data import TokenData, prepare
+from tptrain.data.tokens import TokenData, prepare
 from tptrain.models.spec import decoder_spec
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.nn.decoder import Decoder

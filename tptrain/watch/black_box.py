@@ -1,6 +1,6 @@
 """What a rank is doing, in memory that outlives it: phase, step, stop signals and the last collectives it entered.
 
-The trainer writes, its supervisor (another process on the same node, see launch/supervisor.py) reads: the record is
+The trainer writes, its supervisor (another process on the same node, see supervisor.py) reads: the record is
 whole even where the trainer was killed, stopped, or aborted by gloo in the middle of a collective. Imports no torch.
 """
 
@@ -12,6 +12,8 @@ import sys
 import time
 from types import CodeType, FrameType
 from typing import Any
+
+from tptrain.watch.outcome import Outcome
 
 PHASES = ("rendezvous", "build", "first_step", "step", "checkpoint", "end")
 SLOTS, SLOT_BYTES = 4096, 256  # the last collectives: some steps of a deep model, 1 MiB
@@ -34,7 +36,7 @@ class _State(ctypes.Structure):
         ("signalled", ctypes.c_double),  # monotonic clock, then
         ("signalled_again", ctypes.c_int32),
         ("end_time", ctypes.c_double),  # unix time at which Slurm kills the job, on rank 0; 0 where not known
-        ("ending", ctypes.c_char * TEXT_BYTES),  # kind, newline, message: how the trainer ended, in its own words
+        ("ending", ctypes.c_char * TEXT_BYTES),  # outcome, newline, message: how the trainer ended, in its own words
     )
 
 
@@ -85,14 +87,14 @@ class BlackBox:
         parts = {name: end - start for name, start, end in zip(names, times, times[1:], strict=False)}
         return {name: seconds for name, seconds in parts.items() if name != "launch" or self.state.launched}
 
-    def end(self, kind: str, message: str = "") -> None:
-        """How the trainer ends: one of done, stopped, user, diverged, bug, lost, disk; and why, for people."""
-        self.state.ending = f"{kind}\n{message}".encode()[: TEXT_BYTES - 1]
+    def end(self, outcome: Outcome, message: str = "") -> None:
+        """How the trainer ends, and why, for people."""
+        self.state.ending = f"{outcome}\n{message}".encode()[: TEXT_BYTES - 1]
 
-    def ending(self) -> tuple[str, str]:
-        """Kind and message; empty where the trainer had no time to say."""
-        kind, _, message = self.state.ending.decode(errors="replace").partition("\n")
-        return kind, message
+    def ending(self) -> tuple[Outcome | None, str]:
+        """Outcome and message; None and empty where the trainer had no time to say."""
+        outcome, _, message = self.state.ending.decode(errors="replace").partition("\n")
+        return Outcome(outcome) if outcome else None, message
 
     # ---------------------------------------------------------------------------------------------------- signals
 
@@ -205,7 +207,7 @@ class BlackBox:
         return names
 
 
-_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _OURS: dict[int, tuple[CodeType, bool]] = {}
 
 

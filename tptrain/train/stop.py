@@ -8,22 +8,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tptrain.parallel.mesh import Mesh
+from tptrain.watch.place import Allocation
 
 MARGIN_S = 2  # of time that must be left beside a step and a save
-
-
-class Allocation(Protocol):
-    """What the trainer asks of the scheduler; launch/allocation.py answers for Slurm."""
-
-    def reason(self, signals: set[str]) -> tuple[str, bool, float | None]:
-        """Why the job is to stop, whether it should go on later, and the unix time of its end where that is known."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -2,44 +2,44 @@
 
 import contextlib
 import errno
-import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import filelock
 
-from tptrain.blackbox import BlackBox
 from tptrain.config import Config, UserError
 from tptrain.config.load import write_atomically
+from tptrain.records.run_dir import add_event
+from tptrain.watch.black_box import BlackBox
+from tptrain.watch.outcome import Outcome
+from tptrain.watch.place import Allocation
 
 LOCK_S = 60  # for a superseded attempt of the same job to notice and let go
 
 
-def run(config: Config, box: BlackBox, allocation: Any, attempt: str, claim: Callable[[], None]) -> int:
+def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: str, claim: Callable[[], None]) -> int:
     """Train as one rank, whose place the environment tells; `claim` runs on rank 0 once all ranks are there.
 
-    Returns the exit code: 0 done (or stopped with a checkpoint), 2 a user's mistake, 4 a full disk, 1
-    anything else.
+    Returns the exit code of its outcome.
     """
     import torch.distributed as dist
 
     from tptrain.checkpoint.commit import CheckpointError
     from tptrain.run.preflight import RendezvousError, ReportedByRank0
     from tptrain.run.rendezvous import meet
-    from tptrain.stop import Stop
     from tptrain.train.loop import Diverged, train
+    from tptrain.train.stop import Stop
 
-    def fail(kind: str, text: str, code: int = 1) -> int:
-        box.end(kind, text)
+    def fail(outcome: Outcome, text: str) -> int:
+        box.end(outcome, text)
         with contextlib.suppress(OSError):  # the log may lie on the disk that is full
             print(f"{f'[rank {box.rank}] ' if box.rank else ''}error: {text}", file=sys.stderr, flush=True)
-        return code
+        return outcome.exit_code
 
-    folder = Path(config.run.dir or ".")
+    folder = Path(config.run.dir)
     try:
         with contextlib.ExitStack() as stack:
 
@@ -51,45 +51,43 @@ def run(config: Config, box: BlackBox, allocation: Any, attempt: str, claim: Cal
             mesh = rank.mesh
             if mesh.is_main:
                 begin = {"event": "start", "attempt": attempt, "time": time.time()}
-                note(folder, begin | {"tp": mesh.size("tp"), "dp": mesh.size("dp"), "nodes": list(rank.nodes)})
+                add_event(folder, begin | {"tp": mesh.size("tp"), "dp": mesh.size("dp"), "nodes": list(rank.nodes)})
             agreed = train(config, mesh, Stop(mesh, allocation), rank.ops)
             box.touch("end")
             if agreed is None:
-                box.end("done", f"step {box.state.step}")
+                box.end(Outcome.DONE, f"step {box.state.step}")
             else:
-                box.end("stopped" if agreed.requeue else "cancelled", agreed.reason)
+                box.end(Outcome.STOPPED if agreed.requeue else Outcome.CANCELLED, agreed.reason)
             if mesh.is_main:
-                kind, message = box.ending()
-                note(
-                    folder,
-                    {"event": "last", "attempt": attempt, "kind": kind, "message": message, "step": box.state.step},
-                )
+                outcome, message = box.ending()
+                last = {"event": "last", "attempt": attempt, "kind": outcome, "message": message}
+                add_event(folder, last | {"step": box.state.step})
             dist.destroy_process_group()
         return 0
     except ReportedByRank0 as error:
-        box.end("user", f"{error}")
-        return 2
+        box.end(Outcome.USER, f"{error}")
+        return Outcome.USER.exit_code
     except UserError as error:
-        return fail("user", f"{error}", 2)
+        return fail(Outcome.USER, f"{error}")
     except Diverged as error:
-        return fail("diverged", f"{error}")
+        return fail(Outcome.DIVERGED, f"{error}")
     except RendezvousError as error:
-        return fail("infra", f"{error}")
+        return fail(Outcome.INFRA, f"{error}")
     except (CheckpointError, OSError) as error:
         full = "no space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if isinstance(error, OSError) and not full:
             return _bug(error, box)
         if isinstance(error, OSError):
             return fail(
-                "disk", f"no space left on the device: {error.filename or folder}. Free some and launch again", 4
+                Outcome.DISK, f"no space left on the device: {error.filename or folder}. Free some and launch again"
             )
-        return fail("disk", f"{error}", 4) if full else fail("bug", f"{error}")
+        return fail(Outcome.DISK if full else Outcome.BUG, f"{error}")
     except RuntimeError as error:  # a collective failed, as it does when another rank is gone
         said = str(error)
         if isinstance(error, dist.DistError) or "gloo" in said or "NCCL" in said:
-            return fail("infra", f"lost another rank: {said.split('] ', 1)[-1].split('. ')[0]}")
+            return fail(Outcome.INFRA, f"lost another rank: {said.split('] ', 1)[-1].split('. ')[0]}")
         if any(word in said for word in ("uncorrectable ECC", "CUDA error: unspecified launch", "bus error")):
-            return fail("infra", f"the device failed: {said.splitlines()[0]}")
+            return fail(Outcome.INFRA, f"the device failed: {said.splitlines()[0]}")
         return _bug(error, box)
     except Exception as error:
         return _bug(error, box)
@@ -97,15 +95,8 @@ def run(config: Config, box: BlackBox, allocation: Any, attempt: str, claim: Cal
 
 def _bug(error: Exception, box: BlackBox) -> int:
     traceback.print_exc()
-    box.end("bug", "".join(traceback.format_exception_only(error)).strip())
-    return 1
-
-
-def note(folder: Path, event: dict) -> None:
-    """Append to the run's history, logs/attempts.jsonl: what its attempts did, for `status` and for restarts."""
-    (folder / "logs").mkdir(exist_ok=True)
-    with (folder / "logs" / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(event) + "\n")
+    box.end(Outcome.BUG, "".join(traceback.format_exception_only(error)).strip())
+    return Outcome.BUG.exit_code
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 It needs neither torch nor the interpreter of a trainer that hangs in C++. Where a trainer dies, stops, or is silent for
 longer than its phase allows, the supervisor writes what the black box holds into the run directory; the other ranks'
-supervisors see that, write theirs, and the first of them prints one verdict (launch/verdict.py).
+supervisors see that, write theirs, and the first of them prints one verdict (verdict.py).
 """
 
 import contextlib
@@ -19,13 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import verdict
-from launch.allocation import Allocation
-from launch.place import Place
-from tptrain import blackbox
-from tptrain.blackbox import BlackBox
 from tptrain.config import Config
 from tptrain.config.load import write_atomically
+from tptrain.watch import black_box, verdict
+from tptrain.watch.black_box import BlackBox
+from tptrain.watch.outcome import Outcome
+from tptrain.watch.place import Allocation, FlightRecorder, Place
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STACKS = signal.SIGRTMIN + 3  # asks a trainer for the Python stacks of its threads
@@ -33,17 +32,22 @@ TICK_S = 0.1
 GATHER_S = 6  # for the reports of the other ranks, once one is there
 CLOCK_SKEW_S = 60  # between nodes; what is older than this process is another run's
 APART_S = 5  # the starts of the ranks of one node, whose clock is one
-PACKAGE = str(Path(blackbox.__file__).parent) + os.sep
-CONCLUDING = ("died", "hang", "infra", "bug", "waiting")  # ranks that end so judge; all others have said why they end
+PACKAGE = str(Path(black_box.__file__).parents[1]) + os.sep
 Trainer = Callable[[BlackBox], int]
 
 
 class Supervisor:
-    """One rank's."""
+    """Runs and watches one rank's trainer. `allocation`: on Slurm; `flight_recorder`: where NCCL may be used."""
 
-    def __init__(self, config: Config, place: Place, allocation: Allocation | None) -> None:
-        self.config, self.place, self.allocation = config, place, allocation
-        self.run_dir = Path(config.run.dir or ".")
+    def __init__(
+        self,
+        config: Config,
+        place: Place,
+        allocation: Allocation | None = None,
+        flight_recorder: FlightRecorder | None = None,
+    ) -> None:
+        self.config, self.place, self.allocation, self.flight_recorder = config, place, allocation, flight_recorder
+        self.run_dir = Path(config.run.dir)
         self.reports = verdict.folder_of(self.run_dir, place.attempt)
         self.box = BlackBox()
         self.box.rank = place.rank
@@ -71,13 +75,14 @@ class Supervisor:
         if self.place.rank == 0 and self.allocation is not None:
             threading.Thread(target=self._follow_end_time, daemon=True).start()
         cause, code = self._watch()
-        with contextlib.suppress(OSError):
-            self._nccl_pipe().unlink(missing_ok=True)  # NCCL makes it and leaves it
+        if self.flight_recorder is not None:
+            with contextlib.suppress(OSError):
+                self.flight_recorder.pipe.unlink(missing_ok=True)  # NCCL makes it and leaves it
         if cause is None:
             return 0
-        if cause["kind"] != "superseded":
+        if cause["kind"] != Outcome.SUPERSEDED:
             self._report(cause)
-        if cause["kind"] in CONCLUDING:
+        if cause["kind"].concludes:
             self._conclude()
         return code
 
@@ -93,7 +98,7 @@ class Supervisor:
             code = trainer(self.box)
         except BaseException:  # what the trainer itself does not expect
             traceback.print_exc()
-            self.box.end("bug", traceback.format_exc().strip().splitlines()[-1])
+            self.box.end(Outcome.BUG, traceback.format_exc().strip().splitlines()[-1])
         finally:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
@@ -121,7 +126,7 @@ class Supervisor:
                 if self._superseded():
                     self._kill()
                     print("a later attempt of this job has taken over the run: this one ends", flush=True)
-                    return {"kind": "superseded"}, 1
+                    return {"kind": Outcome.SUPERSEDED}, 1
                 if self._others_reported():
                     return self._join_in(), 1
             time.sleep(TICK_S)
@@ -130,7 +135,8 @@ class Supervisor:
         """Ends the trainer on a signal that cannot wait for a step boundary, or dumps and ends it when it hangs."""
         state, phase = self.box.state, self.box.phase
         # A user's Ctrl-C or `cancel` is for good; all other signals are Slurm's, and the job may go on later.
-        stop = {"kind": "cancelled" if self.box.signal == "SIGINT" else "stopped", "signal": self.box.signal}
+        outcome = Outcome.CANCELLED if self.box.signal == "SIGINT" else Outcome.STOPPED
+        stop = {"kind": outcome, "signal": self.box.signal}
         in_time = self.box.signal in ("SIGUSR1", "SIGUSR2")  # the time limit is only near: a step may still be done
         if self.box.signal and not in_time and phase in ("rendezvous", "build"):
             self._kill()
@@ -150,7 +156,7 @@ class Supervisor:
         )
         if silent <= limit:
             return None
-        return self._dump({"kind": "hang", "message": f"silent for {silent:.0f} s in the phase `{phase}`"})
+        return self._dump({"kind": Outcome.HANG, "message": f"silent for {silent:.0f} s in the phase `{phase}`"})
 
     def _join_in(self) -> dict[str, Any]:
         """Another rank has failed: give its trainer a moment to end by itself, then say what it was doing."""
@@ -158,9 +164,9 @@ class Supervisor:
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.child, os.WNOHANG)
             if pid:
-                return self._after_exit(os.waitstatus_to_exitcode(status))[0] or {"kind": "done"}
+                return self._after_exit(os.waitstatus_to_exitcode(status))[0] or {"kind": Outcome.DONE}
             time.sleep(TICK_S)
-        return self._dump({"kind": "waiting", "message": "ended because another rank failed"})
+        return self._dump({"kind": Outcome.WAITING, "message": "ended because another rank failed"})
 
     def _dump(self, cause: dict[str, Any]) -> dict[str, Any]:
         """The trainer's stacks, then its end."""
@@ -177,18 +183,16 @@ class Supervisor:
 
     def _ask_nccl(self) -> None:
         """Have NCCL write PyTorch's flight record beside our reports: its monitor thread listens on a pipe."""
-        record = Path(f"{os.environ.get('TORCH_NCCL_DEBUG_INFO_TEMP_FILE')}{self.place.rank}")
+        if self.flight_recorder is None:
+            return
         with contextlib.suppress(OSError):  # no pipe: not over NCCL
             self.reports.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._nccl_pipe(), os.O_WRONLY | os.O_NONBLOCK)
+            handle = os.open(self.flight_recorder.pipe, os.O_WRONLY | os.O_NONBLOCK)
             os.write(handle, b"1\n")
             os.close(handle)
             deadline = time.monotonic() + 2
-            while not record.exists() and time.monotonic() < deadline:
+            while not self.flight_recorder.record.exists() and time.monotonic() < deadline:
                 time.sleep(TICK_S)
-
-    def _nccl_pipe(self) -> Path:
-        return Path(f"{os.environ.get('TORCH_NCCL_DEBUG_INFO_PIPE_FILE')}{self.place.rank}.pipe")
 
     def _kill(self) -> None:
         os.kill(self.child, signal.SIGKILL)
@@ -197,13 +201,13 @@ class Supervisor:
             time.sleep(0.01)
 
     def _after_exit(self, code: int) -> tuple[dict[str, Any] | None, int]:
-        kind, message = self.box.ending()
         if code == 0:
             return None, 0
         if code < 0:
             name = signal.strsignal(-code) if -code >= signal.SIGRTMIN else signal.Signals(-code).name
-            return {"kind": "died", "message": f"killed by {name}", "signal": name}, 1
-        return {"kind": kind or "bug", "message": message or f"exit code {code}"}, code
+            return {"kind": Outcome.DIED, "message": f"killed by {name}", "signal": name}, 1
+        outcome, message = self.box.ending()
+        return {"kind": outcome or Outcome.BUG, "message": message or f"exit code {code}"}, code
 
     def _superseded(self) -> bool:
         """Whether Slurm has restarted this job elsewhere, while a dead node's ranks were left alive."""
@@ -266,11 +270,11 @@ class Supervisor:
             if len(reports) == self.place.world or time.monotonic() > deadline:
                 break
             time.sleep(TICK_S)
-        judges = [rank for rank, report in reports.items() if report["cause"]["kind"] in CONCLUDING]
+        judges = [rank for rank, report in reports.items() if Outcome(report["cause"]["kind"]).concludes]
         if not judges or min(judges) != self.place.rank:
             return
         judged = verdict.judge(reports, self.place.world, verdict.nodes(self.run_dir, self.place.attempt))
-        if judged.kind in verdict.ANNOUNCED:
+        if judged.kind.announced:
             return
         print(f"verdict: {judged.text}\n  every rank's last collectives and stacks: {self.reports}", flush=True)
         with contextlib.suppress(OSError):

@@ -3,18 +3,19 @@
 Ranks may run different programs (pipeline stages, experts), so collectives are counted within their group: the n-th
 that one member of a group enters is the n-th of every other member. The numbers in the sentences are these. Where the
 n-th differs in operation, shape or call site, the odd one out did something else; otherwise the rank to blame is the
-one at the end of the chain of ranks that wait for one another (launch/waits.py). Where the evidence is missing or
+one at the end of the chain of ranks that wait for one another (waits.py). Where the evidence is missing or
 equal, the sentence says so, and `rank` and `node` are None.
 """
 
-import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.waits import (
+from tptrain.records.run_dir import events
+from tptrain.watch.outcome import Outcome
+from tptrain.watch.waits import (
     Call,
     Group,
     History,
@@ -28,13 +29,11 @@ from launch.waits import (
     waits_of,
 )
 
-ANNOUNCED = ("cancelled", "stopped", "user", "diverged", "disk")  # ends of which the rank itself has told people
-
 
 @dataclass(frozen=True)
 class Verdict:
     text: str
-    kind: str  # user, diverged, disk, bug, died, gone, hang, mismatch, stopped or infra
+    kind: Outcome
     rank: int | None
     node: str | None
     step: int  # the last that was finished
@@ -47,30 +46,15 @@ def folder_of(run_dir: Path, attempt: str) -> Path:
 
 def read(folder: Path, since: float = 0) -> dict[int, Report]:
     """The reports that ranks have written, by rank; `since`: unix time, before which a report is another run's."""
-    found: dict[int, Report] = {}
+    reports: dict[int, Report] = {}
     for path in folder.glob("rank-*.json"):
         try:
             report = json.loads(path.read_text())
         except (OSError, ValueError):  # just being written
             continue
         if report["time"] >= since:
-            found[report["rank"]] = report
-    return found
-
-
-def events(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's history, oldest first: logs/attempts.jsonl."""
-    try:
-        lines = (run_dir / "logs" / "attempts.jsonl").read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # a crash cut it short
-            event = json.loads(line)
-            if isinstance(event, dict) and {"event", "attempt"} <= event.keys():
-                found.append(event)
-    return found
+            reports[report["rank"]] = report
+    return reports
 
 
 def nodes(run_dir: Path, attempt: str) -> list[str]:
@@ -87,41 +71,42 @@ def judge(reports: dict[int, Report], world: int, placed: list[str]) -> Verdict:
     for report in sorted(reports.values(), key=lambda report: report["time"]):
         by_kind.setdefault(report["cause"]["kind"], []).append(report)
 
-    def blame(kind: str, rank: int, text: str) -> Verdict:
+    def blame(kind: Outcome, rank: int, text: str) -> Verdict:
         node = reports[rank]["node"] if rank in reports else (placed[rank] if rank < len(placed) else None)
         return Verdict(f"rank {rank} on {node or 'an unknown node'} {text}", kind, rank, node, step)
 
-    for kind in (*ANNOUNCED, "bug"):
+    for kind in (*(outcome for outcome in Outcome if outcome.announced), Outcome.BUG):
         if kind in by_kind:
             first = by_kind[kind][0]
             return blame(kind, first["rank"], f"ended after step {first['step']}: {first['cause']['message']}")
     histories = {rank: History(report) for rank, report in reports.items()}
     if (odd := _odd_one_out(histories)) is not None:
         rank, text = odd
-        return Verdict(text, "mismatch", None, None, step) if rank is None else blame("mismatch", rank, text)
+        kind = Outcome.MISMATCH
+        return Verdict(text, kind, None, None, step) if rank is None else blame(kind, rank, text)
     missing = sorted(set(range(world)) - reports.keys())
-    died = [report for report in by_kind.get("died", []) if report["cause"]["signal"] == "SIGKILL"]
-    died = died or by_kind.get("died", [])
+    died = [report for report in by_kind.get(Outcome.DIED, []) if report["cause"]["signal"] == "SIGKILL"]
+    died = died or by_kind.get(Outcome.DIED, [])
     if died:
         how = f"was {died[0]['cause']['message']}"
-        return blame("died", died[0]["rank"], _left_off(histories[died[0]["rank"]], how, histories))
+        return blame(Outcome.DIED, died[0]["rank"], _left_off(histories[died[0]["rank"]], how, histories))
     halted = [report for report in reports.values() if report["cause"].get("stopped")]
     if halted:
         rank = halted[0]["rank"]
-        return blame("hang", rank, _left_off(histories[rank], "was stopped (SIGSTOP)", histories))
+        return blame(Outcome.HANG, rank, _left_off(histories[rank], "was stopped (SIGSTOP)", histories))
     if missing:
         call = first_call_without(missing[0], histories)
         which = f", without entering {_describe(call)}" if call else ""
-        return blame("gone", missing[0], f"does not answer: its node or its processes are gone{which}")
-    if "hang" not in by_kind:
-        first = next(iter(by_kind.get("infra", reports.values())))
-        return blame("infra", first["rank"], f"ended after step {first['step']}: {first['cause']['message']}")
+        return blame(Outcome.GONE, missing[0], f"does not answer: its node or its processes are gone{which}")
+    if Outcome.HANG not in by_kind:
+        first = next(iter(by_kind.get(Outcome.INFRA, reports.values())))
+        return blame(Outcome.INFRA, first["rank"], f"ended after step {first['step']}: {first['cause']['message']}")
     return _hang(histories, blame, step)
 
 
 def _hang(histories: dict[int, History], blame: Any, step: int) -> Verdict:
     def blame_nobody(text: str) -> Verdict:
-        return Verdict(text, "hang", None, None, step)
+        return Verdict(text, Outcome.HANG, None, None, step)
 
     waits = waits_of(histories)
     if loop := cycle(waits):
@@ -134,12 +119,12 @@ def _hang(histories: dict[int, History], blame: Any, step: int) -> Verdict:
     if calls and calls.keys() >= set(sinks):
         return blame_nobody(_network_fault(next(iter(calls.values())), histories))
     reports = [own.report for own in histories.values()]
-    silent = next(report for report in reports if report["cause"]["kind"] == "hang")
+    silent = next(report for report in reports if report["cause"]["kind"] == Outcome.HANG)
     if len(sinks) == 1 or len(reports) == 1:
         rank = sinks[0] if sinks else silent["rank"]
         top = histories[rank].report["top"]
         text = _never_entered(histories[rank], histories) if sinks else f"was {silent['cause']['message']}"
-        return blame("hang", rank, text + (f" (it was at {top})" if top else ""))
+        return blame(Outcome.HANG, rank, text + (f" (it was at {top})" if top else ""))
     texts = [f"rank {rank} {_never_entered(histories[rank], histories)}" for rank in sinks]
     texts = texts or [f"none waits for another; rank {silent['rank']} was {silent['cause']['message']}"]
     return blame_nobody(f"no rank is to blame for sure: {'; '.join(texts)}")
@@ -226,14 +211,14 @@ def _kinds_before(own: dict[int, Call], number: int) -> list[tuple]:
 
 def _usual(before: list[tuple]) -> tuple:
     """What followed, earlier in these calls, the longest stretch that is like their end: of a step before, the same."""
-    best, found = 0, ()
+    best, follower = 0, ()
     for i in range(len(before) - 1, 0, -1):
         length = 0
         while length < i and before[i - 1 - length] == before[-1 - length]:
             length += 1
         if length > best:
-            best, found = length, before[i]
-    return found
+            best, follower = length, before[i]
+    return follower
 
 
 def _kind(call: Call | None) -> tuple:

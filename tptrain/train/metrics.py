@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +18,7 @@ from tqdm import tqdm
 
 from tptrain.config import Config
 from tptrain.config.load import write_atomically
-
-Row = dict[str, Any]
+from tptrain.records.rows import Row, describe, read_rows, short
 
 # Dense peaks in TFLOP/s, (bf16, fp32 without TF32), off the vendors' data sheets. The first that is in the name counts.
 PEAK_TFLOPS = {
@@ -53,23 +51,12 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
 class Recorder:
     """Takes each row to the file, the console and wandb."""
 
     def __init__(self, config: Config, start: int) -> None:
         self.steps = config.train.steps
-        path = Path(config.run.dir or ".") / "metrics.jsonl"
+        path = Path(config.run.dir) / "metrics.jsonl"
         kept = [row for row in read_rows(path) if row["step"] <= start]  # a dead attempt's rows past the checkpoint
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", buffering=1)
@@ -110,20 +97,6 @@ class Recorder:
         self.wandb.finish()
 
 
-def short(row: Row) -> str:
-    return f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tok/s"
-
-
-def describe(row: Row, steps: int) -> str:
-    """One line of the console: starts with `step`, by which the launcher knows it."""
-    left = timedelta(seconds=math.ceil((steps - row["step"]) * row["step_time_s"]))
-    validation = f"  val_loss {row['val_loss']:.4f}" if "val_loss" in row else ""
-    return (
-        f"step {row['step']:>{len(str(steps))}}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-        f"grad_norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tok/s  eta {left}{validation}"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------- wandb
 
 
@@ -140,7 +113,7 @@ class Wandb:
     def __init__(self, config: Config, say: Callable[[str], None], earlier: list[Row]) -> None:
         self.config, self.say = config, say
         self.rows: queue.Queue[Row | None] = queue.Queue()
-        self.handed_over = Path(config.run.dir or ".") / "wandb" / "handed-over"  # the last step that wandb surely has
+        self.handed_over = Path(config.run.dir) / "wandb" / "handed-over"  # the last step that wandb surely has
         text = self.handed_over.read_text(errors="replace") if self.handed_over.exists() else ""
         last = int(text) if text.isdigit() else 0
         for row in earlier:
@@ -182,7 +155,7 @@ class Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        identity = Path(self.config.run.dir or ".") / "wandb" / "run-id"
+        identity = Path(self.config.run.dir) / "wandb" / "run-id"
         if not identity.exists():
             identity.parent.mkdir(exist_ok=True)
             write_atomically(identity, f"{int(time.time() * 1e6):x}")

@@ -1,0 +1,115 @@
+"""`cluster=slurm`: submission of one Slurm job, through submitit; its ranks run directly under srun."""
+
+import contextlib
+import io
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError
+
+from launch import slurm
+from launch.job import Entry, command_time, run_rank, shell_lines
+from launch.run_dir import record_job
+from tptrain.config import Config, UserError
+
+
+def check(config: Config) -> None:
+    """Whether Slurm is here and knows the partition. Raises UserError."""
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "cluster=slurm: `sbatch` was not found. Run this on a login node of the cluster, or use cluster=local."
+        )
+    try:
+        partitions = slurm.partitions()
+    except slurm.SlurmError as error:
+        raise UserError(f"cluster=slurm: Slurm does not answer: {error}.") from error
+    wanted = config.cluster.partition
+    if wanted is not None and not set(wanted.split(",")) <= partitions:
+        raise UserError(f"cluster.partition={wanted}: unknown to Slurm. Known: {', '.join(sorted(partitions))}.")
+
+
+def submit(configs: list[Config], base: Path, entry: Entry) -> str:
+    """Submit one run, or several as one job array with its logs in `base`; returns the job's id.
+
+    Raises UserError with Slurm's own words where it refuses.
+    """
+    executor = _executor(configs, base)
+    dirs = [config.run.dir for config in configs]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
+            if len(configs) == 1:
+                jobs = [executor.submit(run_rank, entry, dirs[0], {}, command_time())]
+            else:
+                count = len(dirs)
+                jobs = executor.map_array(run_rank, [entry] * count, dirs, [{}] * count, [command_time()] * count)
+    except (FailedJobError, subprocess.CalledProcessError) as error:
+        lines = [line.strip() for line in (getattr(error, "stderr", None) or str(error)).splitlines() if line.strip()]
+        reason = next((line for line in lines if "error:" in line), lines[0])
+        raise UserError(f"cluster: Slurm refuses the job: {reason.removeprefix('sbatch: error: ')}") from error
+    for folder, job in zip(dirs, jobs, strict=True):
+        record_job(Path(folder), kind="slurm", id=job.job_id, logs=str(base / "logs" / job.job_id))
+    return jobs[0].job_id.partition("_")[0]
+
+
+def script(configs: list[Config], base: Path) -> str:
+    """The sbatch script that `submit` would hand to Slurm, to the letter."""
+    executor = _executor(configs, base)
+    if len(configs) > 1:
+        executor.parameters["map_count"] = len(configs)
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def _executor(configs: list[Config], base: Path) -> submitit.SlurmExecutor:
+    executor = submitit.SlurmExecutor(base / "logs")
+    array = len(configs) > 1
+    run_dir = shlex.quote(str(base)) + "/$SLURM_ARRAY_TASK_ID" if array else shlex.quote(configs[0].run.dir)
+    executor.update_parameters(**_parameters(configs[0], base.name, run_dir))
+    return executor
+
+
+def _parameters(config: Config, name: str, run_dir: str) -> dict[str, Any]:
+    cluster = config.cluster
+    further: dict[str, Any] = {
+        key.replace("_", "-"): ",".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in cluster.sbatch.items()
+        if value is not None and value is not False
+    }
+    if cluster.time is not None:
+        further["time"] = cluster.time
+    if cluster.mem is not None:
+        further["mem"] = cluster.mem
+    further["requeue" if cluster.max_restarts else "no-requeue"] = True
+    # A rank that dies must not leave the others hanging in a collective.
+    srun_args = ["--kill-on-bad-exit=1"]
+    if cluster.cpus_per_task:  # since Slurm 22.05 srun does not take it over from sbatch
+        srun_args.append(f"--cpus-per-task={cluster.cpus_per_task}")
+    return {
+        "job_name": name,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.tasks_per_node,
+        "gpus_per_node": cluster.gpus_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "time": None,  # submitit's default is 5 minutes; ours is the partition's
+        "wckey": None,
+        # A set-up line that fails ends the job. The trap keeps the script alive through a SIGTERM: srun goes on to its
+        # end, and then it is decided whether the job goes back into the queue.
+        "setup": ["set -e", *shell_lines(config), "set +e", "trap : TERM"],
+        "teardown": [
+            "code=$?",
+            f"{shlex.quote(sys.executable)} -m launch.restart {run_dir} $code",
+            "exit $code",
+        ],
+        "signal_delay_s": cluster.grace_s,
+        "srun_args": srun_args,
+        "stderr_to_stdout": True,
+        "additional_parameters": further,
+    }

@@ -1,0 +1,75 @@
+"""The Slurm client, against commands that are missing, fail, are silent, or print what the real ones print."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch import slurm
+
+Fake = Callable[[str, str], None]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """Makes a command of this name out of shell lines. Others of Slurm's are not there."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+    def make(name: str, lines: str) -> None:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+
+    return make
+
+
+def test_a_missing_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(slurm.SlurmError, match="`sinfo` cannot be run: No such file"):
+        slurm.partitions()
+    assert slurm.show_job("7") == {}
+    assert slurm.accounted({"7"}) == {}
+    assert slurm.kill_wait_s() == 30
+
+
+def test_a_command_that_fails(fake: Fake) -> None:
+    fake("scancel", "echo scancel: error: Invalid job id 7 >&2; exit 1")
+    with pytest.raises(slurm.SlurmError, match="`scancel --signal=INT 7`: scancel: error: Invalid job id 7"):
+        slurm.cancel("7", signal="INT")
+
+
+def test_a_command_that_gives_no_answer(fake: Fake) -> None:
+    fake("sinfo", "exec sleep 20")
+    with pytest.raises(slurm.SlurmError, match=r"`sinfo` gave no answer in 0 s"):
+        slurm.ask("sinfo", timeout_s=0.1)
+
+
+def test_states_of_jobs(fake: Fake) -> None:
+    fake("squeue", "echo '7|PENDING|Nodes required for job are DOWN'; echo '8_1|RUNNING|None'")
+    assert slurm.queued({"7", "8_1"}) == {
+        "7": ("PENDING", "Nodes required for job are DOWN"),
+        "8_1": ("RUNNING", ""),
+    }
+    fake("sacct", "echo '7|CANCELLED by 0'")
+    assert slurm.accounted({"7"}) == {"7": "CANCELLED"}
+
+
+def test_a_job_that_slurm_has_forgotten(fake: Fake) -> None:
+    fake("squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
+    assert slurm.queued({"7"}) == {}
+    assert not slurm.has_steps("7")
+
+
+def test_what_slurm_shows_of_a_job(fake: Fake) -> None:
+    fake("scontrol", "echo 'JobId=7 JobName=a=b Reason=TimeLimit Comment=two words Reason=other EndTime=Unknown'")
+    shown = slurm.show_job("7")
+    assert (shown["JobName"], shown["Reason"], shown["EndTime"]) == ("a=b", "TimeLimit", "Unknown")
+
+
+def test_nodes_that_are_up(fake: Fake) -> None:
+    fake("sinfo", "printf 'n1 idle\\nn2 down*\\nn3 mix~\\nn4 drain\\n'")
+    assert slurm.nodes_up("gpu") == {"n1", "n3"}
+
+
+def test_the_time_before_a_kill(fake: Fake) -> None:
+    fake("scontrol", "echo 'KillOnBadExit           = 0'; echo 'KillWait                = 45 sec'")
+    assert slurm.kill_wait_s() == 45

@@ -1,0 +1,1 @@
+"""Text in, sequences of tokens out."""

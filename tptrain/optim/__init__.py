@@ -1,0 +1,1 @@
+"""Gradients, masters and moments, and the update of the weights."""

@@ -1,0 +1,67 @@
+"""Rows of metrics.jsonl, one for each logged step: reading them, and how a console shows them. Imports no torch."""
+
+import json
+import math
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]  # a figure that is no finite number is None in the file, as JSON has none
+TAIL_BYTES = 8192  # more than a row takes
+
+
+def parse_row(line: str) -> Row | None:
+    """None for a line that is no row, as the last one where a crash cut it short."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl up to the first line that is none."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        if (row := parse_row(line)) is None:
+            break
+        rows.append(row)
+    return rows
+
+
+def last_row(path: Path) -> Row | None:
+    """The newest row of a metrics.jsonl, out of the file's tail."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((row for line in reversed(lines) if (row := parse_row(line)) is not None), None)
+
+
+def short(row: Row) -> str:
+    return f"loss {_number(row['loss']):.4f}, {row['tokens_per_second']:,.0f} tok/s"
+
+
+def figures(row: Row) -> list[str]:
+    return [
+        f"loss {_number(row['loss']):.4f}",
+        f"lr {row['lr']:.2e}",
+        f"grad_norm {_number(row['grad_norm']):.3f}",
+        f"{row['tokens_per_second']:,.0f} tok/s",
+    ]
+
+
+def describe(row: Row, steps: int) -> str:
+    """One line of the console; `steps`: of the whole run."""
+    left = timedelta(seconds=math.ceil((steps - row["step"]) * row["step_time_s"]))
+    parts = [f"step {row['step']:>{len(str(steps))}}/{steps}", *figures(row), f"eta {left}"]
+    if "val_loss" in row:
+        parts.append(f"val_loss {_number(row['val_loss']):.4f}")
+    return "  ".join(parts)
+
+
+def _number(figure: float | None) -> float:
+    return math.nan if figure is None else figure

@@ -1,0 +1,1 @@
+"""A process as one rank of a run."""

@@ -1,0 +1,68 @@
+"""How a rank or an attempt ended: every way there is, and what follows from it."""
+
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """The values stand in reports, verdict.json and attempts.jsonl. Where ranks of one attempt have ended in several of
+    the announced ways, the one that stands first here is the cause of the others.
+    """
+
+    DONE = "done"
+    CANCELLED = "cancelled"  # by the user: Ctrl-C, `cancel` or scancel
+    STOPPED = "stopped"  # on a signal of the scheduler, and is to go on later
+    USER = "user"  # a mistake in what the user asked for
+    DIVERGED = "diverged"  # the loss or the gradient norm is no finite number
+    DISK = "disk"  # no space left
+    BUG = "bug"  # an error that nothing expects
+    MISMATCH = "mismatch"  # the rank entered another collective than its peers
+    DIED = "died"  # killed by a signal
+    HANG = "hang"  # silent for longer than its phase allows
+    GONE = "gone"  # left no report: the node or all processes of the rank are gone
+    INFRA = "infra"  # a device failed, peers were lost, or ranks did not meet
+    WAITING = "waiting"  # ended because another rank failed
+    TIMEOUT = "timeout"  # Slurm's time limit
+    SUPERSEDED = "superseded"  # a later attempt of the same job has taken over the run
+
+    @property
+    def exit_code(self) -> int:
+        """Of a rank whose trainer ends so by itself. A rank that its supervisor ends exits with 1, however it ended."""
+        if self == Outcome.DONE or self.early:
+            return 0
+        return {Outcome.USER: 2, Outcome.DISK: 4}.get(self, 1)
+
+    @classmethod
+    def of_exit_code(cls, code: int) -> "Outcome":
+        """What a rank's exit code alone tells, where no rank has left a report."""
+        return {outcome.exit_code: outcome for outcome in (cls.DONE, cls.USER, cls.DISK)}.get(code, cls.INFRA)
+
+    @property
+    def early(self) -> bool:
+        """Whether the run was asked to end before its last step."""
+        return self in (Outcome.CANCELLED, Outcome.STOPPED)
+
+    @property
+    def announced(self) -> bool:
+        """Whether the rank itself has told the user why it ends: no verdict is printed."""
+        return self.early or self in (Outcome.USER, Outcome.DIVERGED, Outcome.DISK)
+
+    @property
+    def concludes(self) -> bool:
+        """Whether the supervisor of a rank that ended so waits for the other reports and may print the verdict."""
+        return self in (Outcome.DIED, Outcome.HANG, Outcome.INFRA, Outcome.BUG, Outcome.WAITING)
+
+    @property
+    def final(self) -> str | None:
+        """Why another try is of no use, or None where it may be."""
+        return {
+            Outcome.DONE: "the run is finished",
+            Outcome.CANCELLED: "the user stopped it",
+            Outcome.USER: "the mistake would repeat itself",
+            Outcome.DIVERGED: "the loss would be no number again",
+            Outcome.DISK: "the disk is full",
+        }.get(self)
+
+    @property
+    def blames_node(self) -> bool:
+        """Whether the node of the rank to blame is kept out of the next attempt."""
+        return self in (Outcome.DIED, Outcome.GONE, Outcome.HANG, Outcome.MISMATCH)
