@@ -1,7 +1,7 @@
-"""What a Llama (SwiGLU, RMSNorm, rotary positions, no biases) takes, in closed form: an independent check of the dry run.
+"""What a Llama (SwiGLU, RMSNorm, rotary positions, no biases) takes, in closed form: a check of the dry run.
 
 Symbols: N tokens of a micro-batch, n of them between the linears on a rank; D hidden, d head_dim; h and k a rank's
-query and KV heads, f its FFN width, v its rows of the padded vocabulary; c bytes of an element in the compute precision.
+query and KV heads, f its FFN width, v its rows of the padded vocabulary; c bytes of an element of the weights.
 """
 
 import math

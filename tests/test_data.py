@@ -8,7 +8,8 @@ import pytest
 
 from tests.corpus import write_corpus
 from tptrain.config import UserError, load_config
-from tptrain.data.tokens import TokenData, prepare, shuffled
+from tptrain.data.order import TokenData, shuffled
+from tptrain.data.packing import prepare
 
 EOD = 256
 

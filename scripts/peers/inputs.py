@@ -39,7 +39,8 @@ def write_weights(model: Model, cache_dir: Path, folder: Path) -> None:
 
 def write_tokens(model: Model, steps: int, cache_dir: Path, path: Path) -> None:
     from tptrain.config import load_config
-    from tptrain.data.tokens import TokenData, prepare
+    from tptrain.data.order import TokenData
+    from tptrain.data.packing import prepare
 
     config = load_config(overrides(model, "fp32", cache_dir))
     data = TokenData(prepare(config.data), model.seq_len, SEED)

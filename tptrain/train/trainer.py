@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tptrain.config import Config
-from tptrain.data.tokens import TokenData, prepare
+from tptrain.data.order import TokenData
+from tptrain.data.packing import prepare
 from tptrain.models.spec import decoder_spec
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.nn.decoder import Decoder
