@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tptrain.config.schema import ModelConfig, OptimConfig
-from tptrain.models.spec import decoder_spec
+from tptrain.models.spec import DecoderSpec, decoder_spec
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.nn.decoder import Decoder
 from tptrain.nn.store import Store
@@ -41,9 +41,10 @@ def training(
     optim: OptimConfig | None = None,
     ops: Operations = REFERENCE,
     frozen: tuple[str, ...] = (),
+    spec: DecoderSpec | None = None,
 ) -> Training:
-    """`frozen`: parts of names; parameters that have one of them are not trained."""
-    model = Decoder(decoder_spec(config), grid, ops)
+    """`frozen`: parts of names; parameters that have one of them are not trained. `spec`: instead of the config's."""
+    model = Decoder(spec or decoder_spec(config), grid, ops)
     for name, p in model.named_parameters():
         p.requires_grad_(not any(part in name for part in frozen))
     store = Store(model, dtype, grid.size("dp"))

@@ -57,8 +57,8 @@ def test_a_checkpoint_holds_weights_and_two_moments(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "tp"), DEGREES)
 def test_qkv_and_gate_up_are_one_product_each(name: str, tp: int) -> None:
-    """Matrix products of a step of two layers, on meta tensors: qkv, o, gate|up (or up), down and the head, each forward,
-    for the input gradient and the weight gradient.
+    """Matrix products of a step of two layers, on meta tensors: qkv, o, gate|up (or up), down and the head, each for
+    the forward pass, the input gradient and the weight gradient.
     """
     model = replace(MODELS[name], num_hidden_layers=2)
     tiny = training(model, meta_mesh(tp_grid(tp, tp, kv_heads(model)), Counter()))

@@ -206,3 +206,24 @@ def test_resumed_at_another_topology_is_the_same_run(resumed: Path, topology: st
     never_stopped, found = losses(resumed / "never-stopped"), losses(resumed / topology)
     assert len(found) == 20
     assert max(abs(a - b) for a, b in zip(found, never_stopped, strict=True)) < TOLERANCE
+
+
+FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint-0.1.0"
+OLD_RUN = ["model.num_hidden_layers=1", "model.hidden_size=16", "model.num_attention_heads=4", "train.steps=6"]
+OLD_RUN += ["model.num_key_value_heads=1", "model.intermediate_size=32", "model.qk_norm=true"]
+OLD_RUN += ["model.attention_bias=true", "train.precision=bf16"]
+
+
+def _go_on(folder: str, tp: int) -> None:
+    run_here([*overrides(Path(folder), "old"), *OLD_RUN], tp)
+
+
+@pytest.mark.parametrize(("world", "tp", "most"), [(4, 2, 2e-4), (2, 1, 5e-3), (4, 4, 5e-3)])
+def test_a_checkpoint_of_version_0_1_0_goes_on(tmp_path: Path, world: int, tp: int, most: float) -> None:
+    """Saved after 3 of 6 steps by version 0.1.0 at tp=2 x dp=2, with ZeRO-1 and a KV head on both ranks."""
+    shutil.copytree(FIXTURE / "checkpoints", tmp_path / "old" / "checkpoints")
+    run_ranks(world, _go_on, str(tmp_path), tp)
+    expected = json.loads((FIXTURE / "losses.json").read_text())[3:]
+    rows = read_rows(tmp_path / "old" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [4, 5, 6]
+    assert [row["loss"] for row in rows] == pytest.approx(expected, abs=most)

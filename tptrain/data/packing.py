@@ -1,4 +1,4 @@
-"""A data set packed once into two flat files of token ids, documents end to end, an end-of-document token after each."""
+"""A data set packed once into two flat files of token ids: documents end to end, each with an end-of-document token."""
 
 import hashlib
 import json

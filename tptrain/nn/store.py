@@ -117,9 +117,8 @@ def _order(
                 for each in run_of.get(id(p), (p,)):
                     kind = each.requires_grad, len(each.sharding.shape) == 1
                     if kind[0] != p.requires_grad:
-                        raise ValueError(
-                            f"{name_of[id(p)]} and {name_of[id(each)]} are one product: freeze both or none"
-                        )
+                        pair = f"{name_of[id(p)]} and {name_of[id(each)]}"
+                        raise ValueError(f"{pair} are one matrix product: freeze both or none")
                     if kind == (trained, vectors) and id(each) not in placed:
                         placed.add(id(each))
                         yield name_of[id(each)], each
