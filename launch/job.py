@@ -18,8 +18,8 @@ from tptrain.watch.outcome import Outcome
 from tptrain.watch.place import Allocation, FlightRecorder, Place
 from tptrain.watch.supervisor import Supervisor
 
-# Trains as one rank: config, black box, allocation (on Slurm), the attempt's name, what to do once all ranks are there.
-Entry = Callable[[Config, BlackBox, Allocation | None, str, Callable[[], None]], int]
+# Trains as one rank: config, black box, allocation (on Slurm), the attempt's name; returns the exit code.
+Entry = Callable[[Config, BlackBox, Allocation | None, str], int]
 
 
 def command_time() -> float:
@@ -47,13 +47,13 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None], launc
     return code
 
 
-def supervised(entry: Entry, config: Config, claim: Callable[[], None] = lambda: None, launched: float = 0.0) -> int:
-    """Run this process's rank; `claim` runs on rank 0 once all are there. Raises UserError for a misplaced one."""
+def supervised(entry: Entry, config: Config, launched: float = 0.0) -> int:
+    """Run this process's rank under its supervisor. Raises UserError for a misplaced one."""
     place = find_place()
     allocation = SlurmAllocation() if on_slurm() else None
     supervisor = Supervisor(config, place, allocation, _flight_recorder(config, place))
     supervisor.box.state.launched = 0.0 if place.restart else launched  # a restart was not waited for since then
-    return supervisor.run(lambda box: entry(config, box, allocation, place.attempt, claim))
+    return supervisor.run(lambda box: entry(config, box, allocation, place.attempt))
 
 
 def _flight_recorder(config: Config, place: Place) -> FlightRecorder:

@@ -136,7 +136,7 @@ def be_rank(folder: Path, rank: int, world: int, port: int, trainer: Callable[..
 def tiny_run(config: Config, box: BlackBox, case: Case) -> int:
     """A real rank from the rendezvous to its end, but for the training loop."""
     with patch("tptrain.train.loop.train", lambda config, grid, stop, ops: tiny_train(config, grid, case)):
-        return run(config, box, None, os.environ["TPTRAIN_ATTEMPT"], lambda: None)
+        return run(config, box, None, os.environ["TPTRAIN_ATTEMPT"])
 
 
 def tiny_train(config: Config, grid: Mesh, case: Case) -> None:

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -237,7 +238,7 @@ def train(asked: argparse.Namespace) -> int:
         _check_free(Path(config.run.dir))
         run_dir.claim(config)
 
-    return _exit_code(supervised(run, config, claim))
+    return _exit_code(supervised(partial(run, claim=claim), config))
 
 
 def _exit_code(rank: int) -> int:

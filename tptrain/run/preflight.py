@@ -113,19 +113,15 @@ def check_reports(meeting: "Meeting", config: Config) -> list[Report]:
     return [Report(**entry) for entry in json.loads(answer)]
 
 
-def check_run_dir(meeting: "Meeting", reports: list[Report], config: Config, own: Callable[[], None]) -> None:
-    """Rank 0 takes the run directory (`own`), and all see that it is one and the same.
-
-    Raises UserError with the same message on every rank.
-    """
+def check_run_dir(meeting: "Meeting", reports: list[Report], config: Config) -> None:
+    """All ranks see that the run directory is one and the same. Raises UserError, on every rank the same."""
 
     def leave_token() -> str:
-        own()
         token = f".seen-{uuid.uuid4().hex}"
         (Path(config.run.dir) / token).touch()
         return token
 
-    path = Path(config.run.dir) / meeting.by_main("own", None, leave_token)
+    path = Path(config.run.dir) / meeting.by_main("token", None, leave_token)
     seen = _appears(path)
 
     def judge() -> str:
@@ -235,6 +231,15 @@ class Meeting:
             store.set(f"{received}/{self.report.rank}", "")
             raise ReportedByRank0(answer) if kind == "UserError" else RendezvousError(answer)
         return answer
+
+    def on_main(self, stage: str, work: Callable[[], None]) -> None:
+        """Rank 0 does `work` while the others wait; its failure is every rank's."""
+
+        def answer() -> str:
+            work()
+            return ""
+
+        self.by_main(stage, None, answer)
 
     def collect(self, stage: str, extra_s: float = 0) -> list[Any]:
         """What every rank handed in, in rank order. Rank 0 only. Raises RendezvousError where some did not."""

@@ -20,16 +20,22 @@ from tptrain.watch.place import Allocation
 LOCK_S = 60  # for a superseded attempt of the same job to notice and let go
 
 
-def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: str, claim: Callable[[], None]) -> int:
-    """Train as one rank, whose place the environment tells; `claim` runs on rank 0 once all ranks are there.
+def run(
+    config: Config,
+    box: BlackBox,
+    allocation: Allocation | None,
+    attempt: str,
+    claim: Callable[[], None] = lambda: None,
+) -> int:
+    """Train as one rank, whose place the environment tells; rank 0 calls `claim` once all ranks are there.
 
     Returns the exit code of its outcome.
     """
     import torch.distributed as dist
 
     from tptrain.checkpoint.commit import CheckpointError
-    from tptrain.run.preflight import RendezvousError, ReportedByRank0
-    from tptrain.run.rendezvous import meet
+    from tptrain.run.preflight import RendezvousError, ReportedByRank0, check_run_dir
+    from tptrain.run.rendezvous import connect_ranks, meet
     from tptrain.train.loop import Diverged, train
     from tptrain.train.stop import Stop
 
@@ -47,12 +53,14 @@ def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: s
                 claim()
                 stack.enter_context(_own(folder, attempt))
 
-            rank = meet(config, box, own)
-            mesh = rank.mesh
+            rendezvous = meet(config, box)
+            rendezvous.meeting.on_main("own", own)
+            check_run_dir(rendezvous.meeting, rendezvous.reports, config)
+            mesh = connect_ranks(config, box, rendezvous)
             if mesh.is_main:
                 begin = {"event": "start", "attempt": attempt, "time": time.time()}
-                add_event(folder, begin | {"tp": mesh.size("tp"), "dp": mesh.size("dp"), "nodes": list(rank.nodes)})
-            agreed = train(config, mesh, Stop(mesh, allocation), rank.ops)
+                add_event(folder, begin | {"tp": mesh.size("tp"), "dp": mesh.size("dp"), "nodes": rendezvous.nodes})
+            agreed = train(config, mesh, Stop(mesh, allocation), rendezvous.ops)
             box.touch("end")
             if agreed is None:
                 box.end(Outcome.DONE, f"step {box.state.step}")
@@ -83,11 +91,11 @@ def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: s
             )
         return fail(Outcome.DISK if full else Outcome.BUG, f"{error}")
     except RuntimeError as error:  # a collective failed, as it does when another rank is gone
-        said = str(error)
-        if isinstance(error, dist.DistError) or "gloo" in said or "NCCL" in said:
-            return fail(Outcome.INFRA, f"lost another rank: {said.split('] ', 1)[-1].split('. ')[0]}")
-        if any(word in said for word in ("uncorrectable ECC", "CUDA error: unspecified launch", "bus error")):
-            return fail(Outcome.INFRA, f"the device failed: {said.splitlines()[0]}")
+        text = str(error)
+        if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:
+            return fail(Outcome.INFRA, f"lost another rank: {text.split('] ', 1)[-1].split('. ')[0]}")
+        if any(word in text for word in ("uncorrectable ECC", "CUDA error: unspecified launch", "bus error")):
+            return fail(Outcome.INFRA, f"the device failed: {text.splitlines()[0]}")
         return _bug(error, box)
     except Exception as error:
         return _bug(error, box)

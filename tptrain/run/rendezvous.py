@@ -1,7 +1,6 @@
 """From a process to a rank of a run: it meets the others, they see that they fit together, and connect their mesh."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,19 +21,25 @@ from tptrain.watch.black_box import BlackBox
 
 
 @dataclass(frozen=True)
-class Rank:
-    """One rank of a run that has met the others."""
+class Rendezvous:
+    """All ranks of a run, met over the store; they fit together, and there is no process group yet."""
 
-    mesh: Mesh
+    meeting: preflight.Meeting
+    reports: list[preflight.Report]  # of each rank
+    device: torch.device
+    backend: str  # nccl or gloo
     ops: Operations
-    nodes: tuple[str, ...]  # of each rank
+
+    @property
+    def nodes(self) -> list[str]:
+        """Of each rank."""
+        return [report.node for report in self.reports]
 
 
-def meet(config: Config, box: BlackBox, own_run_dir: Callable[[], None] = lambda: None) -> Rank:
-    """Meet the other ranks and connect the mesh. Reads torchrun's variables.
+def meet(config: Config, box: BlackBox) -> Rendezvous:
+    """Meet the other ranks. Reads torchrun's variables.
 
-    `own_run_dir` is called on rank 0 once all are there. Raises UserError for a topology, device or run directory that
-    cannot be had, RendezvousError where ranks are missing.
+    Raises UserError for a topology or device that cannot be had, RendezvousError where ranks are missing.
     """
     env = os.environ
     box.touch("rendezvous")
@@ -49,29 +54,31 @@ def meet(config: Config, box: BlackBox, own_run_dir: Callable[[], None] = lambda
     attempt = env["TPTRAIN_ATTEMPT"]
     store = preflight.join(env["MASTER_ADDR"], int(env["MASTER_PORT"]), report, world, hosted, patience, attempt)
     meeting = preflight.Meeting(store, report, world, patience, box.touch)
-    reports = preflight.check_reports(meeting, config)
-    preflight.check_run_dir(meeting, reports, config, own_run_dir)
+    return Rendezvous(meeting, preflight.check_reports(meeting, config), device, backend, ops)
+
+
+def connect_ranks(config: Config, box: BlackBox, rendezvous: Rendezvous) -> Mesh:
+    """The mesh of ranks that have met. Every rank calls it."""
+    meeting, backend = rendezvous.meeting, rendezvous.backend
     longest = max(vars(config.watchdog).values())
     dist.init_process_group(
         backend,
-        store=store,
-        rank=rank,
-        world_size=world,
+        store=meeting.store,
+        rank=meeting.report.rank,
+        world_size=meeting.world,
         timeout=timedelta(seconds=longest + 60),  # the watchdog speaks first
-        device_id=device if backend == "nccl" else None,
+        device_id=rendezvous.device if backend == "nccl" else None,
     )
     box.touch("build")
-    nodes = tuple(each.node for each in reports)
-    mesh = connect(
-        tp_grid(world, config.parallel.tp, kv_heads(config.model)),
-        device,
+    return connect(
+        tp_grid(meeting.world, config.parallel.tp, kv_heads(config.model)),
+        rendezvous.device,
         box=box,
-        store=store,
-        nodes=nodes,
-        shared=config.parallel.backend == "auto" and device.type == "cpu",
+        store=meeting.store,
+        nodes=rendezvous.nodes,
+        shared=config.parallel.backend == "auto" and rendezvous.device.type == "cpu",
         sequence_parallel=config.parallel.sequence_parallel,
     )
-    return Rank(mesh, ops, nodes)
 
 
 def _backend(config: Config, device: torch.device) -> str:
