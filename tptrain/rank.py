@@ -53,16 +53,15 @@ def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: s
                 add_event(folder, begin | {"nodes": list(mesh.nodes)})
             agreed = train(config, mesh, Stop(mesh, allocation))
             box.touch("end")
-            if agreed is None:
-                box.end(Outcome.DONE, f"step {box.state.step}")
-            else:
-                box.end(Outcome.STOPPED if agreed.requeue else Outcome.CANCELLED, agreed.reason)
+            outcome, message = Outcome.DONE, f"step {box.state.step}"
+            if agreed is not None:
+                outcome, message = Outcome.STOPPED if agreed.requeue else Outcome.CANCELLED, agreed.reason
+            box.end(outcome, message)
             if mesh.is_main:
-                outcome, message = box.ending()
                 last = {"event": "last", "attempt": attempt, "kind": outcome, "message": message}
                 add_event(folder, last | {"step": box.state.step})
             mesh.close()
-        return 0
+        return 0  # of an early end too
     except Told as error:
         box.end(Outcome.USER, f"{error}")
         return Outcome.USER.exit_code
@@ -82,11 +81,11 @@ def run(config: Config, box: BlackBox, allocation: Allocation | None, attempt: s
             )
         return fail(Outcome.DISK if full else Outcome.BUG, f"{error}")
     except RuntimeError as error:  # a collective failed, as it does when another rank is gone
-        said = str(error)
-        if isinstance(error, dist.DistError) or "gloo" in said or "NCCL" in said:
-            return fail(Outcome.INFRA, f"lost another rank: {said.split('] ', 1)[-1].split('. ')[0]}")
-        if any(word in said for word in ("uncorrectable ECC", "CUDA error: unspecified launch", "bus error")):
-            return fail(Outcome.INFRA, f"the device failed: {said.splitlines()[0]}")
+        text = str(error)
+        if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:
+            return fail(Outcome.INFRA, f"lost another rank: {text.split('] ', 1)[-1].split('. ')[0]}")
+        if any(word in text for word in ("uncorrectable ECC", "CUDA error: unspecified launch", "bus error")):
+            return fail(Outcome.INFRA, f"the device failed: {text.splitlines()[0]}")
         return _bug(error, box)
     except Exception as error:
         return _bug(error, box)
