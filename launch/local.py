@@ -93,8 +93,8 @@ class Follower:
         self.steps = config.train.steps
         self.log = Tail(Path(f"{self.prefix}_0_log.out"))
         self.metrics = Tail(self.run_dir / "metrics.jsonl")
-        self.metrics.lines()  # what is there before the trainer puts its own file in that place
-        self.row_lines: set[str] = set()  # of rows that the bar has shown, as they will come in the log
+        self.metrics.lines()  # of earlier attempts: this one's trainer replaces the file
+        self.row_lines: set[str] = set()  # lines that the log will have for rows that the bar has shown
         self.presses = presses  # of Ctrl-C, see `interrupts`
         self.verdict_shown = False  # in rank 0's log
         self.bar: tqdm | None = None
@@ -103,23 +103,23 @@ class Follower:
 
     def follow(self) -> int:
         """Returns the job's exit code: 0 done, 2 for a user's mistake, 1 for anything else, Ctrl-C included."""
-        looked = incomplete = 0.0
-        heard = 0
-        told: set[int] = set()  # pids of the ranks that have heard of the first Ctrl-C
+        checked_at = short_since = 0.0
+        handled = 0  # of the presses
+        signalled: set[int] = set()  # pids of the ranks that were sent a signal for the first Ctrl-C
         while self._alive():
             self._show()
-            if len(self.presses) > heard:
-                heard += 1
-                self._say(STOPPING if heard == 1 else "stopping at once")
-                if heard > 1:
+            if len(self.presses) > handled:
+                handled += 1
+                self._say(STOPPING if handled == 1 else "stopping at once")
+                if handled > 1:
                     self._kill()
-            if heard and len(told) < self.ranks:
-                ask_to_stop(self.controller, told)
+            if handled and len(signalled) < self.ranks:
+                ask_to_stop(self.controller, signalled)
             now = time.monotonic()
-            if now - looked > 1:  # not each time: it reads all of /proc, on cores that the ranks want
-                looked = now
-                incomplete = (incomplete or now) if len(self._running()) < self.ranks else 0.0
-            if (incomplete and now - incomplete > GRACE_S) or (self.presses and now - self.presses[0] > STOP_S):
+            if now - checked_at > 1:  # not each time: it reads all of /proc, on cores that the ranks want
+                checked_at = now
+                short_since = (short_since or now) if len(self._running()) < self.ranks else 0.0
+            if (short_since and now - short_since > GRACE_S) or (self.presses and now - self.presses[0] > STOP_S):
                 self._kill()
             time.sleep(0.1)
         self._show()
@@ -167,10 +167,10 @@ class Follower:
             print(text, flush=True)
 
     def _exit_code(self) -> int:
-        codes = [self._outcome(rank) for rank in range(self.ranks)]
+        codes = [self._result(rank) for rank in range(self.ranks)]
         return 2 if 2 in codes else int(any(code != 0 for code in codes))
 
-    def _outcome(self, rank: int) -> int | str | None:
+    def _result(self, rank: int) -> int | str | None:
         """A rank's exit code; its traceback, where it raised; None where it was killed."""
         result = Path(f"{self.prefix}_{rank}_result.pkl")
         return pickle_load(result)[1] if result.exists() else None
@@ -178,11 +178,11 @@ class Follower:
     def _explain(self) -> None:
         """Which rank failed and how, whether the disk is full, and what there is to go on from."""
         reports = verdict.read(verdict.folder_of(self.run_dir, read_job(self.run_dir)["attempt"]))
-        outcomes = [self._outcome(rank) for rank in range(self.ranks)]
+        results = [self._result(rank) for rank in range(self.ranks)]
         raised = [
-            f"rank {rank}: {said.strip().splitlines()[-1]}"
-            for rank, said in enumerate(outcomes)
-            if isinstance(said, str)
+            f"rank {rank}: {result.strip().splitlines()[-1]}"
+            for rank, result in enumerate(results)
+            if isinstance(result, str)
         ]
         if self.verdict_shown:
             pass
@@ -190,8 +190,8 @@ class Follower:
             _complain(verdict.judge(reports, self.ranks, []).text)
         elif raised:
             _complain(raised[0])
-        elif None in outcomes:
-            _complain(f"rank {outcomes.index(None)} was killed or crashed")
+        elif None in results:
+            _complain(f"rank {results.index(None)} was killed or crashed")
         if shutil.disk_usage(self.run_dir).free < 2**20:
             _complain(f"no space left on the file system of {self.run_dir}")
         newest = newest_checkpoint(self.run_dir)
@@ -209,7 +209,7 @@ def _complain(text: str) -> None:
 
 def supervisors(controller: psutil.Process) -> list[psutil.Process]:
     """Of the ranks that live: the processes that submitit's controller started, not the trainers below them."""
-    entry, found, children = "submitit.core._submit", [], []
+    entry, ranks, children = "submitit.core._submit", [], []
     with contextlib.suppress(psutil.Error):
         children = controller.children(recursive=True)
     for child in children:
@@ -217,17 +217,17 @@ def supervisors(controller: psutil.Process) -> list[psutil.Process]:
             if child.status() != psutil.STATUS_ZOMBIE and entry in child.cmdline():
                 parent = child.parent()
                 if parent is not None and entry not in parent.cmdline():
-                    found.append(child)
-    return found
+                    ranks.append(child)
+    return ranks
 
 
-def ask_to_stop(controller: psutil.Process, told: set[int]) -> None:
-    """SIGTERM to the ranks that are there and whose pids are not in `told`. Again: others may only be starting."""
+def ask_to_stop(controller: psutil.Process, signalled: set[int]) -> None:
+    """SIGTERM to the ranks that are there and whose pids are not yet in `signalled`. Others may only be starting."""
     for rank in supervisors(controller):
-        if rank.pid not in told:
+        if rank.pid not in signalled:
             with contextlib.suppress(psutil.Error):
                 rank.terminate()
-            told.add(rank.pid)
+            signalled.add(rank.pid)
 
 
 class Tail:

@@ -53,12 +53,13 @@ def find_place() -> Place:
 def _take_slurm_variables(attempt: str) -> None:
     env = os.environ
     rank, world = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
-    if (said := (env.get("RANK", rank), env.get("WORLD_SIZE", world))) != (rank, world):
+    env_rank, env_world = env.get("RANK", rank), env.get("WORLD_SIZE", world)
+    if (env_rank, env_world) != (rank, world):
         if rank != "0":  # one message
             sys.exit(2)
         raise UserError(
-            f"RANK={said[0]} WORLD_SIZE={said[1]}: so says the environment, and Slurm says that this is rank {rank} of "
-            f"{world}. Unset RANK and WORLD_SIZE (in your shell, cluster.env or cluster.setup)."
+            f"RANK={env_rank} WORLD_SIZE={env_world}: so says the environment, and Slurm says that this is rank "
+            f"{rank} of {world}. Unset RANK and WORLD_SIZE (in your shell, cluster.env or cluster.setup)."
         )
     tasks = env["SLURM_STEP_TASKS_PER_NODE"].replace("(", ",").split(",")  # "4(x2)" or "2,1"
     env |= {

@@ -66,8 +66,8 @@ def find(name: str) -> Path:
 
 def all_runs(root: Path) -> list[Path]:
     """Run directories below a folder, a sweep's among them, the last launched last."""
-    found = [path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/config.yaml")]
-    return sorted((path.absolute() for path in found), key=lambda path: (path / "config.yaml").stat().st_mtime)
+    folders = [path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/config.yaml")]
+    return sorted((path.absolute() for path in folders), key=lambda path: (path / "config.yaml").stat().st_mtime)
 
 
 # --------------------------------------------------------------------------------------------------------------- states
@@ -130,13 +130,13 @@ def _controller(job: dict[str, Any]) -> psutil.Process | None:
 
 def status(runs: list[Path]) -> None:
     """Print the table."""
-    found = states(runs)
+    by_run = states(runs)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("run", "job", "state", "step", "loss", "tokens/s", "eta", "restarts", "checkpoint"):
         table.add_column(name, justify="right" if name in ("step", "loss", "tokens/s", "eta", "restarts") else "left")
     for run in runs:
         try:
-            table.add_row(*_cells(run, read_config(run / "config.yaml"), found[run]))
+            table.add_row(*_cells(run, read_config(run / "config.yaml"), by_run[run]))
         except UserError:  # damaged, or of another version
             table.add_row(run.name, "", "config.yaml is unreadable")
     width = None if sys.stdout.isatty() else 160
@@ -171,24 +171,24 @@ def logs(run: Path, rank: int, follow: bool) -> None:
     if not job:
         raise UserError(f"{run}: was not launched by `launch`, so its output went to whoever started it.")
     path = Path(f"{job['logs']}_{rank}_log.out")
-    tail, told, looked = Tail(path), False, 0.0
+    tail, wait_announced, checked_at = Tail(path), False, 0.0
     while True:
         for line in tail.lines():
             print(line, flush=True)
         if not follow:
             break
         time.sleep(0.5)
-        if time.monotonic() - looked < ASK_S:
+        if time.monotonic() - checked_at < ASK_S:
             continue
-        looked, state = time.monotonic(), states([run])[run]
+        checked_at, state = time.monotonic(), states([run])[run]
         if not state.alive and state != SILENT:
             for line in tail.lines():
                 print(line, flush=True)
             print(f"-- {state.word}", file=sys.stderr)
             return
-        if not path.exists() and not told:
+        if not path.exists() and not wait_announced:
             print(f"-- {state.word}{f' ({state.reason})' if state.reason else ''}; waiting for {path}", file=sys.stderr)
-            told = True
+            wait_announced = True
     if not path.exists():
         ranks = sorted(run.glob("logs/*_log.out"))
         raise UserError(f"--rank={rank}: no log yet at {path}. There are {len(ranks)} logs in {path.parent}.")
@@ -234,12 +234,12 @@ def _cancel_local(job: dict[str, Any]) -> None:
     if controller is None:
         return
     print(f"asking process {controller.pid} to save and stop ...", flush=True)
-    told: set[int] = set()
+    signalled: set[int] = set()
     deadline = time.monotonic() + 2 * CANCEL_S
     with contextlib.suppress(psutil.NoSuchProcess):
         alive = True
         while alive and time.monotonic() < deadline:
-            ask_to_stop(controller, told)
+            ask_to_stop(controller, signalled)
             alive = bool(psutil.wait_procs([controller], timeout=0.5)[1])
         if alive:
             print("they did not; killing them", flush=True)

@@ -10,6 +10,7 @@ import pytest
 from launch.restart import decide, how_it_ended
 from tests.test_verdict import KILLED, STEP, report
 from tptrain.config import Config
+from tptrain.watch.outcome import Outcome
 
 ATTEMPT = "7.0-0"
 FAILURES = ("bug", "died", "gone", "hang", "mismatch", "infra")
@@ -85,6 +86,15 @@ def test_a_new_checkpoint_starts_the_count_again() -> None:
 def test_preemptions_that_each_saved_may_be_any_number() -> None:
     history = [ended("stopped", f"step-{step:08}") for step in range(10, 500, 10)]
     assert decide(config(3), history, ended("stopped", "step-00000500"), "RUNNING").requeue
+
+
+# ----------------------------------------------------------------------------------------------------------- exit codes
+
+
+def test_exit_codes_of_ranks() -> None:
+    """What scripts and the job script see: 0, 2 and 4 are of these outcomes, and 1 is every other's."""
+    codes = {outcome.value: outcome.exit_code for outcome in Outcome if outcome.exit_code != 1}
+    assert codes == {"done": 0, "stopped": 0, "cancelled": 0, "user": 2, "disk": 4}
 
 
 # ------------------------------------------------------------------------------------------------------- how it ended

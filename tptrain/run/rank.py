@@ -62,16 +62,15 @@ def run(
                 add_event(folder, begin | {"tp": mesh.size("tp"), "dp": mesh.size("dp"), "nodes": rendezvous.nodes})
             agreed = train(config, mesh, Stop(mesh, allocation), rendezvous.ops)
             box.touch("end")
-            if agreed is None:
-                box.end(Outcome.DONE, f"step {box.state.step}")
-            else:
-                box.end(Outcome.STOPPED if agreed.requeue else Outcome.CANCELLED, agreed.reason)
+            outcome, message = Outcome.DONE, f"step {box.state.step}"
+            if agreed is not None:
+                outcome, message = Outcome.STOPPED if agreed.requeue else Outcome.CANCELLED, agreed.reason
+            box.end(outcome, message)
             if mesh.is_main:
-                outcome, message = box.ending()
                 last = {"event": "last", "attempt": attempt, "kind": outcome, "message": message}
                 add_event(folder, last | {"step": box.state.step})
             dist.destroy_process_group()
-        return 0
+        return outcome.exit_code
     except ReportedByRank0 as error:
         box.end(Outcome.USER, f"{error}")
         return Outcome.USER.exit_code

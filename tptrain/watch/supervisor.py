@@ -233,9 +233,9 @@ class Supervisor:
 
     def _read(self) -> dict[int, verdict.Report]:
         """This run's reports; where an earlier run had the same name, as under torchrun, its own may still be there."""
-        found = verdict.read(self.reports, self.started - CLOCK_SKEW_S)
+        reports = verdict.read(self.reports, self.started - CLOCK_SKEW_S)
         here, since = self.place.node, self.started - APART_S
-        return {rank: report for rank, report in found.items() if report["node"] != here or report["time"] >= since}
+        return {rank: report for rank, report in reports.items() if report["node"] != here or report["time"] >= since}
 
     def _report(self, cause: dict[str, Any]) -> None:
         """What this rank was doing, into the run directory; a disk that is full or gone is no reason to hang."""
