@@ -1,13 +1,15 @@
 """What rank 0 makes of the ranks' reports. The GPUs are made up here: the real faults are in test_slurm.py."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import tptrain
 from tptrain.config import Config, load_config
-from tptrain.run.preflight import Report, problem
+from tptrain.run.preflight import Report, problem, source_version
 
 
 def reports(world: int, nodes: int = 1, gpus: bool = True) -> list[Report]:
@@ -61,3 +63,12 @@ def test_what_is_allowed_is_let_through(tmp_path: Path) -> None:
     assert problem(found, config(tmp_path, "parallel.tp_across_nodes=true")) is None
     shared = [replace(report, device="GPU-0") for report in reports(2)]
     assert problem(shared, config(tmp_path, "parallel.backend=gloo")) is None
+
+
+@pytest.mark.parametrize("name", ["ops/cpu/attention.c", "ops/cpu/vector.h", "nn/linear.py"])
+def test_another_source_is_another_version(tmp_path: Path, name: str) -> None:
+    shutil.copytree(Path(tptrain.__file__).parent, tmp_path / "tptrain", ignore=shutil.ignore_patterns("__pycache__"))
+    assert source_version(tmp_path / "tptrain") == source_version()
+    with (tmp_path / "tptrain" / name).open("a") as file:
+        file.write("\n")
+    assert source_version(tmp_path / "tptrain") != source_version()

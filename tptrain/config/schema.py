@@ -74,7 +74,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head's query and key, as in Qwen3
     tie_word_embeddings: bool = False
-    initializer_range: float = number(0.02, above=0)  # standard deviation; see layers.py for the residual projections
+    initializer_range: float = number(0.02, above=0)  # standard deviation; of residual projections see models/spec.py
 
 
 @dataclass
@@ -124,7 +124,7 @@ class TrainConfig:
     precision: str = choice("fp32", "fp32", "bf16")
     seed: int = number(0, least=0, most=2**63 - 1)
     device: str = choice("auto", "auto", "cpu", "cuda", may_change=True)
-    # Norms, rotary, activations: by torch.compile (auto: on cuda), before that by tptrain/native on a CPU, which has
+    # Norms, rotary, activations: by torch.compile (auto: on cuda), before that by tptrain/ops/cpu on a CPU, which has
     # attention too and takes a second; none: neither
     compile: str = choice("auto", "auto", "elementwise", "none")
     recompute: str = choice("none", "none", "selective", "full")  # in the backward pass: what is cheap, or whole layers

@@ -53,10 +53,10 @@ class Report:
     python: str = sys.version.split()[0]
 
 
-def source_version() -> str:
-    """The version, and a digest of the source: two checkouts may carry one number."""
+def source_version(package: Path = Path(tptrain.__file__).parent) -> str:
+    """The version, and a digest of the source, C included: two checkouts may carry one number."""
     digest = xxhash.xxh3_64()
-    for file in sorted(file for file in Path(tptrain.__file__).parent.rglob("*.*") if file.suffix in SOURCES):
+    for file in sorted(file for file in package.rglob("*.*") if file.suffix in SOURCES):
         digest.update(file.read_bytes())
     return f"{__version__}+{digest.hexdigest()[:8]}"
 
