@@ -1,5 +1,6 @@
 """Whether a checkpoint is whole: its commit marker and its checksums."""
 
+import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,15 @@ from tptrain.records.run_dir import COMMIT
 
 class CheckpointError(Exception):
     """A checkpoint could not be written. Earlier ones are untouched."""
+
+
+def reason(*errors: BaseException) -> str:
+    """Why a checkpoint could not be written, in one sentence."""
+    for error in errors:
+        # torch's zip writer reports a full disk as a RuntimeError of its own
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "file write failed" in str(error):
+            return "no space left on the device. Free some, or lower checkpoint.keep, and launch again"
+    return "; ".join(str(e) if isinstance(e, CheckpointError) else f"{type(e).__name__}: {e}" for e in errors)
 
 
 @dataclass(frozen=True)

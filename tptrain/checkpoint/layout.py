@@ -1,12 +1,10 @@
-"""A rank's state as parts of global tensors: what torch.distributed.checkpoint writes, and loads at any topology."""
+"""A rank's state as parts of global tensors, so that it can be loaded at any topology."""
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from tptrain.nn.store import Store
 from tptrain.optim.state import TrainingState
@@ -15,35 +13,47 @@ from tptrain.parallel.mesh import Mesh
 Box = tuple[list[int], Tensor]  # offsets in the global tensor, and the elements
 
 
+@dataclass(frozen=True)
+class Part:
+    """What this rank has of a global tensor."""
+
+    shape: tuple[int, ...]  # global
+    boxes: list[Box]
+    dtype: torch.dtype
+
+
+State = dict[str, Part | Tensor]  # by name; what is a whole tensor is this rank's own
+
+
 def flat(state: TrainingState) -> list[dict[str, Tensor]]:
     """The masters and moments of each block that this rank updates."""
     return [{"model": block.master.detach(), **block.moments} for block in state.blocks]
 
 
-def training_state(state: TrainingState, tensors: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """What dcp writes from or loads into, in place: this rank's part of every parameter and moment.
+def training_state(state: TrainingState, tensors: list[dict[str, Tensor]]) -> State:
+    """What is written, or loaded into, in place: this rank's part of every parameter and moment.
 
     `tensors`: `flat`, or a copy of it. What is frozen has no moments, and is taken where it lies.
     """
-    parts: dict[str, Any] = {}
+    parts: State = {}
     for block, kinds in zip(state.blocks, tensors, strict=True):
         for piece in block.pieces:
             layout = piece.p.sharding
             for kind, tensor in kinds.items():
                 name = f"model/{piece.name}" if kind == "model" else f"optim/{piece.name}/{kind}"
                 boxes = _boxes(layout.local_shape, layout.offsets, piece.start, tensor[piece.place])
-                parts[name] = _Part(layout.shape, boxes, torch.float32)
+                parts[name] = Part(layout.shape, boxes, torch.float32)
     return parts | weights_state(state.store, trained=False)
 
 
-def weights_state(store: Store, trained: bool = True) -> dict[str, Any]:
+def weights_state(store: Store, trained: bool = True) -> State:
     """The weights as they lie, for what needs no optimizer; without `trained`, the frozen ones only."""
-    parts: dict[str, Any] = {}
+    parts: State = {}
     for block in store.blocks:
         for member in block.members:
             if trained or not member.p.requires_grad:
                 layout, weights = member.p.sharding, member.p.detach()
-                parts[f"model/{member.name}"] = _Part(layout.shape, [(list(layout.offsets), weights)], weights.dtype)
+                parts[f"model/{member.name}"] = Part(layout.shape, [(list(layout.offsets), weights)], weights.dtype)
     return parts
 
 
@@ -67,42 +77,6 @@ def _boxes(shape: tuple[int, ...], offsets: tuple[int, ...], start: int, flat: T
         boxes.append(([first + index for first, index in zip(offsets, place, strict=True)], box))
         done += box.numel()
     return boxes
-
-
-class _Part(torch.Tensor):
-    """Some boxes of a global tensor, as torch.distributed.checkpoint asks for them (`_Checkpointable`)."""
-
-    boxes: list[Box]
-
-    @staticmethod
-    def __new__(cls, shape: tuple[int, ...], boxes: list[Box], dtype: torch.dtype) -> "_Part":
-        part = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # type: ignore[attr-defined]
-        part.boxes = boxes
-        return part
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotImplementedError(f"{func} of a part of a tensor")
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(offsets), box.shape) for offsets, box in self.boxes]
-
-    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
-        return [
-            WriteItem(
-                MetadataIndex(name, chunk.offsets),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, TensorProperties(self.dtype), self.shape),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        box = next(box for offsets, box in self.boxes if tuple(offsets) == tuple(index.offset or ()))
-        # With a storage of its own: of a part of a larger one torch writes a copy.
-        if box.device.type != "cpu":
-            return box
-        return torch.from_numpy(box.view(torch.uint8).numpy()).view(box.dtype)  # numpy has no bfloat16
 
 
 def rng_state(mesh: Mesh) -> dict[str, Tensor]:

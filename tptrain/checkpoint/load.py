@@ -5,12 +5,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from tptrain.checkpoint.commit import CheckpointError, Commit, damage, read_commit
 from tptrain.checkpoint.layout import flat, rng_state, training_state, weights_state
-from tptrain.checkpoint.torch_dcp import ranks_of, without_warnings
 from tptrain.nn.store import Store
 from tptrain.optim.adamw import Optimizer
 from tptrain.parallel.mesh import Mesh
@@ -46,11 +43,11 @@ def load_newest(folder: Path, optimizer: Optimizer, mesh: Mesh, say: Callable[[s
 
 
 def _read(path: Path, optimizer: Optimizer, mesh: Mesh, commit: Commit) -> None:
+    from tptrain.checkpoint.torch_dcp import read
+
     same_ranks = commit.world == mesh.world
     rng = rng_state(mesh) if same_ranks else {}
-    state = training_state(optimizer.state, flat(optimizer.state))
-    with without_warnings():
-        state_dict_loader.load(state | rng, storage_reader=FileSystemReader(path), **ranks_of(mesh.control))
+    read(path, {**training_state(optimizer.state, flat(optimizer.state)), **rng}, mesh.control)
     optimizer.updates = commit.updates
     optimizer.publish()
     if same_ranks:  # at another world size there is no such thing as "the" state of a rank: keep the seeded one
@@ -61,5 +58,6 @@ def _read(path: Path, optimizer: Optimizer, mesh: Mesh, commit: Commit) -> None:
 
 def load_weights(path: Path, store: Store, mesh: Mesh) -> None:
     """The weights of a checkpoint, into a model that is not trained."""
-    with without_warnings():
-        state_dict_loader.load(weights_state(store), storage_reader=FileSystemReader(path), **ranks_of(mesh.control))
+    from tptrain.checkpoint.torch_dcp import read
+
+    read(path, weights_state(store), mesh.control)

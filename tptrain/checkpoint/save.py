@@ -1,7 +1,6 @@
 """Writing checkpoints, in the background."""
 
 import contextlib
-import errno
 import json
 import shutil
 import threading
@@ -13,15 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.serialization import set_crc32_options
 
-from tptrain.checkpoint.commit import CheckpointError, Commit, body_digest
-from tptrain.checkpoint.files import Files, measure, sync
-from tptrain.checkpoint.layout import flat, rng_state, training_state
-from tptrain.checkpoint.torch_dcp import ranks_of, without_warnings
+from tptrain.checkpoint.commit import CheckpointError, Commit, body_digest, reason
+from tptrain.checkpoint.files import measure, sync
+from tptrain.checkpoint.layout import State, flat, rng_state, training_state
 from tptrain.config import Config, write_config
 from tptrain.config.load import write_atomically
 from tptrain.optim.adamw import Optimizer
@@ -106,7 +100,7 @@ class Saver:
                 copy[kind].copy_(tensor, non_blocking=True)
         return self.copies
 
-    def _write(self, state: dict[str, Any], commit: Commit) -> None:
+    def _write(self, state: State, commit: Commit) -> None:
         """Write, commit, and delete all but the newest `checkpoint.keep`; where it fails, remove what was written."""
         mesh, target = self.mesh, step_folder(self.folder, commit.step)
 
@@ -133,22 +127,12 @@ def _agreed(work: Callable[[], Any], target: Path, mesh: Mesh) -> list[Any]:
     value = problem = None
     try:
         value = work()
-    except (OSError, CheckpointException) as error:
-        problem = _plain(error)
+    except (OSError, CheckpointError) as error:
+        problem = reason(error)
     values, problems = zip(*mesh.saving.gather((value, problem)), strict=True)
     if any(problems):
         raise CheckpointError(f"checkpoint {target.name} was not saved: {next(filter(None, problems))}")
     return list(values)
-
-
-def _plain(error: BaseException) -> str:
-    """One sentence out of an OSError or torch's bundle of every rank's exceptions."""
-    failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
-    for failure, _ in failures:
-        # torch's zip writer reports a full disk as a RuntimeError of its own
-        if getattr(failure, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "file write failed" in str(failure):
-            return "no space left on the device. Free some, or lower checkpoint.keep, and launch again"
-    return "; ".join(f"{type(failure).__name__}: {failure}" for failure, _ in failures)
 
 
 def _make_empty(target: Path) -> None:
@@ -159,14 +143,11 @@ def _make_empty(target: Path) -> None:
     target.mkdir(parents=True)
 
 
-def _write_shards(target: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, list[Any]]:
+def _write_shards(target: Path, state: State, mesh: Mesh) -> dict[str, list[Any]]:
     """Returns name, size and checksum of the file that this rank wrote."""
-    writer = FileSystemWriter(target, single_file_per_rank=True, sync_files=True)
-    writer.fs = files = Files()
-    set_crc32_options(False)  # one checksum is enough
-    with without_warnings():
-        state_dict_saver.save(state, storage_writer=writer, **ranks_of(mesh.saving))
-    return {name: measured for name, measured in files.measured.items() if name.endswith(".distcp")}
+    from tptrain.checkpoint.torch_dcp import write
+
+    return write(target, state, mesh.saving)
 
 
 def _commit(target: Path, commit: Commit, config: Config) -> None:

@@ -230,7 +230,7 @@ def _places(frame: FrameType | None) -> tuple[int, ...]:
 
 
 def _call_site(frame: FrameType | None) -> str:
-    """Who called, innermost first, without frames of torch: `linear.py:137 forward < linear.py:83 forward < ffn.py:45 forward`."""
+    """Who called, innermost first: `linear.py:137 forward < linear.py:83 forward < ffn.py:45 forward`. Not torch's."""
     places = []
     while frame is not None and len(places) < 3:
         if _ours(code := frame.f_code):
