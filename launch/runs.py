@@ -30,12 +30,13 @@ CANCEL_S = 60  # beyond the grace period, for a job to leave the queue
 class State:
     """How a run's last job stands."""
 
-    word: str  # Slurm's, in lower case, or ours for a job of this machine
+    word: str  # Slurm's, in lower case, or ours: `stopped` means that it waits in the one, and has ended in the other
     reason: str = ""
+    alive: bool = False  # it waits or runs
 
-    @property
-    def alive(self) -> bool:
-        return self.word.upper() in ALIVE
+
+def _slurm_state(word: str, reason: str = "") -> State:
+    return State(word.lower(), reason, alive=word in ALIVE)
 
 
 SILENT = State("unknown", "Slurm does not answer")
@@ -94,7 +95,7 @@ def _state(run: Path, job: dict[str, Any], by_slurm: dict[str, State]) -> State:
         return state
     if job.get("kind") == "local":
         if (controller := _controller(job)) is not None:
-            return State("running", f"process {controller.pid}")
+            return State("running", f"process {controller.pid}", alive=True)
         if not ended or ended[-1]["attempt"] != job.get("attempt"):  # it had no time to say how it ended
             return State("failed", "killed")
     if outcome is None:
@@ -107,11 +108,11 @@ def _state(run: Path, job: dict[str, Any], by_slurm: dict[str, State]) -> State:
 def _slurm_states(ids: set[str]) -> dict[str, State]:
     """By job id, without the jobs that Slurm has forgotten. Raises SlurmError where it does not answer."""
     queue = slurm.queued(ids)
-    by_id = {job: State(word.lower()) for job, word in slurm.accounted(ids).items()}
-    by_id |= {job: State(word.lower(), reason) for job, (word, reason) in queue.items()}
+    by_id = {job: _slurm_state(word) for job, word in slurm.accounted(ids).items()}
+    by_id |= {job: _slurm_state(word, reason) for job, (word, reason) in queue.items()}
     for job in ids - by_id.keys():  # no accounting: Slurm itself remembers an ended job for some minutes
         if word := slurm.show_job(job).get("JobState"):
-            by_id[job] = State(word.lower())
+            by_id[job] = _slurm_state(word)
     return by_id
 
 

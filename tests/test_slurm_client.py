@@ -1,11 +1,16 @@
 """The Slurm client, against commands that are missing, fail, are silent, or print what the real ones print."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from launch import slurm
+from launch.run_dir import record_job
+from launch.runs import check_not_running
+from tptrain.config import UserError
+from tptrain.records.run_dir import add_event
 
 Fake = Callable[[str, str], None]
 
@@ -73,3 +78,19 @@ def test_nodes_that_are_up(fake: Fake) -> None:
 def test_the_time_before_a_kill(fake: Fake) -> None:
     fake("scontrol", "echo 'KillOnBadExit           = 0'; echo 'KillWait                = 45 sec'")
     assert slurm.kill_wait_s() == 45
+
+
+@pytest.mark.parametrize(("word", "ended", "refused"), [("COMPLETED", "stopped", False), ("STOPPED", "", True)])
+def test_a_run_that_has_stopped_may_be_launched_again(
+    fake: Fake, tmp_path: Path, word: str, ended: str, refused: bool
+) -> None:
+    """Slurm calls a job STOPPED that waits for SIGCONT; a run that has ended on a signal is `stopped` for us."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    record_job(run_dir, kind="slurm", id="7", logs="")
+    if ended:
+        add_event(run_dir, {"event": "end", "attempt": "7.0-0", "kind": ended, "message": "preempted"})
+    fake("squeue", f"echo '7|{word}|None'" if refused else ":")
+    fake("sacct", f"echo '7|{word}'")
+    with pytest.raises(UserError, match="its job 7 is stopped") if refused else nullcontext():
+        check_not_running(run_dir)
