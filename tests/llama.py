@@ -63,9 +63,10 @@ class ClosedForm:
         recompute, c = self.config.train.recompute, self.c
         stream = c * self.n * self.D
         norm = stream + FLOAT * self.n
-        layer = (
-            2 * norm + c * self.N * self.d * 2 * (self.h + self.k) + FLOAT * self.N * self.h + 2 * c * self.N * self.f
-        )
+        attention = c * self.N * self.d * 2 * (self.h + self.k) + FLOAT * self.N * self.h
+        if c == FLOAT and self.h != self.k:  # no fused kernel: k and v for each query head, T x T probabilities
+            attention = c * self.N * self.h * (4 * self.d + self.config.train.seq_len)
+        layer = 2 * norm + attention + 2 * c * self.N * self.f
         if recompute != "selective":
             layer += 2 * stream + c * self.N * self.f
         layers = self.L * (stream if recompute == "full" else layer)

@@ -1,6 +1,5 @@
 """Prints the memory table of docs/performance.md: `python -m tests.memory_table`."""
 
-from tests.llama import ClosedForm
 from tptrain.config import load_config
 from tptrain.ops.choose import planned
 from tptrain.plan.dry_run import dry_run
@@ -17,12 +16,12 @@ ROWS = {
 }
 
 if __name__ == "__main__":
-    print("| | tp | state | activations | loss, backward | peak | activations by closed form |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| | tp | state | activations | loss, backward | peak |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, changes in ROWS.items():
         for tp in (1, 2, 4):
             dp, config = 4 if "dp=4" in name else 1, load_config([*BASE, *changes])
-            run, form = dry_run(config, tp, dp, planned(config)), ClosedForm(config, tp, dp)
+            run = dry_run(config, tp, dp, planned(config))
             state = run.weights + run.gradients + run.optimizer
-            sizes = (state, run.activations, run.peak - state - run.activations, run.peak, form.activations)
+            sizes = (state, run.activations, run.peak - state - run.activations, run.peak)
             print(f"| {name} | {tp} | {' | '.join(f'{size / 2**30:.2f}' for size in sizes)} |")

@@ -90,6 +90,7 @@ def test_joined_weights_lie_together_in_every_layer(name: str) -> None:
 
 LLAMAS: dict[str, tuple[list[str], int, int]] = {  # overrides, tp, dp
     "float32": (["model.num_key_value_heads=8", "train.micro_batch_size=2"], 1, 1),
+    "grouped queries in float32": (["model=llama3_1b", "train=pretrain", "train.precision=fp32"], 2, 1),
     "tied": (["model=llama3_1b", "train=pretrain"], 4, 2),
     "8b": (["model=llama3_8b", "train=pretrain"], 8, 4),
     "8b, sequence parallel": (["model=llama3_8b", "train=pretrain", "parallel.sequence_parallel=true"], 8, 1),
