@@ -36,15 +36,15 @@ def configs(overrides: list[str]) -> tuple[Path, list[Config]]:
     if not fixed:
         base = base.parent / f"sweep-{first.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     group = first.wandb.group or base.name
-    made = []
+    runs = []
     for index, lines in enumerate(varied):
         others = [line for line in lines if not line.startswith(("run.dir=", "run.name=", "wandb.group="))]
         names = [f"run.dir='{base}/{index}'", f"run.name='{base.name}-{index}'", f"wandb.group='{group}'"]
-        made.append(load_config([*others, *names]))
-    for config in made[1:]:
+        runs.append(load_config([*others, *names]))
+    for config in runs[1:]:
         for item in dataclasses.fields(config.cluster):
-            if getattr(config.cluster, item.name) != getattr(made[0].cluster, item.name):
+            if getattr(config.cluster, item.name) != getattr(runs[0].cluster, item.name):
                 raise UserError(
                     f"cluster.{item.name}: differs within the sweep, and its runs are one job array. Launch them apart."
                 )
-    return base, made
+    return base, runs

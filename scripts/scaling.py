@@ -53,11 +53,11 @@ def trainer(sizes: dict[str, int], folder: str) -> Trainer:
     return build(config, connect(tp_grid(1, 1, 1), torch.device("cpu")), ops)
 
 
-def seconds(made: Trainer, steps: int = 5) -> float:
+def seconds(subject: Trainer, steps: int = 5) -> float:
     times = []
     for step in range(1, steps + 3):
         began = time.perf_counter()
-        made.step(step)
+        subject.step(step)
         times.append(time.perf_counter() - began)
     return median(times[2:])
 
@@ -66,13 +66,13 @@ def fit(folder: str) -> None:
     cases = [BASE, *({**BASE, key: n} for key, values in VARIED.items() for n in values)]
     rows, measured = [], []
     for sizes in cases:
-        made = trainer(sizes, folder)
-        train = made.config.train
+        subject = trainer(sizes, folder)
+        train = subject.config.train
         tokens = train.global_batch_size * train.seq_len
-        flops = made.model.spec.flops_per_token(train.seq_len) * tokens
-        run = dry_run(made.config, 1, 1, made.loss.ops)
+        flops = subject.model.spec.flops_per_token(train.seq_len) * tokens
+        run = dry_run(subject.config, 1, 1, subject.loss.ops)
         rows.append((flops, run.activations, run.parameters))
-        measured.append(seconds(made))
+        measured.append(seconds(subject))
     design, target = np.array(rows), np.array(measured)
     scaled = design / target[:, None]  # relative errors count
     fitted, *_ = np.linalg.lstsq(scaled, np.ones(len(target)), rcond=None)
@@ -87,14 +87,14 @@ def fit(folder: str) -> None:
 
 
 def growth(folder: str, steps: int) -> None:
-    made = trainer({**BASE, "num_hidden_layers": 2, "hidden_size": 64, "seq_len": 32, "micro_batch_size": 1}, folder)
+    subject = trainer({**BASE, "num_hidden_layers": 2, "hidden_size": 64, "seq_len": 32, "micro_batch_size": 1}, folder)
     block = steps // 10
     print("| steps | ms a step | resident MiB | peak MiB | tensors |")
     print("| --- | --- | --- | --- | --- |")
     times = []
     for step in range(1, steps + 1):
         began = time.perf_counter()
-        made.step(step)
+        subject.step(step)
         times.append(time.perf_counter() - began)
         if step % block == 0:
             resident = psutil.Process().memory_info().rss / 2**20

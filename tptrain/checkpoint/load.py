@@ -29,9 +29,8 @@ def load_newest(folder: Path, optimizer: Optimizer, mesh: Mesh, say: Callable[[s
             problem = commit
         else:  # each rank reads a part of the files
             names = sorted(commit.files)[mesh.rank :: mesh.world]
-            problems = (damage(path / name, *commit.files[name]) for name in names)
-            found = mesh.control.gather(next((problem for problem in problems if problem), None))
-            problem = next((problem for problem in found if problem), None)
+            own = next(filter(None, (damage(path / name, *commit.files[name]) for name in names)), None)
+            problem = next(filter(None, mesh.control.gather(own)), None)
         if problem is None:
             assert isinstance(commit, Commit)
             _read(path, optimizer, mesh, commit)

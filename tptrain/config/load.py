@@ -152,10 +152,10 @@ def _checked(override: Override) -> str:
 
 def _nearest(word: str, known: Sequence[str]) -> str:
     leaf = word.rsplit(".", 1)[-1]
-    found = [key for key in known if key.rsplit(".", 1)[-1] == leaf]  # the wrong group: train.lr for optim.lr
-    found = found or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    found = found or [key for key in known if difflib.get_close_matches(leaf, [key.rsplit(".", 1)[-1]])]
-    return f" Did you mean {found[0]}?" if found else ""
+    near = [key for key in known if key.rsplit(".", 1)[-1] == leaf]  # the wrong group: train.lr for optim.lr
+    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = near or [key for key in known if difflib.get_close_matches(leaf, [key.rsplit(".", 1)[-1]])]
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _explain(error: BaseException) -> str:

@@ -288,7 +288,7 @@ def vocabulary(data: DataConfig) -> tuple[int, int]:
 
 def data_files(data: DataConfig) -> list[Path]:
     """The files that `data.files` names, globs expanded, sorted within each. Raises UserError for one that is not."""
-    found: list[Path] = []
+    files: list[Path] = []
     for pattern in data.files:
         exact = [Path(pattern)] if Path(pattern).exists() else []  # a name may have brackets of its own
         matches = exact or sorted(Path(match) for match in glob.glob(pattern, recursive=True))
@@ -296,8 +296,8 @@ def data_files(data: DataConfig) -> list[Path]:
             raise UserError(f"data.files={pattern}: no such file.")
         if not any(match.is_file() for match in matches):
             raise UserError(f"data.files={pattern}: a folder. Name the files in it, e.g. {pattern}/*.jsonl.")
-        found += [match for match in matches if match.is_file()]
-    return list(dict.fromkeys(found))
+        files += [match for match in matches if match.is_file()]
+    return list(dict.fromkeys(files))
 
 
 def _check_files(data: DataConfig) -> None:

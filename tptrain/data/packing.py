@@ -73,7 +73,7 @@ def packed_folder(config: DataConfig) -> Path:
 def _pack(config: DataConfig, folder: Path, say: Callable[[str], None], alive: Callable[[], None]) -> None:
     encode, eod, dtype = tokenizer(config)
     counts = {"train": 0, "validation": 0}
-    told = time.monotonic()
+    reported_at = time.monotonic()
     batch: list[str] = []
     document = 0
     with (
@@ -83,7 +83,7 @@ def _pack(config: DataConfig, folder: Path, say: Callable[[str], None], alive: C
     ):
 
         def flush() -> None:
-            nonlocal document, told
+            nonlocal document, reported_at
             for ids in encode(batch):
                 held_out = _unit(document) < config.validation_fraction
                 file, part = (validation, "validation") if held_out else (train, "train")
@@ -93,9 +93,9 @@ def _pack(config: DataConfig, folder: Path, say: Callable[[str], None], alive: C
             progress.update(len(batch))
             alive()
             batch.clear()
-            if progress.disable and time.monotonic() - told > 10:  # no terminal: a line now and then
+            if progress.disable and time.monotonic() - reported_at > 10:  # no terminal: a line now and then
                 say(f"packed {document:,} documents, {sum(counts.values()):,} tokens")
-                told = time.monotonic()
+                reported_at = time.monotonic()
 
         for text in documents(config):
             if text:

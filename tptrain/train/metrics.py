@@ -35,8 +35,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    found = next((peaks for key, peaks in PEAK_TFLOPS.items() if key in name), None)
-    return found[0 if precision == "bf16" else 1] * 1e12 if found else None
+    pair = next((peaks for key, peaks in PEAK_TFLOPS.items() if key in name), None)
+    return pair[0 if precision == "bf16" else 1] * 1e12 if pair else None
 
 
 def memory_gb(device: torch.device) -> float:
@@ -71,8 +71,8 @@ class Recorder:
             self.bar.update(step - self.bar.n)
 
     def record(self, row: Row) -> None:
-        told = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no nan
-        self.file.write(json.dumps(told) + "\n")
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no nan
+        self.file.write(json.dumps(finite) + "\n")
         if self.bar is None:
             print(describe(row, self.steps), flush=True)
         else:

@@ -73,7 +73,7 @@ class Stop:
     def agree(self) -> Agreement:
         """Every rank calls it once the flag is up: why, and whether there is time for a checkpoint."""
         signals = {name for name in self.mesh.control.gather(self.asked()) if name}
-        mine = None
+        proposal = None
         if self.mesh.is_main:
             end = self.mesh.box.state.end_time or None
             reason, requeue = "the time limit is near", True
@@ -82,7 +82,7 @@ class Stop:
             elif signals:
                 reason, requeue = " and ".join(sorted(signals)), False
             left = end - time.time() if end else float("inf")
-            mine = Agreement(reason, left > self.save_s, requeue)
-        agreed = self.mesh.control.gather(mine)[0]
+            proposal = Agreement(reason, left > self.save_s, requeue)
+        agreed = self.mesh.control.gather(proposal)[0]
         assert isinstance(agreed, Agreement)
         return agreed
