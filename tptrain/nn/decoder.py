@@ -7,7 +7,9 @@ this rank has its part. Parameter names follow Hugging Face's Llama.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -177,6 +179,12 @@ CHECKPOINT_BYTES = 4 * 3  # of a parameter: a float32 master and two moments
 
 
 def parameter_count(spec: DecoderSpec) -> int:
-    """Parameters of a decoder, the padding of its vocabulary among them."""
-    model = Decoder(spec, Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), REFERENCE)
-    return sum(math.prod(p.sharding.shape) for _, p in parameters(model))
+    """Parameters of a decoder, the padding of its vocabulary among them. A layer of each kind is built, on no device."""
+    kinds = Counter(spec.layers)
+    model = Decoder(replace(spec, layers=tuple(kinds)), Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), REFERENCE)
+
+    def count(module: nn.Module) -> int:
+        return sum(math.prod(p.sharding.shape) for _, p in parameters(module))
+
+    more = zip(model.layers, kinds.values(), strict=True)
+    return count(model) + sum(count(layer) * (times - 1) for layer, times in more)
