@@ -179,7 +179,7 @@ CHECKPOINT_BYTES = 4 * 3  # of a parameter: a float32 master and two moments
 
 
 def parameter_count(spec: DecoderSpec) -> int:
-    """Parameters of a decoder, the padding of its vocabulary among them. A layer of each kind is built, on no device."""
+    """Parameters of a decoder, padding of the vocabulary among them; a layer of each kind is built, on no device."""
     kinds = Counter(spec.layers)
     model = Decoder(replace(spec, layers=tuple(kinds)), Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), REFERENCE)
 
