@@ -216,9 +216,9 @@ class Meeting:
             except BaseException as error:
                 kind = "UserError" if isinstance(error, UserError) else "RendezvousError"
                 store.set(answer_key, json.dumps([kind, str(error)]))
-                self.wait(
-                    [f"{received}/{rank}" for rank in range(1, self.world)], 5
-                )  # the store ends with this process
+                # The store ends with this process: those that are here get to read the answer first.
+                here = [rank for rank in range(1, self.world) if store.check([f"{stage}/{rank}"])]
+                self.wait([f"{received}/{rank}" for rank in here], 5)
                 raise
             store.set(answer_key, json.dumps(["", answer]))
             return answer
