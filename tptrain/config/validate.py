@@ -39,7 +39,7 @@ SECRET_URL = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 def validate(config: Config) -> None:
     """Raise UserError for the first setting that cannot work, in the order a reader would fix them."""
     _check_bounds(config, "")
-    _check_model(config.model, config.parallel.tp)
+    check_model(config.model, config.parallel.tp)
     _check_train(config)
     _check_unused(config)
     _check_secrets(config)
@@ -132,7 +132,7 @@ def _check_bounds(node: Any, prefix: str) -> None:
             raise UserError(f"{key}={value}: must be at most {rule['most']}.")
 
 
-def _check_model(model: ModelConfig, tp: int) -> None:
+def check_model(model: ModelConfig, tp: int) -> None:
     heads, groups = model.num_attention_heads, kv_heads(model)
     if model.head_dim is None and model.hidden_size % heads:
         raise UserError(

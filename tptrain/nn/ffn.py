@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tptrain.models.spec import DecoderSpec, FFNSpec
 from tptrain.nn.linear import ColumnLinear, Joined, PendingSum, Recompute, RowLinear
-from tptrain.ops.reference import APPROXIMATE
+from tptrain.ops.reference import activation
 from tptrain.ops.table import Operations
 from tptrain.parallel.mesh import Mesh
 
@@ -39,10 +38,6 @@ class FFN(nn.Module):
             h = _Gated.apply(inner, self.act, self.ops)  # (N, F/tp)
             again = partial(self.ops.gate_product, inner.detach(), self.act)
         return self.down_proj(h, None if recompute is None else again)
-
-
-def activation(x: Tensor, act: str) -> Tensor:
-    return F.silu(x) if act == "silu" else F.gelu(x, approximate=APPROXIMATE[act])
 
 
 class _Gated(torch.autograd.Function):

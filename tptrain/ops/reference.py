@@ -70,10 +70,10 @@ def add_rms_norm_backward(
 def gate_product(x: Tensor, act: str) -> Tensor:
     """gate and up side by side, (N, 2 F) -> act(gate) * up, (N, F)."""
     gate, up = x.chunk(2, dim=-1)
-    return _activated(gate, act) * up
+    return activation(gate, act) * up
 
 
-def _activated(x: Tensor, act: str) -> Tensor:
+def activation(x: Tensor, act: str) -> Tensor:
     return F.silu(x) if act == "silu" else F.gelu(x, approximate=APPROXIMATE[act])
 
 
@@ -84,7 +84,7 @@ def gate_product_backward(grad: Tensor, x: Tensor, act: str) -> Tensor:
         grad_gate = aten.silu_backward(grad * up, gate)
     else:
         grad_gate = aten.gelu_backward(grad * up, gate, approximate=APPROXIMATE[act])
-    return torch.cat((grad_gate, grad * _activated(gate, act)), dim=-1)
+    return torch.cat((grad_gate, grad * activation(gate, act)), dim=-1)
 
 
 # --------------------------------------------------------------------------------------------------------------- rotary

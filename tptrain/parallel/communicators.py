@@ -7,7 +7,6 @@ what it has returned stays valid for as long as the tensor lives.
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -81,21 +80,17 @@ class Nobody:
         return like.new_empty(shape)
 
     def all_reduce_(self, x: Tensor, op: Op) -> Finish:
-        return _nothing
+        return nothing
 
     def sum(self, x: Tensor) -> tuple[Tensor, Finish]:
-        return x, _nothing
+        return x, nothing
 
     def all_gather(self, out: Tensor, x: Tensor) -> Finish:
-        return _nothing
+        return nothing
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Finish:
-        return _nothing
+        return nothing
 
 
-def _nothing() -> None:
-    pass
-
-
-def empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def nothing() -> None:
+    """Finishes what is finished already."""

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tptrain.parallel.communicators import Communicator, Finish, Op, empty_like
+from tptrain.parallel.communicators import Communicator, Finish, Op, nothing
 
 HEADER_BYTES = 4096
 SLOT_BYTES = 128 * 2**20  # address space: pages that no message reaches are never made
@@ -67,7 +67,7 @@ class SharedMemory:
     def sum(self, x: Tensor) -> tuple[Tensor, Finish]:
         if not self._in_slot(x):
             return x, self.all_reduce_(x, "sum")
-        out = empty_like(x)
+        out = torch.empty_like(x)
         total, operand = out.view(-1), x.view(-1)
         self._post(operand)
         if self.size == 2:
@@ -80,7 +80,7 @@ class SharedMemory:
         if pieces > 1:
             for piece in flat.chunk(pieces):
                 self.all_reduce_(piece, op)()
-            return _nothing
+            return nothing
         self._post(flat)
         return self._later(lambda: self._sum_whole(flat, op) if self._at_once(flat) else self._sum_in_parts(flat, op))
 
@@ -205,10 +205,6 @@ class SharedMemory:
 
 def _add(x: Tensor, y: Tensor, op: Op) -> None:
     torch.maximum(x, y, out=x) if op == "max" else x.add_(y)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _alive(pid: int) -> bool:

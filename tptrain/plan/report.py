@@ -12,7 +12,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from tptrain.config import Config, UserError, check_topology
-from tptrain.config.validate import _check_model
+from tptrain.config.validate import check_model
 from tptrain.models.spec import decoder_spec
 from tptrain.nn.decoder import CHECKPOINT_BYTES, parameter_count
 from tptrain.ops.choose import planned
@@ -37,7 +37,7 @@ ASSUMED = (
 
 def plan(config: Config) -> str:
     """The report, lines of plain text. Raises UserError where no TP degree at all suits the model."""
-    _check_model(config.model, 1)  # at tp=1 only a mistake in the model itself is left
+    check_model(config.model, 1)  # at tp=1 only a mistake in the model itself is left
     legal, reasons = tp_degrees(config)
     runs: dict[int, DryRun] = {}
     steps: dict[int, Step | None] = {}
@@ -67,7 +67,7 @@ def tp_degrees(config: Config) -> tuple[list[int], list[str]]:
     tp = 1
     while tp <= config.model.num_attention_heads:
         try:
-            _check_model(config.model, tp)
+            check_model(config.model, tp)
             legal.append(tp)
         except UserError as error:
             refused.append(str(error))
