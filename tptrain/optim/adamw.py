@@ -1,12 +1,10 @@
 """The optimizer step: AdamW on float32 masters, and the new weights."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from tptrain.config.schema import OptimConfig
-from tptrain.nn.store import Range, Store
+from tptrain.nn.store import Store
 from tptrain.optim.reduce import Reducer
 from tptrain.optim.state import TrainingState
 from tptrain.parallel.collectives import all_gather
@@ -67,7 +65,7 @@ def _adamw(state: TrainingState, config: OptimConfig) -> torch.optim.AdamW:
     decayed: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     entries = {}
     for block in state.blocks:
-        for decay, run in _decay_runs(block.runs(block.own)):
+        for decay, run in block.runs(block.own, lambda each: each.decay):
             place = slice(run.start - block.own.start, run.stop - block.own.start)
             master = nn.Parameter(block.master[place])
             master.grad = block.grads[run]
@@ -82,14 +80,3 @@ def _adamw(state: TrainingState, config: OptimConfig) -> torch.optim.AdamW:
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     adamw.state.update(entries)
     return adamw
-
-
-def _decay_runs(runs: Iterable[tuple[Range, slice]]) -> list[tuple[bool, slice]]:
-    """Neighbouring ranges that are decayed alike, joined."""
-    joined: list[tuple[bool, slice]] = []
-    for each, run in runs:
-        if joined and joined[-1][0] == each.decay and joined[-1][1].stop == run.start:
-            joined[-1] = each.decay, slice(joined[-1][1].start, run.stop)
-        else:
-            joined.append((each.decay, run))
-    return joined

@@ -5,7 +5,7 @@ and clipping. The loss is divided by the global token count, so sums of gradient
 import torch
 from torch import Tensor
 
-from tptrain.optim.state import BlockState, TrainingState
+from tptrain.optim.state import TrainingState
 from tptrain.parallel.collectives import Work, all_gather, all_reduce_, reduce_scatter
 from tptrain.parallel.mesh import Mesh
 
@@ -24,7 +24,7 @@ class Reducer:
         if unit not in self.units:
             return
         state = self.units[unit]
-        for summed, run in _summed_runs(state):
+        for summed, run in state.runs(slice(0, len(state.grads)), lambda each: each.summed):
             for axis in summed:
                 all_reduce_(state.grads[run], self.mesh.group(axis)).wait()
         group = self.mesh.group("dp")
@@ -65,14 +65,3 @@ class Reducer:
             scale = (largest / (norm + 1e-6)).clamp(max=1.0)  # stays on the device: no wait for the gpu
             for state in self.state.blocks:
                 state.grads[state.own].mul_(scale)
-
-
-def _summed_runs(state: BlockState) -> list[tuple[tuple[str, ...], slice]]:
-    """Runs of elements whose gradients are sums over the same axes, with these axes; neighbours joined."""
-    runs: list[tuple[tuple[str, ...], slice]] = []
-    for each in state.ranges:
-        if runs and runs[-1][0] == each.summed and runs[-1][1].stop == each.start:
-            runs[-1] = each.summed, slice(runs[-1][1].start, each.stop)
-        elif each.summed:
-            runs.append((each.summed, slice(each.start, each.stop)))
-    return runs

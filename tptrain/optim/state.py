@@ -11,6 +11,8 @@ master and the moments of that part. What is frozen has none of this.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,17 +63,18 @@ class BlockState:
         length = len(self.grads)
         return slice(index * length // count, (index + 1) * length // count)
 
-    def runs(self, part: slice) -> Iterator[tuple[Range, slice]]:
-        """The ranges that lie within a part, as far as they do, counted from the block's beginning."""
-        for each in self.ranges:
-            low, high = max(each.start, part.start), min(each.stop, part.stop)
+    def runs(self, part: slice, kind: Callable[[Range], Any]) -> Iterator[tuple[Any, slice]]:
+        """Runs of neighbouring ranges of one kind within a part, with that kind, counted from the block's beginning."""
+        for value, group in groupby(self.ranges, kind):
+            ranges = list(group)
+            low, high = max(ranges[0].start, part.start), min(ranges[-1].stop, part.stop)
             if low < high:
-                yield each, slice(low, high)
+                yield value, slice(low, high)
 
     def square_sum(self, part: slice) -> Tensor:
         """Sum of the squares of a part's gradients, a scalar: over all ranks, each global element is counted once."""
         total = torch.zeros((), device=self.grads.device)
-        for each, run in self.runs(part):
+        for each, run in self.runs(part, lambda each: each):
             total += _square_sum(self.grads[run]) / each.copies
         return total
 
