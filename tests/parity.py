@@ -172,7 +172,12 @@ def _count_replicated_norms_twice() -> AbstractContextManager:
 
 
 def _forget_partial_gradients() -> AbstractContextManager:
-    return patch.object(reduce, "_summed_runs", lambda block: [])
+    right = reduce.all_reduce_
+
+    def all_reduce_(x: Tensor, group: Any) -> Any:
+        return right(x, group) if group is None or group.axis == "dp" else collectives.NOTHING
+
+    return patch.object(reduce, "all_reduce_", all_reduce_)
 
 
 def _bias_on_every_rank() -> AbstractContextManager:
