@@ -19,6 +19,7 @@ TOPOLOGIES = {
     "tp4, overlap, shared": Topology(4, shared=True, recompute="selective", overlap=True),
     "tp2 x dp2, everything recomputed": Topology(2, recompute="full", shared=True),
     "tp4, sequence parallel, shared": Topology(4, sequence_parallel=True, shared=True),
+    "tp4, sequence parallel, everything recomputed": Topology(4, sequence_parallel=True, recompute="full"),
 }
 # This case has replicated KV heads and biases at tp=4, so that every mutation has something to break.
 BROKEN = {

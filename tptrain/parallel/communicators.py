@@ -7,6 +7,7 @@ what it has returned stays valid for as long as the tensor lives.
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -68,7 +69,8 @@ class ProcessGroup:
 def _finish(work: Any) -> Finish:
     def finish() -> None:
         if work is not None:  # torch has no work where it is done
-            work.wait()
+            with torch.no_grad():  # gloo copies a reduce-scatter's result only now, which autograd must not record
+                work.wait()
 
     return finish
 
