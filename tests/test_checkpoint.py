@@ -87,7 +87,7 @@ def test_the_newest_are_kept_and_the_newest_is_loaded(run: Run) -> None:
     assert run.said == []
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "config.yaml", COMMIT])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "index.json", "config.yaml", COMMIT])
 def test_a_flipped_bit_in_any_file_is_noticed_and_named(run: Run, name: str) -> None:
     run.save(5)
     run.save(10)

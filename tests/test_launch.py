@@ -56,7 +56,7 @@ def test_leaves_committed_sharded_checkpoints(finished: Path) -> None:
         commit = read_commit(path)
         assert not isinstance(commit, str)
         assert (commit.tp, commit.world, commit.samples) == (2, 2, commit.step * 8)
-        assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "config.yaml"} == set(commit.files)
+        assert {"__0_0.distcp", "__1_0.distcp", "index.json", "config.yaml"} == set(commit.files)
         assert not any(damage(path / name, *entry) for name, entry in commit.files.items())
 
 

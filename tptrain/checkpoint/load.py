@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tptrain.checkpoint.commit import CheckpointError, Commit, damage, read_commit
+from tptrain.checkpoint.index import Index
 from tptrain.checkpoint.layout import flat, rng_state, training_state, weights_state
 from tptrain.nn.store import Store
 from tptrain.optim.adamw import Optimizer
@@ -42,11 +43,9 @@ def load_newest(folder: Path, optimizer: Optimizer, mesh: Mesh, say: Callable[[s
 
 
 def _read(path: Path, optimizer: Optimizer, mesh: Mesh, commit: Commit) -> None:
-    from tptrain.checkpoint.torch_dcp import read
-
     same_ranks = commit.world == mesh.world
     rng = rng_state(mesh) if same_ranks else {}
-    read(path, {**training_state(optimizer.state, flat(optimizer.state)), **rng}, mesh.control)
+    Index(path).load({**training_state(optimizer.state, flat(optimizer.state)), **rng})
     optimizer.updates = commit.updates
     optimizer.publish()
     if same_ranks:  # at another world size there is no such thing as "the" state of a rank: keep the seeded one
@@ -55,8 +54,6 @@ def _read(path: Path, optimizer: Optimizer, mesh: Mesh, commit: Commit) -> None:
             torch.cuda.set_rng_state(rng[f"rng/{mesh.rank}/cuda"], mesh.device)
 
 
-def load_weights(path: Path, store: Store, mesh: Mesh) -> None:
-    """The weights of a checkpoint, into a model that is not trained."""
-    from tptrain.checkpoint.torch_dcp import read
-
-    read(path, weights_state(store), mesh.control)
+def load_weights(path: Path, store: Store) -> None:
+    """The weights of a checkpoint, into a model that is not trained. Raises CheckpointError."""
+    Index(path).load(weights_state(store))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tptrain.checkpoint.commit import CheckpointError, Commit, body_digest, reason
 from tptrain.checkpoint.files import measure, sync
+from tptrain.checkpoint.index import INDEX
 from tptrain.checkpoint.layout import State, flat, rng_state, training_state
 from tptrain.config import Config, write_config
 from tptrain.config.load import write_atomically
@@ -155,7 +156,7 @@ def _commit(target: Path, commit: Commit, config: Config) -> None:
         if not (target / name).exists() or (target / name).stat().st_size != length:
             raise OSError(f"rank 0 does not see {name}: run.dir must be on a file system that all nodes share")
     write_config(config, target / "config.yaml")
-    for name in (".metadata", "config.yaml"):
+    for name in (INDEX, "config.yaml"):
         sync(target / name)
         commit.files[name] = measure(target / name)
     sync(target)

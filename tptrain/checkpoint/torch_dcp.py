@@ -1,7 +1,6 @@
-"""Parts of tensors to and from files, by torch.distributed.checkpoint.
+"""Parts of tensors to files, by torch.distributed.checkpoint.
 
-Importing that takes half as long as importing torch, and few starts need it: `save.py` and `load.py` import this file
-when they use it.
+Importing that takes half as long as importing torch, and no start needs it: `save.py` imports this file when it saves.
 """
 
 import contextlib
@@ -14,22 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import set_crc32_options
 
 from tptrain.checkpoint.commit import CheckpointError, reason
 from tptrain.checkpoint.files import BLOCK, MeasuredStream
+from tptrain.checkpoint.index import INDEX, stored_tensors, write_index
 from tptrain.checkpoint.layout import Box, Part, State
 from tptrain.parallel.control import Control
 
 
 def write(folder: Path, state: State, ranks: Control) -> dict[str, list[Any]]:
     """Returns name, size and checksum of the file that this rank wrote. Raises CheckpointError."""
-    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
+    writer = _Writer(folder, single_file_per_rank=True, sync_files=True)
     writer.fs = files = _Files()
     set_crc32_options(False)  # one checksum is enough
     try:
@@ -40,14 +41,8 @@ def write(folder: Path, state: State, ranks: Control) -> dict[str, list[Any]]:
     return {name: measured for name, measured in files.measured.items() if name.endswith(".distcp")}
 
 
-def read(folder: Path, state: State, ranks: Control) -> None:
-    """Load into the state, in place."""
-    with _without_warnings():
-        state_dict_loader.load(_tensors(state), storage_reader=FileSystemReader(folder), **_over(ranks))
-
-
 def _over(ranks: Control) -> dict[str, Any]:
-    """torch's arguments for the ranks that save or load together."""
+    """torch's arguments for the ranks that save together."""
     return {"process_group": ranks.process_group} if ranks.group else {"no_dist": True}
 
 
@@ -61,6 +56,15 @@ def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"torch\.distributed")
         yield
+
+
+class _Writer(FileSystemWriter):
+    """With an index of ours at the end, in place of torch's, which is a pickle."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        places = {result.index: result.storage_data for each in results for result in each}
+        index = write_index(dict(stored_tensors(metadata.state_dict_metadata, places)))
+        (Path(self.path) / INDEX).write_bytes(index)
 
 
 class _Files(FileSystem):
