@@ -11,6 +11,7 @@ from typing import Any
 
 from tptrain.config import Config, UserError, read_config, write_config
 from tptrain.config.load import write_atomically
+from tptrain.models.directory import adopt
 from tptrain.records.run_dir import newest_checkpoint
 
 
@@ -29,6 +30,8 @@ def claim(config: Config) -> Config | None:
             (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run.dir={run_dir}: cannot be made ({error.strerror}). Choose another run.dir.") from error
+        if config.model.path is not None:
+            adopt(config)
         write_config(config, snapshot)
         return None
     before = read_config(snapshot)

@@ -18,7 +18,7 @@ from launch.local import Tail, ask_to_stop, supervisors
 from launch.run_dir import read_job
 from tptrain.config import Config, UserError, read_config
 from tptrain.records.rows import last_row
-from tptrain.records.run_dir import events, newest_checkpoint
+from tptrain.records.run_dir import COMMIT, events, newest_checkpoint
 from tptrain.watch.outcome import Outcome
 
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED", "SIGNALING")
@@ -63,6 +63,17 @@ def find(name: str) -> Path:
         if (folder / "config.yaml").exists():
             return folder.absolute()
     raise UserError(f"{name}: no run of that name or directory (it has no config.yaml). `status` lists the runs.")
+
+
+def find_checkpoint(name: str) -> Path:
+    """A checkpoint by its directory, or a run's newest one. Raises UserError."""
+    if (Path(name) / COMMIT).exists():
+        return Path(name).absolute()
+    run = find(name)
+    newest = newest_checkpoint(run)
+    if newest is None:
+        raise UserError(f"{name}: has no checkpoint yet.")
+    return run / "checkpoints" / newest
 
 
 def all_runs(root: Path) -> list[Path]:

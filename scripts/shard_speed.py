@@ -17,8 +17,7 @@ from statistics import median
 import torch
 
 from tptrain.config import UserError, load_config
-from tptrain.config.schema import kv_heads
-from tptrain.models.spec import decoder_spec
+from tptrain.models.settings import decoder_spec
 from tptrain.ops.choose import choose
 from tptrain.parallel.mesh import Mesh, tp_grid
 from tptrain.plan.report import tp_degrees
@@ -42,12 +41,12 @@ def main(overrides: list[str]) -> None:
     peak, alone = peak_flops(device, train.precision), 0.0
     flops = decoder_spec(config.model).flops_per_token(train.seq_len) * tokens
     ops = choose(device.type, train.compile, compiled_folder(config))
-    for tp in tp_degrees(config)[0]:
+    for tp in tp_degrees(decoder_spec(config.model))[0]:
         if tp > 8:
             break
         group = replace(config, parallel=replace(config.parallel, tp=tp))
         # The first rank of a grid without groups: it communicates with nobody.
-        trainer = build(group, Mesh(tp_grid(tp, tp, kv_heads(config.model)), 0, device), ops)
+        trainer = build(group, Mesh(tp_grid(tp, tp, decoder_spec(config.model).kv_heads), 0, device), ops)
         seconds = []
         for step in range(1, WARMUP + STEPS + 1):
             began = time.perf_counter()

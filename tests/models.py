@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tptrain.config.schema import ModelConfig, OptimConfig
-from tptrain.models.spec import DecoderSpec, decoder_spec
+from tptrain.models.settings import decoder_spec
+from tptrain.models.spec import DecoderSpec
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.nn.decoder import Decoder
 from tptrain.nn.store import Store
@@ -15,6 +16,7 @@ from tptrain.optim.adamw import Optimizer
 from tptrain.parallel.mesh import Mesh
 from tptrain.train.runner import Runner
 from tptrain.train.schedule import Schedule, plain
+from tptrain.train.trainer import cross_entropy
 
 
 @dataclass
@@ -49,5 +51,5 @@ def training(
         p.requires_grad_(not any(part in name for part in frozen))
     store = Store(model, dtype, grid.size("dp"))
     optimizer = Optimizer(store, optim or OptimConfig(), grid, zero)
-    loss = CrossEntropy(model.lm_head.weight, config.vocab_size, grid, ops)
+    loss = cross_entropy(model, ops)
     return Training(model, store, optimizer, loss, Runner(model, loss, optimizer.reducer, recompute))

@@ -13,7 +13,8 @@ from torch import Tensor
 from tests import reference as ref
 from tests.distributed import gather_global, mesh
 from tests.models import training
-from tptrain.config.schema import OptimConfig, kv_heads
+from tptrain.config.schema import OptimConfig
+from tptrain.models.settings import decoder_spec
 from tptrain.nn import linear
 from tptrain.nn.parameter import Parameter, parameters, sharding, use
 from tptrain.optim import reduce, state
@@ -35,15 +36,14 @@ class Topology:
 
 
 def distances(
-    name: str, reference: ref.Reference, where: Topology, mutation: str | None = None, device: str = "cpu"
+    case: ref.Case, reference: ref.Reference, where: Topology, mutation: str | None = None, device: str = "cpu"
 ) -> Distances:
     """Relative distance of the loss, the logits, the norm, each gradient and each stepped parameter, on every rank.
 
     The batch is split over dp; the mean over it is what the reference computed. With ZeRO-1 a rank has the sum of only
     a part of the gradients, so these are compared without it.
     """
-    case = ref.CASES[name]
-    grid = mesh(where.tp, kv_heads(case.ours), device, where.shared, where.sequence_parallel)
+    grid = mesh(where.tp, decoder_spec(case.ours).kv_heads, device, where.shared, where.sequence_parallel)
     with MUTATIONS[mutation]() if mutation else nullcontext():
         settings = OptimConfig(beta1=ref.BETAS[0], beta2=ref.BETAS[1], eps=ref.EPS, weight_decay=ref.DECAY)
         made = training(case.ours, grid, zero=where.zero, recompute=where.recompute, optim=settings)

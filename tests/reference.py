@@ -11,7 +11,7 @@ from tptrain.checkpoint import huggingface
 from tptrain.config import ModelConfig
 from tptrain.config.schema import RopeScaling
 from tptrain.models.families import FAMILIES
-from tptrain.models.spec import decoder_spec
+from tptrain.models.settings import decoder_spec
 
 BATCH, SEQ_LEN, VOCAB = 4, 24, 250  # 250 is padded to 256: the padding must not matter
 # AdamW's first step is lr * g / (|g| + eps): a tiny eps would make full steps of the rounding in zero gradients.
@@ -73,13 +73,16 @@ CASES = {
 def hf_model(case: Case) -> torch.nn.Module:
     import transformers as hf
 
-    config = hf.AutoConfig.for_model(**FAMILIES[case.family].to_config(decoder_spec(case.ours)))
+    source = case.ours.source or FAMILIES[case.family].to_config(decoder_spec(case.ours))
+    config = hf.AutoConfig.for_model(**source)
     return hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
 def to_ours(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """By our names, in our layouts."""
     spec = decoder_spec(case.ours)
+    if case.family == "gpt_neox":  # Transformers 5 has another name for it in memory than in files
+        tensors = tensors | {"embed_out.weight": tensors["lm_head.weight"]}
     ours = huggingface.to_ours(spec, FAMILIES[case.family].keys(spec), tensors)
     return {name: tensor.detach().clone().contiguous() for name, tensor in ours.items()}
 

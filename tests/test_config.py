@@ -26,7 +26,7 @@ MODELS = {  # parameters in millions, of the models' own cards
 
 @pytest.mark.parametrize("model", MODELS)
 def test_model_configs_have_the_published_size(model: str) -> None:
-    from tptrain.models.spec import decoder_spec
+    from tptrain.models.settings import decoder_spec
     from tptrain.nn.decoder import parameter_count
 
     config = load_config([f"model={model}", "run.name=x"]).model
@@ -63,9 +63,13 @@ def test_yaml_holds_only_differences_from_the_dataclasses() -> None:
     from tptrain.config.load import config_dir
 
     for file in config_dir().glob("*/*.yaml"):
-        default = dataclasses.asdict(getattr(Config(), file.parent.name))
-        for key, value in (yaml.safe_load(file.read_text()) or {}).items():
-            assert (key, default[key]) != (key, value) or key == "name", f"{file}: {key}={value} is the default"
+        text = file.read_text()
+        content = yaml.safe_load(text) or {}
+        groups = content if "@package _global_" in text else {file.parent.name: content}
+        for group, values in groups.items():
+            default = dataclasses.asdict(getattr(Config(), group))
+            for key, value in values.items():
+                assert (key, default[key]) != (key, value) or key == "name", f"{file}: {key}={value} is the default"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ TOLERANCE = 1e-5  # relative, as on the cpu
 
 
 def _all_cases(references: dict[str, ref.Reference], tp: int) -> dict[str, Distances]:
-    return {case: distances(case, references[case], Topology(tp), device="cuda") for case in ref.CASES}
+    return {case: distances(ref.CASES[case], references[case], Topology(tp), device="cuda") for case in ref.CASES}
 
 
 @pytest.mark.parametrize(("tp", "backend"), [(1, "nccl"), (2, "gloo")])

@@ -15,7 +15,7 @@ from tptrain.checkpoint.load import load_newest, load_weights
 from tptrain.checkpoint.save import Saver
 from tptrain.config import load_config
 from tptrain.config.schema import ModelConfig
-from tptrain.models.spec import decoder_spec
+from tptrain.models.settings import decoder_spec
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.nn.decoder import Decoder
 from tptrain.nn.parameter import initial_values, parameters
@@ -135,7 +135,7 @@ def _saved_and_loaded(folder: str) -> list[bool]:
     commit = load_newest(Path(folder), other.optimizer, grid, print)
     assert commit is not None
     alone = Decoder(decoder_spec(MODEL), grid, REFERENCE)
-    load_weights(step_folder(Path(folder), 3), Store(alone, torch.bfloat16), grid)
+    load_weights(step_folder(Path(folder), 3), Store(alone, torch.bfloat16))
     weights = [dict(parameters(model)) for model in (tiny.model, other.model, alone)]
     pairs = [(p, loaded[name]) for loaded in weights[1:] for name, p in weights[0].items()]
     return [torch.equal(p, loaded) and bool(p.any()) for p, loaded in pairs]

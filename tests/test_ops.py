@@ -39,6 +39,7 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(_rows(T, 1, d // 2) for _ in range(2)),
     ),
     "attention": lambda: tuple(_random(B, T, heads, d) for heads in (H, K, K)),
+    "masked_attention": lambda: (*(_random(B, T, heads, d) for heads in (H, K, K)), 2, 0.3, 5.0),
     "statistics": lambda: (_random(c, v), LOCAL),
     "logit_gradient_": lambda: (_random(c, v), _rows(c), LOCAL, _rows(c), 0.5),
 }

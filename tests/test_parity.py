@@ -34,12 +34,13 @@ BROKEN = {
 def _all_distances(references: dict[str, ref.Reference]) -> dict[str, Distances]:
     """On one rank: every case at every topology, then every mutation. One start of the ranks serves all tests."""
     found = {
-        f"{case} {topology}": distances(case, references[case], where)
+        f"{case} {topology}": distances(ref.CASES[case], references[case], where)
         for case in ref.CASES
         for topology, where in TOPOLOGIES.items()
     }
+    broken = ref.CASES["llama_kv_replicated"]
     for name, (mutation, where) in BROKEN.items():
-        found[name] = distances("llama_kv_replicated", references["llama_kv_replicated"], where, mutation)
+        found[name] = distances(broken, references["llama_kv_replicated"], where, mutation)
     return found
 
 

@@ -20,8 +20,10 @@ from tptrain.checkpoint.save import Saver
 from tptrain.config import load_config
 from tptrain.config.schema import ModelConfig, OptimConfig
 from tptrain.models.families import gpt2, llama, qwen3
+from tptrain.models.families.fields import Fields
 from tptrain.models.families.keys import Key
-from tptrain.models.spec import DecoderSpec, LayerSpec, decoder_spec
+from tptrain.models.settings import decoder_spec
+from tptrain.models.spec import DecoderSpec, LayerSpec
 from tptrain.nn.decoder import MIXERS, Decoder
 from tptrain.nn.linear import ColumnLinear, PendingSum, RowLinear
 from tptrain.nn.parameter import initial_values, parameter, parameters, sharding
@@ -44,8 +46,9 @@ class Toy:
     """A family whose config.json has names of its own, and whose matrices are (in, out)."""
 
     @staticmethod
-    def to_spec(config: dict[str, Any]) -> DecoderSpec:
-        return llama.to_spec({llama_name: config[name] for name, llama_name in Toy.NAMES.items()})
+    def to_spec(fields: Fields) -> DecoderSpec:
+        values = {llama_name: fields.require(name, object) for name, llama_name in Toy.NAMES.items()}
+        return llama.to_spec(Fields(values))
 
     @staticmethod
     def to_config(spec: DecoderSpec) -> dict[str, Any]:
@@ -77,7 +80,9 @@ def test_a_family_maps_config_and_tensors_both_ways(family: Any) -> None:
         | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     }
     spec = decoder_spec(replace(MODEL, **changes.get(family, {})))
-    assert family.to_spec(family.to_config(spec)) == spec
+    fields = Fields(family.to_config(spec))
+    assert family.to_spec(fields) == spec
+    fields.finish()
     model = Decoder(spec, mesh(1), REFERENCE)
     ours = {name: torch.randn(p.sharding.shape) for name, p in parameters(model)}
     theirs = to_theirs(spec, family.keys(spec), ours)

@@ -28,9 +28,12 @@ without a job:
   config [key=value ...]        print the resolved, checked config
   plan [key=value ...]          legal TP degrees, memory a rank, traffic and operations of a step; needs no GPU
   train [key=value ...]         run one rank here, under torchrun, under srun, or alone
+  eval [RUN] [key=value ...]    perplexity on data=..., of a run, a checkpoint or model=hf; alone, under torchrun, srun
+  export RUN OUT                a run's newest checkpoint, or a checkpoint, as a Hugging Face directory
 
 overrides are Hydra's:
   python -m tptrain launch parallel.tp=2
+  python -m tptrain launch model=hf model.path=Qwen/Qwen3-8B parallel.tp=4 data=files 'data.files=[corpus/*.jsonl]'
   python -m tptrain launch model=llama3_8b parallel.tp=8 train=pretrain cluster=slurm cluster.gpus_per_node=8
   python -m tptrain launch data=files 'data.files=[corpus/*.jsonl]' run.name=mine
   python -m tptrain launch -m optim.lr=1e-4,3e-4 parallel.tp=2 run.name=rates
@@ -51,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         "config": show_config,
         "plan": show_plan,
         "train": train,
+        "eval": evaluate,
+        "export": export_model,
     }
     if not given or given[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -81,12 +86,14 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m tptrain {verb}", epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if verb in ("logs", "cancel"):
+    if verb in ("logs", "cancel", "export"):
         parser.add_argument("run", metavar="RUN")
     elif verb == "status":
         parser.add_argument("runs", nargs="*", metavar="RUN", help="default: all below runs/")
-    else:
+    elif verb != "export":
         parser.add_argument("overrides", nargs="*", metavar="key=value")
+    if verb == "export":
+        parser.add_argument("out", metavar="OUT", help="a directory that does not exist yet")
     if verb == "launch":
         parser.add_argument(
             "-m", "--multirun", action="store_true", help="one run for every combination of a=1,2 b=3,4"
@@ -222,6 +229,7 @@ def train(asked: argparse.Namespace) -> int:
     from launch import run_dir
     from launch.job import supervised
     from tptrain.config import UserError, load_config, read_config, validate
+    from tptrain.models.check import check_model
     from tptrain.run.rank import run
 
     overrides: list[str] = asked.overrides
@@ -233,12 +241,67 @@ def train(asked: argparse.Namespace) -> int:
         raise UserError("run.name: not set, and the ranks must agree on it. Give run.name or run.dir.")
     config = load_config(overrides)
     validate(config)
+    check_model(config)
 
     def claim() -> None:
         _check_free(Path(config.run.dir))
         run_dir.claim(config)
 
     return _exit_code(supervised(partial(run, claim=claim), config))
+
+
+def evaluate(asked: argparse.Namespace) -> int:
+    import json
+
+    from launch.place import find_place
+    from launch.runs import find_checkpoint
+    from tptrain.config import UserError, load_config, validate
+    from tptrain.models.check import check_model
+    from tptrain.run.evaluate import run
+
+    overrides: list[str] = asked.overrides
+    named = bool(overrides) and "=" not in overrides[0]
+    config = load_config(overrides[1:] if named else overrides)
+    checkpoint = find_checkpoint(overrides[0]) if named else None
+    if checkpoint is not None:
+        _adopt_settings(config, checkpoint, overrides[1:])
+    elif config.model.path is None:
+        raise UserError("eval: name a run or a checkpoint, or set model=hf model.path=DIR.")
+    config.run.dir = str(Path(config.data.cache_dir) / "eval")  # the same on every rank; nothing is written there
+    validate(config)
+    check_model(config, reads_weights=checkpoint is None)
+    find_place()
+    result, is_main = run(config, checkpoint)
+    if is_main:
+        print(json.dumps({"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}))
+    return 0
+
+
+def _adopt_settings(config: "Config", checkpoint: Path, overrides: list[str]) -> None:
+    """For an evaluation of a checkpoint: its model, and its data and lengths where the user gives no others."""
+    from tptrain.config import read_config
+
+    before = read_config(checkpoint / "config.yaml")
+    config.model = before.model
+    given = {override.split("=", 1)[0].lstrip("+") for override in overrides}
+    if not any(key == "data" or key.startswith("data.") for key in given):
+        config.data = before.data
+    for key in ("tokenizer", "bos_token", "eod_token"):
+        if f"data.{key}" not in given:
+            setattr(config.data, key, getattr(before.data, key))
+    for key in ("seq_len", "precision"):
+        if f"train.{key}" not in given:
+            setattr(config.train, key, getattr(before.train, key))
+
+
+def export_model(asked: argparse.Namespace) -> int:
+    from launch.runs import find_checkpoint
+    from tptrain.checkpoint.export import export
+
+    checkpoint, out = find_checkpoint(asked.run), Path(asked.out).absolute()
+    export(checkpoint, out)
+    print(f"exported {checkpoint} to {out}")
+    return 0
 
 
 def _exit_code(rank: int) -> int:
@@ -257,8 +320,10 @@ def _launchable(overrides: list[str]) -> "Config":
 
 def _check(config: "Config") -> None:
     from tptrain.config import check_cluster, validate
+    from tptrain.models.check import check_model
 
     validate(config)
+    check_model(config)
     check_cluster(config)
 
 

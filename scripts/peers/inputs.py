@@ -22,7 +22,7 @@ def write_weights(model: Model, cache_dir: Path, folder: Path) -> None:
     from tptrain.checkpoint.huggingface import to_theirs
     from tptrain.config import load_config
     from tptrain.models.families import llama
-    from tptrain.models.spec import decoder_spec
+    from tptrain.models.settings import decoder_spec
     from tptrain.nn.decoder import Decoder
     from tptrain.nn.parameter import initial_values, parameters
     from tptrain.ops.table import REFERENCE

@@ -1,32 +1,152 @@
-"""Whole tensors between Hugging Face's names and layouts and ours."""
+"""Weights between Hugging Face's names and layouts and ours: slices of a directory in, whole tensors out."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from torch import Tensor
+from tqdm import tqdm
 
+from tptrain.checkpoint import safetensors
+from tptrain.config.schema import ModelConfig
+from tptrain.models.directory import keys, tensors
 from tptrain.models.families.keys import Key
+from tptrain.models.safetensors import Entry, problem
 from tptrain.models.spec import DecoderSpec
+from tptrain.nn.decoder import Decoder
+from tptrain.nn.parameter import Parameter, parameters
+from tptrain.ops.table import REFERENCE
+from tptrain.parallel.mesh import Mesh, tp_grid
 
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")  # whose rows are padded
+AT_ONCE = 8 * 2**20  # elements of a slice that are in memory beside the weights
+
+Fill = Callable[[str, Parameter, int, Tensor], None]  # name, slice, first element, values: `Store.fill`
+Shapes = Mapping[str, tuple[int, ...]]  # of our parameters, global and padded
 
 
-def to_ours(spec: DecoderSpec, keys: Iterable[Key], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's tensors by our names: (out, in), rows of the vocabulary padded with zeros. Raises KeyError."""
-    ours: dict[str, Tensor] = {}
-    for key in keys:
-        tensor = tensors[key.theirs].t() if key.transposed else tensors[key.theirs]
-        ours |= dict(zip(key.ours, tensor.chunk(len(key.ours)), strict=True))
-    rows = spec.padded_vocab_size - spec.vocab_size
-    return {name: F.pad(t, (0, 0, 0, rows)) if name in VOCABULARY else t for name, t in ours.items()}
+def shapes(spec: DecoderSpec) -> Shapes:
+    """Of a decoder's parameters, by name."""
+    model = Decoder(spec, Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), REFERENCE)
+    return {name: p.sharding.shape for name, p in parameters(model)}
 
 
-def to_theirs(spec: DecoderSpec, keys: Iterable[Key], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors by Hugging Face's names, without padding. Raises KeyError."""
-    theirs: dict[str, Tensor] = {}
-    for key in keys:
-        parts = [tensors[name][: spec.vocab_size] if name in VOCABULARY else tensors[name] for name in key.ours]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        theirs[key.theirs] = (tensor.t() if key.transposed else tensor).contiguous()
-    return theirs
+def by_tensor(where: Iterable[Key]) -> dict[str, list[Key]]:
+    """Keys by Hugging Face's names: what each of their tensors holds."""
+    groups: dict[str, list[Key]] = {}
+    for key in where:
+        groups.setdefault(key.theirs, []).append(key)
+    return groups
+
+
+def their_shape(group: list[Key], ours: Shapes, spec: DecoderSpec) -> tuple[int, ...]:
+    """Of the tensor that holds these parameters."""
+    rows = sum(_rows(key.ours, ours, spec) for key in group)
+    shape = (rows, *ours[group[0].ours][1:])
+    return shape[::-1] if group[0].transposed else shape
+
+
+def _rows(name: str, ours: Shapes, spec: DecoderSpec) -> int:
+    """A parameter's rows without padding."""
+    return spec.vocab_size if name in VOCABULARY else ours[name][0]
+
+
+# ------------------------------------------------------------------------------------------------------------------- in
+
+
+def load_pretrained(config: ModelConfig, model: Decoder, fill: Fill, alive: Callable[[], None] = lambda: None) -> str:
+    """Read this rank's slices of a directory's weights into `fill`, and return a digest of all weights.
+
+    Every rank calls it; it reads its own slices and nothing else, some at a time. The digest does not depend on the
+    topology. Raises UserError for a directory that has not what the model needs.
+    """
+    entries, where, spec, mesh = tensors(config), keys(config), model.spec, model.mesh
+    ours = {name: p.sharding.shape for name, p in parameters(model)}
+    for theirs, group in by_tensor(where.values()).items():
+        if entries[theirs].shape != (shape := their_shape(group, ours, spec)):
+            found, wanted = list(entries[theirs].shape), list(shape)
+            raise problem(entries[theirs].file, f"has {theirs} of {found}, where config.json asks for {wanted}")
+    sums: dict[str, int] = {}
+    total = sum(p.sharding.size for _, p in parameters(model))
+    with tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=_quiet(mesh)) as bar:
+        for name, p in parameters(model):
+            sums[name] = 0
+            for start, values in _slices(p, where[name], entries[where[name].theirs], _rows(name, ours, spec)):
+                sums[name] += _bit_sum(values)
+                fill(name, p, start, values.float())
+                bar.update(values.numel())
+                alive()
+    return _digest(sums, model, entries, where)
+
+
+def _slices(p: Parameter, key: Key, entry: Entry, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """This rank's slice in runs of rows, in the file's precision, each with its first element's place in the slice."""
+    layout = p.sharding
+    first, inner = layout.offsets[0], math.prod(layout.local_shape[1:])
+    columns = (layout.offsets[1], layout.offsets[1] + layout.local_shape[1]) if len(layout.shape) == 2 else None
+    step = max(1, AT_ONCE // inner)
+    for ours, theirs, length in key.runs(first, min(first + layout.local_shape[0], rows)):
+        for done in range(0, length, step):
+            run = theirs + done, theirs + min(done + step, length)
+            if key.transposed:
+                assert columns is not None
+                yield (ours + done - first) * inner, safetensors.read(entry, columns, run).t()
+            else:
+                yield (ours + done - first) * inner, safetensors.read(entry, run, columns)
+
+
+def _quiet(mesh: Mesh) -> bool | None:
+    """tqdm's `disable`: rank 0 shows a bar on a terminal."""
+    return None if mesh.is_main else True
+
+
+def _bit_sum(values: Tensor) -> int:
+    """The sum of the elements' bits as integers: however a tensor is cut, its parts' sums add up to the same."""
+    kind = torch.int32 if values.dtype.itemsize == 4 else torch.int16
+    return int(values.contiguous().view(kind).sum(dtype=torch.int64))
+
+
+def _digest(sums: dict[str, int], model: Decoder, entries: dict[str, Entry], where: dict[str, Key]) -> str:
+    mesh, digest = model.mesh, xxhash.xxh3_128()
+    everywhere = mesh.control.gather(sums)
+    for name, p in sorted(parameters(model)):
+        total = sum(each[name] for each in everywhere) // (p.sharding.copies * mesh.size("dp"))
+        digest.update(f"{name} {entries[where[name].theirs].dtype} {p.sharding.shape} {total}\n".encode())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------------ out
+
+
+def to_theirs(spec: DecoderSpec, where: Iterable[Key], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our whole tensors by Hugging Face's names, without padding. Raises KeyError."""
+    sizes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    return {name: join(spec, group, sizes, ours.__getitem__) for name, group in by_tensor(where).items()}
+
+
+def join(spec: DecoderSpec, group: list[Key], sizes: Shapes, value: Callable[[str], Tensor]) -> Tensor:
+    """The tensor that holds these parameters; `value` gives each, whole and padded."""
+    tensor = None
+    for key in group:
+        part, rows = value(key.ours), _rows(key.ours, sizes, spec)
+        if tensor is None:
+            shape = their_shape(group, sizes, spec)
+            tensor = torch.empty(shape[::-1] if key.transposed else shape, dtype=part.dtype)
+        for start, place, length in key.runs(0, rows):
+            tensor[place : place + length] = part[start : start + length]
+    assert tensor is not None
+    return (tensor.t() if group[0].transposed else tensor).contiguous()
+
+
+def to_ours(spec: DecoderSpec, where: Iterable[Key], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's whole tensors by our names: (out, in), the vocabulary padded with zeros. Raises KeyError."""
+    sizes, ours = shapes(spec), {}
+    for key in where:
+        tensor = theirs[key.theirs].t() if key.transposed else theirs[key.theirs]
+        rows = _rows(key.ours, sizes, spec)
+        part = torch.cat([tensor[place : place + length] for _, place, length in key.runs(0, rows)])
+        padding = sizes[key.ours][0] - rows
+        ours[key.ours] = F.pad(part, (0, 0, 0, padding)) if padding else part
+    return ours

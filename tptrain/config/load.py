@@ -21,9 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tptrain.config.errors import UserError
-from tptrain.config.schema import Config, kv_heads
+from tptrain.config.pretrained import CONFIG_BYTES, directory, read_json, tokenizer_rules
+from tptrain.config.schema import MODEL_FILES, Config, kv_heads
 
 FREE_MAPPINGS = ("cluster.env", "cluster.sbatch")  # any key may stand below these
+WITH_HF = ("model.path", "model.revision", "model.name", "model.dropout")
 
 
 def config_dir() -> Path:
@@ -47,6 +49,7 @@ def load_config(overrides: Sequence[str]) -> Config:
         config = cast(Config, OmegaConf.to_object(composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
+    _check_model_keys(parsed, config)
     _fill_in(config)
     return config
 
@@ -169,6 +172,25 @@ def _explain(error: BaseException) -> str:
     return f"{key}: {text}" if key else text
 
 
+def _check_model_keys(overrides: list[Override], config: Config) -> None:
+    """What may be set beside model=hf, and only beside it. Raises UserError."""
+    by_hf = any(override.key_or_group == "model" and override.value() == "hf" for override in overrides)
+    keys = [str(override.key_or_group) for override in overrides]
+    for key in keys:
+        if key in ("model.directory", "model.source"):
+            raise UserError(f"{key}: follows from model.path. Set that.")
+        if by_hf and key.startswith("model.") and key not in WITH_HF:
+            raise UserError(
+                f"{key}: with model=hf config.json decides on it. Leave it out, or edit a copy of the model."
+            )
+        if not by_hf and key in WITH_HF and key != "model.name":
+            raise UserError(f"{key}: only model=hf reads it. Add model=hf.")
+    if by_hf and not config.model.path:
+        raise UserError("model.path: not set. model=hf needs a Hugging Face directory or a name of the hub.")
+    if not by_hf and config.data.tokenizer == "model":
+        raise UserError("data.tokenizer=model: only model=hf has one. Give `bytes` or the path of a tokenizer.json.")
+
+
 # ---------------------------------------------------------------------------------------------------------- filling in
 
 
@@ -176,6 +198,8 @@ def _fill_in(config: Config) -> None:
     """Settle what depends on other settings or on the working directory, so that the snapshot stands by itself."""
     if config.model.num_key_value_heads is None:
         config.model.num_key_value_heads = kv_heads(config.model)
+    if config.model.path is not None and not config.model.name:
+        config.model.name = Path(config.model.path).name
     if not config.run.dir:
         config.run.name = config.run.name or f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         config.run.dir = f"runs/{config.run.name}"
@@ -183,6 +207,8 @@ def _fill_in(config: Config) -> None:
     config.run.name = config.run.name or Path(config.run.dir).name
     config.data.cache_dir = _absolute(config.data.cache_dir)
     config.data.files = [_absolute(file) for file in config.data.files]
+    if config.model.path is not None:
+        _fill_in_pretrained(config)
     if config.data.tokenizer != "bytes":
         config.data.tokenizer = _absolute(config.data.tokenizer)
     if config.data.name and Path(config.data.name).is_dir():
@@ -192,6 +218,32 @@ def _fill_in(config: Config) -> None:
     cluster = config.cluster
     if cluster.tasks_per_node is None:
         cluster.tasks_per_node = cluster.gpus_per_node or (config.parallel.tp if cluster.nodes == 1 else None)
+
+
+def _fill_in_pretrained(config: Config) -> None:
+    """The model's directory, config.json and tokenizer; those of the run, where it was started from the same model."""
+    model, data, run_dir = config.model, config.data, Path(config.run.dir)
+    assert model.path is not None
+    snapshot, names = run_dir / "config.yaml", (model.path, _absolute(model.path))
+    before = read_config(snapshot).model if snapshot.exists() else None
+    if before is not None and before.path in names and before.revision == model.revision:
+        model.path, model.directory, model.source = before.path, before.directory, before.source
+    else:
+        folder = directory(model.path, model.revision)
+        model.path = _absolute(model.path) if Path(model.path).expanduser().is_dir() else model.path
+        model.directory, model.source = str(folder), read_json(folder / "config.json", CONFIG_BYTES)
+    if data.tokenizer != "model":
+        return
+    kept, original = run_dir / MODEL_FILES, Path(model.directory or "")
+    folder = kept if (kept / "tokenizer.json").exists() else original
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(
+            f"data.tokenizer: {folder} has no tokenizer.json. Make one with Transformers "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(...)), or name another tokenizer."
+        )
+    rules = tokenizer_rules(folder)
+    data.tokenizer = str(folder / "tokenizer.json")
+    data.bos_token, data.eod_token = data.bos_token or rules.bos, data.eod_token or rules.eos
 
 
 def _absolute(path: str) -> str:

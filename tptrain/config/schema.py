@@ -75,6 +75,12 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm over each head's query and key, as in Qwen3
     tie_word_embeddings: bool = False
     initializer_range: float = number(0.02, above=0)  # standard deviation; of residual projections see models/spec.py
+    # model=hf: a Hugging Face directory, or a name of the hub; its config.json then takes the place of all above
+    path: str | None = None
+    revision: str | None = None  # of the hub: a branch, a tag or a commit
+    dropout: float | None = number(None, least=0, most=0)  # model=hf: 0 trains without the dropout of its config.json
+    directory: str | None = None  # where loading has found the model
+    source: dict[str, Any] = field(default_factory=dict)  # its config.json
 
 
 @dataclass
@@ -95,8 +101,9 @@ class DataConfig:
     subset: str | None = None  # source=hub
     split: str = "train"  # source=hub
     text_column: str = "text"
-    tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer.json
-    eod_token: str | None = None  # end of document, for tokenizer.json; None: the usual names are tried
+    tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer.json; `model` with model=hf: the model's own
+    bos_token: str | None = None  # beginning of a document, for tokenizer.json; None: none, or the model's own
+    eod_token: str | None = None  # end of document, for tokenizer.json; None: the model's, or the usual names are tried
     validation_fraction: float = number(0.02, above=0, most=0.5)
     # Packed tokens, shared by all runs that read the same data
     cache_dir: str = field(default="runs/.data", metadata=MAY_CHANGE)
@@ -200,6 +207,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata=MAY_CHANGE)
 
 
+MODEL_FILES = "model"  # below a run directory: the files of a Hugging Face directory, without the weights
 VOCAB_MULTIPLE = 128
 
 

@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tptrain.config.errors import UserError
-from tptrain.config.schema import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RopeScaling,
-    head_dim,
-    kv_heads,
-    padded_vocab_size,
-)
+from tptrain.config.schema import Config, DataConfig, OptimConfig
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "mem", "cpus_per_task", "sbatch")
@@ -39,7 +30,6 @@ SECRET_URL = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 def validate(config: Config) -> None:
     """Raise UserError for the first setting that cannot work, in the order a reader would fix them."""
     _check_bounds(config, "")
-    check_model(config.model, config.parallel.tp)
     _check_train(config)
     _check_unused(config)
     _check_secrets(config)
@@ -132,59 +122,8 @@ def _check_bounds(node: Any, prefix: str) -> None:
             raise UserError(f"{key}={value}: must be at most {rule['most']}.")
 
 
-def check_model(model: ModelConfig, tp: int) -> None:
-    heads, groups = model.num_attention_heads, kv_heads(model)
-    if model.head_dim is None and model.hidden_size % heads:
-        raise UserError(
-            f"model.num_attention_heads={heads}: does not divide model.hidden_size={model.hidden_size}. "
-            "Change one of them or set model.head_dim."
-        )
-    if heads % groups:
-        raise UserError(
-            f"model.num_key_value_heads={groups}: does not divide model.num_attention_heads={heads}. Use a divisor."
-        )
-    if model.position_embedding == "rope" and head_dim(model) % 2:
-        raise UserError(f"model.head_dim={head_dim(model)}: rotary positions need an even head_dim.")
-    scaling = model.rope_scaling
-    if scaling.rope_type == "default" and scaling != RopeScaling():
-        raise UserError(
-            "model.rope_scaling: has no effect with rope_type=default. Set model.rope_scaling.rope_type=llama3."
-        )
-    if scaling.rope_type != "default" and model.position_embedding != "rope":
-        raise UserError(
-            "model.rope_scaling: has no effect on learned positions. Set model.rope_scaling.rope_type=default."
-        )
-    if tp > heads:
-        raise UserError(f"parallel.tp={tp}: more than model.num_attention_heads={heads}. Use at most {heads}.")
-    if heads % tp:
-        raise UserError(f"parallel.tp={tp}: does not divide model.num_attention_heads={heads}. Use {_divisors(heads)}.")
-    if groups % tp and tp % groups:
-        raise UserError(
-            f"parallel.tp={tp}: neither divides model.num_key_value_heads={groups} nor is divided by it. "
-            "Choose a tp for which one divides the other."
-        )
-    if model.intermediate_size % tp:
-        raise UserError(
-            f"parallel.tp={tp}: does not divide model.intermediate_size={model.intermediate_size}. Use a divisor."
-        )
-    if padded_vocab_size(model.vocab_size) % tp:
-        raise UserError(
-            f"parallel.tp={tp}: does not divide the padded vocabulary of {padded_vocab_size(model.vocab_size)} rows "
-            f"(model.vocab_size={model.vocab_size}). Use a power of two."
-        )
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
-
-
 def _check_train(config: Config) -> None:
-    model, train = config.model, config.train
-    if train.seq_len > model.max_position_embeddings:
-        raise UserError(
-            f"train.seq_len={train.seq_len}: longer than model.max_position_embeddings="
-            f"{model.max_position_embeddings}. Shorten it or raise the model's limit."
-        )
+    train = config.train
     tokens, tp = train.micro_batch_size * train.seq_len, config.parallel.tp
     if config.parallel.sequence_parallel and tokens % tp:
         raise UserError(
@@ -217,8 +156,9 @@ def _check_unused(config: Config) -> None:
             raise UserError(
                 f"data.{key}: only data={' and data='.join(sources)} reads it, and this is data={data.source}."
             )
-    if data.eod_token is not None and data.tokenizer == "bytes":
-        raise UserError("data.eod_token: data.tokenizer=bytes has its own. Leave it out.")
+    for key in ("bos_token", "eod_token"):
+        if getattr(data, key) is not None and data.tokenizer == "bytes":
+            raise UserError(f"data.{key}: data.tokenizer=bytes has tokens of its own. Leave it out.")
     if optim.schedule == "constant" and optim.min_lr_ratio != OptimConfig().min_lr_ratio:
         raise UserError("optim.min_lr_ratio: has no effect on optim.schedule=constant. Leave it out.")
     if len(Path(config.run.dir).name) > 200:
@@ -250,12 +190,7 @@ def _check_secrets(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
-    tokens, _ = vocabulary(data)
-    if tokens > config.model.vocab_size:
-        raise UserError(
-            f"data.tokenizer={data.tokenizer}: has {tokens} tokens, more than model.vocab_size="
-            f"{config.model.vocab_size}. Set model.vocab_size={tokens} or choose the model's own tokenizer."
-        )
+    vocabulary(data)
     if data.source == "hub" and not data.name:
         raise UserError("data.name: not set. data=hub needs the name of a Hugging Face data set.")
     if data.source == "files":
@@ -283,6 +218,8 @@ def vocabulary(data: DataConfig) -> tuple[int, int]:
         raise UserError(
             f"data.eod_token={data.eod_token}: {path} has none of {', '.join(names)}. Name its end-of-document token."
         )
+    if data.bos_token is not None and data.bos_token not in ids:
+        raise UserError(f"data.bos_token={data.bos_token}: {path} has no such token.")
     return size, eod
 
 

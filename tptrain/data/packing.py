@@ -11,6 +11,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tptrain.config import UserError
@@ -64,6 +65,8 @@ def packed_folder(config: DataConfig) -> Path:
     if config.source == "hub" and Path(config.name or "").is_dir():  # a data set by name may be a local folder
         files = [file for file in sorted(Path(config.name or "").rglob("*")) if file.is_file()]
     identity["files"] = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if config.bos_token is not None:
+        identity["bos"] = config.bos_token
     if config.tokenizer != "bytes":
         identity["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -105,7 +108,8 @@ def _pack(config: DataConfig, folder: Path, say: Callable[[str], None], alive: C
         flush()
     if document == 0:
         raise UserError(f"data: {config.source} {config.name or config.files} holds no text. Nothing to train on.")
-    if document < 1 / config.validation_fraction or counts["validation"] == 0:
+    fraction = config.validation_fraction  # 0: all is read as one text, by `evaluate`
+    if fraction > 0 and (document < 1 / fraction or counts["validation"] == 0):
         _hold_out_the_tail(config, folder, counts, np.dtype(dtype).itemsize)
     digest = xxhash.xxh3_128()
     for part in counts:
@@ -116,6 +120,12 @@ def _pack(config: DataConfig, folder: Path, say: Callable[[str], None], alive: C
     meta = {"dtype": dtype, "documents": document, "tokens": counts, "digest": digest.hexdigest()}
     write_atomically(folder / "meta.json", json.dumps(meta))  # last: it marks the folder as whole
     say(f"packed {document:,} documents: {counts['train']:,} tokens to train on, {counts['validation']:,} held out")
+
+
+def packed_tokens(folder: Path) -> NDArray[np.integer]:
+    """The token ids of a data set that was packed whole, in order."""
+    dtype = json.loads((folder / "meta.json").read_text())["dtype"]
+    return np.memmap(folder / "train.bin", dtype=dtype, mode="r")
 
 
 def _unit(document: int) -> float:

@@ -25,8 +25,10 @@ def tokenizer(config: DataConfig) -> tuple[Encode, int, str]:
     except Exception as error:  # `tokenizers` raises bare Exceptions
         raise UserError(f"data.tokenizer={config.tokenizer}: `tokenizers` cannot read it: {error}") from error
 
+    bos = [] if config.bos_token is None else [tokenizer.token_to_id(config.bos_token)]
+
     def encode(texts: list[str]) -> list[NDArray[np.integer]]:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return [np.array(bos + encoding.ids, dtype=np.int64) for encoding in encodings]
 
     return encode, eod, dtype

@@ -7,13 +7,64 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from tptrain.config.schema import ModelConfig, RopeScaling, head_dim, kv_heads, padded_vocab_size
+from tptrain.config.schema import padded_vocab_size
 
 
 @dataclass(frozen=True)
 class NormSpec:
     kind: str  # rmsnorm or layernorm
     eps: float
+    zero_centred: bool = False  # the norm multiplies by 1 + weight, as in Gemma
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Every position divided by the factor (Chen et al. 2023, arXiv:2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """Sequences beyond `context` tokens turn more slowly, by a larger theta; shorter ones are as they were."""
+
+    factor: float
+    context: int
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's: long wavelengths slowed by `factor`, short ones kept, a smooth ramp between them."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    context: int
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071)."""
+
+    factor: float
+    context: int
+    magnitude: float  # of cosines and sines
+    beta_fast: float = 32.0  # turns within the context from which a frequency is kept
+    beta_slow: float = 1.0  # and up to which it is slowed by the whole factor
+    truncate: bool = True  # the bounds of the ramp between them are whole dims
+
+
+@dataclass(frozen=True)
+class LongScaling:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): a factor for each frequency, others beyond `context` tokens."""
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    context: int
+    magnitude: float  # of cosines and sines
+
+
+Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongScaling
 
 
 @dataclass(frozen=True)
@@ -21,7 +72,8 @@ class RotarySpec:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864)."""
 
     theta: float
-    scaling: tuple[float, float, float, int] | None = None  # Llama 3.1's: factor, low and high factor, context
+    scaling: Scaling | None = None
+    dims: int | None = None  # the first dims of each head, which alone are turned; None: all
 
 
 @dataclass(frozen=True)
@@ -33,16 +85,22 @@ class AttentionSpec:
     head_dim: int
     qkv_bias: bool = False
     output_bias: bool = False
-    qk_norm: NormSpec | None = None  # over each head's query and key
+    qk_norm: NormSpec | None = None  # of queries and of keys, before they are turned
+    joint_qk_norm: bool = False  # one norm over all heads at once, as in OLMo 2; else one over each head
     rotary: RotarySpec | None = None
+    window: int | None = None  # keys that a query sees at most, itself included; None: all before it
+    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    softcap: float | None = None  # scores s become cap * tanh(s / cap)
 
     def multiplied(self, hidden: int) -> int:
         """Weights that multiply each token."""
         return hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
 
     def mixing_flops(self, T: int) -> float:
-        """Forward FLOPs of a token's scores and values in a sequence of T; the half that the mask hides is counted."""
-        return 4.0 * self.heads * self.head_dim * T
+        """Forward FLOPs of a token's scores and values in a sequence of T; the half that the causal mask hides is
+        counted, what lies outside the window is not.
+        """
+        return 4.0 * self.heads * self.head_dim * min(T, self.window or T)
 
 
 @dataclass(frozen=True)
@@ -61,15 +119,18 @@ class FFNSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Two branches from the residual stream, each with a norm at its entrance.
+    """Two branches from the residual stream, each with a norm at its entrance, at its exit, or at both.
 
     A mixer's spec is of any class for which `nn/decoder.MIXERS` has a module. It counts the weights that multiply a
     token (`multiplied`), and a token mixer the FLOPs between tokens (`mixing_flops`).
     """
 
-    norm: NormSpec
+    norm: NormSpec | None  # at the entrances
     token_mixer: Any
     channel_mixer: Any
+    output_norm: NormSpec | None = None  # at the exits, before a branch is added
+    parallel: bool = False  # both branches leave the stream at one place; else the second begins where the first ended
+    branch_scale: float = 1.0  # of what a branch adds
 
 
 @dataclass(frozen=True)
@@ -82,6 +143,15 @@ class DecoderSpec:
     max_positions: int  # tokens of a sequence at most
     learned_positions: bool = False  # a table of `max_positions` rows is added to the embedding
     std: float = 0.02  # standard deviation of the matrices at step 0
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None  # logits z become cap * tanh(z / cap), after the scale
+
+    @property
+    def kv_heads(self) -> int:
+        """Of every layer with attention: the grid of ranks follows from it."""
+        (count,) = {layer.token_mixer.kv_heads for layer in self.layers if isinstance(layer.token_mixer, AttentionSpec)}
+        return count
 
     @property
     def padded_vocab_size(self) -> int:
@@ -104,39 +174,3 @@ class DecoderSpec:
             for layer in self.layers
         )
         return 6.0 * weights + 3.0 * sum(layer.token_mixer.mixing_flops(T) for layer in self.layers)
-
-
-def decoder_spec(model: ModelConfig) -> DecoderSpec:
-    """The decoder that the settings `model.*` describe."""
-    norm, rope = NormSpec(model.norm, model.rms_norm_eps), model.position_embedding == "rope"
-    attention = AttentionSpec(
-        heads=model.num_attention_heads,
-        kv_heads=kv_heads(model),
-        head_dim=head_dim(model),
-        qkv_bias=model.attention_bias,
-        output_bias=model.attention_bias,
-        qk_norm=NormSpec("rmsnorm", model.rms_norm_eps) if model.qk_norm else None,
-        rotary=RotarySpec(model.rope_theta, _scaling(model.rope_scaling)) if rope else None,
-    )
-    ffn = FFNSpec(model.intermediate_size, model.hidden_act, model.gated_ffn, model.mlp_bias)
-    return DecoderSpec(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        layers=(LayerSpec(norm, attention, ffn),) * model.num_hidden_layers,
-        norm=norm,
-        tied=model.tie_word_embeddings,
-        max_positions=model.max_position_embeddings,
-        learned_positions=not rope,
-        std=model.initializer_range,
-    )
-
-
-def _scaling(scaling: RopeScaling) -> tuple[float, float, float, int] | None:
-    if scaling.rope_type == "default":
-        return None
-    return (
-        scaling.factor,
-        scaling.low_freq_factor,
-        scaling.high_freq_factor,
-        scaling.original_max_position_embeddings,
-    )

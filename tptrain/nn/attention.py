@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tptrain.models.spec import AttentionSpec, DecoderSpec
 from tptrain.nn.linear import ColumnLinear, Joined, PendingSum, Recompute, RowLinear
-from tptrain.nn.norm import Norm
+from tptrain.nn.norm import JointNorm, Norm
 from tptrain.nn.rotary import Context, rotate, rotate_qkv
 from tptrain.ops.table import Operations
 from tptrain.parallel.mesh import Mesh
@@ -31,23 +31,39 @@ class Attention(nn.Module):
         self.heads = spec.heads // mesh.size("tp")  # H/tp
         self.kv_heads = spec.kv_heads // mesh.size("kv_shard")  # K/tp, at least 1
         self.q_norm = self.k_norm = None
-        if spec.qk_norm is not None:
+        if spec.qk_norm is not None and spec.joint_qk_norm:
+            self.q_norm = JointNorm(mesh, queries, spec.qk_norm)
+            self.k_norm = JointNorm(mesh, values, spec.qk_norm, axis="kv_shard", copies="kv")
+        elif spec.qk_norm is not None:
             self.q_norm = Norm(mesh, ops, self.d, spec.qk_norm, own_heads=True)
             self.k_norm = Norm(mesh, ops, self.d, spec.qk_norm, own_heads=True)
 
     def forward(self, x: Tensor, context: Context, recompute: Recompute = None) -> PendingSum:
         """(n, D) -> (n, D)."""
+        spec, heads = self.spec, [self.heads, self.kv_heads, self.kv_heads]
         qkv = self.qkv(x, recompute)  # (N, (H + 2 K)/tp * d)
-        heads = [self.heads, self.kv_heads, self.kv_heads]
-        qkv = qkv.view(-1, context.T, sum(heads), self.d)  # (B, T, (H + 2 K)/tp, d)
-        rotation = context.rotation(self.spec.rotary, self.d) if self.spec.rotary is not None else None
-        if self.q_norm is None and rotation is not None:
-            q, k, v = rotate_qkv(qkv, rotation, heads, self.ops)
+        rotary = spec.rotary
+        if self.q_norm is None and rotary is not None and rotary.dims is None:
+            qkv = qkv.view(-1, context.T, sum(heads), self.d)  # (B, T, (H + 2 K)/tp, d)
+            q, k, v = rotate_qkv(qkv, context.rotation(rotary, self.d), heads, self.ops)
         else:
-            q, k, v = qkv.split(heads, dim=2)
-            if self.q_norm is not None and self.k_norm is not None:
-                q, k = self.q_norm(q), self.k_norm(k)
-            if rotation is not None:
+            q, k, v = self._split(qkv, context.T)
+            if rotary is not None:
+                rotation = context.rotation(rotary, rotary.dims or self.d)
                 q, k = rotate(q, rotation, self.ops), rotate(k, rotation, self.ops)
-        y = self.ops.attention(q, k, v)  # (B, T, H/tp, d)
+        window = spec.window if spec.window is not None and spec.window < context.T else None
+        if (window, spec.scale, spec.softcap) == (None, None, None):
+            y = self.ops.attention(q, k, v)  # (B, T, H/tp, d)
+        else:
+            y = self.ops.masked_attention(q, k, v, window, spec.scale, spec.softcap)  # (B, T, H/tp, d)
         return self.o_proj(y.reshape(-1, self.heads * self.d))
+
+    def _split(self, qkv: Tensor, T: int) -> list[Tensor]:
+        """(N, (H + 2 K)/tp * d) -> q (B, T, H/tp, d), k and v (B, T, K/tp, d), queries and keys normed."""
+        q, k, v = qkv.split([heads * self.d for heads in (self.heads, self.kv_heads, self.kv_heads)], dim=1)
+        if self.q_norm is not None and self.k_norm is not None and self.spec.joint_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.view(-1, T, x.shape[1] // self.d, self.d) for x in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None and not self.spec.joint_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return [q, k, v]

@@ -24,8 +24,11 @@ class CrossEntropy:
     `vocab_size` on are padding.
     """
 
-    def __init__(self, head: Parameter, vocab_size: int, mesh: Mesh, ops: Operations) -> None:
-        self.head, self.mesh, self.ops = head, mesh, ops
+    def __init__(
+        self, head: Parameter, vocab_size: int, mesh: Mesh, ops: Operations, softcap: float | None = None
+    ) -> None:
+        """`softcap`: logits z are cap * tanh(z / cap)."""
+        self.head, self.mesh, self.ops, self.softcap = head, mesh, ops, softcap
         self.first = head.sharding.offsets[0]  # id of this rank's first row
         self.columns = max(0, min(vocab_size - self.first, head.sharding.local_shape[0]))  # v
 
@@ -39,7 +42,8 @@ class CrossEntropy:
         gathering.wait()
         rows, losses = self.head.detach()[: self.columns], []  # rows (v, D)
         for chunk in self._chunks(x):
-            lse, at_target = self._statistics(x[chunk] @ rows.t(), targets[chunk] - self.first)
+            logits = capped(x[chunk] @ rows.t(), self.softcap)
+            lse, at_target = self._statistics(logits, targets[chunk] - self.first)
             losses.append(lse - at_target)
         return torch.cat(losses)
 
@@ -57,10 +61,12 @@ class CrossEntropy:
         rows = head.detach()[: self.columns]  # (v, D)
         grad_x, loss, summing = torch.empty_like(x), torch.zeros((), device=x.device), NOTHING
         for chunk in self._chunks(x):
-            logits, local = x[chunk] @ rows.t(), targets[chunk] - self.first  # (c, v), (c,)
+            logits, local = capped(x[chunk] @ rows.t(), self.softcap), targets[chunk] - self.first  # (c, v), (c,)
+            slope = None if self.softcap is None else 1.0 - (logits.float() / self.softcap).square()  # (c, v)
             lse, at_target = self._statistics(logits, local)
             loss += (lse - at_target).sum()
             grad = self.ops.logit_gradient_(logits, lse, local, at_target, scale)  # (c, v)
+            grad = grad if slope is None else grad.mul_(slope)
             if input_gradient:
                 torch.mm(grad, rows, out=grad_x[chunk])  # this rank's part of the sum over tp
             if input_gradient and chunk.stop == len(x):
@@ -91,6 +97,11 @@ class CrossEntropy:
         gathering.wait()
         lse, at_target = everyone.unbind(1)  # (tp, c) each
         return lse.logsumexp(0), at_target.sum(0)
+
+
+def capped(z: Tensor, softcap: float | None) -> Tensor:
+    """cap * tanh(z / cap), of z's shape; z where there is no cap."""
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 def chunk_length(tokens: int, columns: int, device: str) -> int:

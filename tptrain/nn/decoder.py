@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec, LayerSpec
+from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec, LayerSpec, NormSpec
 from tptrain.nn.attention import Attention
+from tptrain.nn.cross_entropy import capped
 from tptrain.nn.embedding import VocabEmbedding
 from tptrain.nn.ffn import FFN
-from tptrain.nn.linear import ColumnLinear, PendingSum
+from tptrain.nn.linear import ColumnLinear, PendingSum, Recompute
 from tptrain.nn.norm import Norm
 from tptrain.nn.parameter import Parameter, parameter, parameters, sharding, use
 from tptrain.nn.rotary import Context
@@ -45,20 +46,45 @@ class Layer(nn.Module):
 
     def __init__(self, spec: LayerSpec, decoder: DecoderSpec, mesh: Mesh, ops: Operations) -> None:
         super().__init__()
-        self.input_layernorm = Norm(mesh, ops, decoder.hidden_size, spec.norm)
+
+        def norm(norm_spec: NormSpec | None) -> Norm | None:
+            return None if norm_spec is None else Norm(mesh, ops, decoder.hidden_size, norm_spec)
+
+        self.parallel, self.branch_scale = spec.parallel, spec.branch_scale
+        self.input_layernorm = norm(spec.norm)
         self.self_attn = MIXERS[type(spec.token_mixer)](spec.token_mixer, decoder, mesh, ops)
-        self.post_attention_layernorm = Norm(mesh, ops, decoder.hidden_size, spec.norm)
+        self.attn_output_norm = norm(spec.output_norm)
+        self.post_attention_layernorm = norm(spec.norm)
         self.mlp = MIXERS[type(spec.channel_mixer)](spec.channel_mixer, decoder, mesh, ops)
+        self.mlp_output_norm = norm(spec.output_norm)
 
     def mix_tokens(self, stream: Stream, context: Context, selective: bool = False) -> Stream:
         """Add the branch before, and begin this one; `selective`: the linears' inputs are computed again, not kept."""
         x, h = normed(self.input_layernorm, stream)
-        return Stream(x, self.self_attn(h, context, self.input_layernorm.again(x) if selective else None))
+        branch = self.self_attn(h, context, _again(self.input_layernorm, x) if selective else None)
+        return Stream(x, self._exit(branch, self.attn_output_norm))
 
     def mix_channels(self, stream: Stream, selective: bool = False) -> Stream:
-        """Wait for the tokens' sum, and begin the FFN."""
-        x, h = normed(self.post_attention_layernorm, stream)
-        return Stream(x, self.mlp(h, self.post_attention_layernorm.again(x) if selective else None))
+        """Wait for the tokens' sum, and begin the FFN; where the branches are parallel, wait only afterwards."""
+        if self.parallel:
+            x, h = normed(self.post_attention_layernorm, Stream(stream.x))
+        else:
+            x, h = normed(self.post_attention_layernorm, stream)
+        branch = self.mlp(h, _again(self.post_attention_layernorm, x) if selective else None)
+        if self.parallel and stream.branch is not None:
+            x = x + stream.branch.wait()
+        return Stream(x, self._exit(branch, self.mlp_output_norm))
+
+    def _exit(self, branch: PendingSum, norm: Norm | None) -> PendingSum:
+        """The branch with what is done to it before it is added."""
+        if norm is None and self.branch_scale == 1.0:
+            return branch
+
+        def then(y: Tensor) -> Tensor:
+            y = y if norm is None else norm(y)  # (n, D)
+            return y if self.branch_scale == 1.0 else y * self.branch_scale
+
+        return replace(branch, then=then)
 
     def forward(self, stream: Stream, context: Context, selective: bool = False) -> Stream:
         return self.mix_channels(self.mix_tokens(stream, context, selective), selective)
@@ -77,14 +103,22 @@ class Segment(NamedTuple):
     forward: Callable[[Stream, Context], Stream]
 
 
-def _parameters(*modules: nn.Module) -> list[nn.Parameter]:
-    return [p for module in modules for p in module.parameters()]
+def _parameters(*modules: nn.Module | None) -> list[nn.Parameter]:
+    return [p for module in modules if module is not None for p in module.parameters()]
 
 
-def normed(norm: Norm, stream: Stream) -> tuple[Tensor, Tensor]:
-    """The residual stream with its branch added, and the norm of it: (n, D) each."""
+def normed(norm: Norm | None, stream: Stream) -> tuple[Tensor, Tensor]:
+    """The residual stream with its branch added, and the norm of it, if it has one: (n, D) each."""
     x, branch = stream
+    if norm is None:
+        x = x if branch is None else x + branch.wait()
+        return x, x
     return (x, norm(x)) if branch is None else norm.add(x, branch.wait())
+
+
+def _again(norm: Norm | None, x: Tensor) -> Recompute:
+    """What computes the norm of x once more; where there is none, x is kept."""
+    return None if norm is None else norm.again(x)
 
 
 class Decoder(nn.Module):
@@ -126,15 +160,18 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens.flatten())  # (n, D)
         if self.embed_positions is not None:
             x = x + F.embedding(self._positions(tokens), use(self.embed_positions))
+        if self.spec.embedding_scale != 1.0:
+            x = x * x.new_tensor(self.spec.embedding_scale)  # rounded to x's precision, as in Transformers' Gemma
         return Stream(x)
 
     def head_input(self, stream: Stream) -> Tensor:
-        """(n, D) -> (n, D), normed."""
-        return normed(self.norm, stream)[1]
+        """(n, D) -> (n, D), normed, and scaled as the logits are to be."""
+        x = normed(self.norm, stream)[1]
+        return x if self.spec.logit_scale == 1.0 else x * self.spec.logit_scale
 
     def logits(self, x: Tensor) -> Tensor:
         """(n, D), the head's input -> (N, V/tp), this rank's columns of the padded vocabulary."""
-        return self.lm_head(x)
+        return capped(self.lm_head(x), self.spec.logit_softcap)
 
     def segments(self, recompute: str = "none") -> list["Segment"]:
         """What the forward pass is made of, in order: the pieces that a schedule runs one by one.
@@ -151,11 +188,12 @@ class Decoder(nn.Module):
             selective = recompute == "selective"
             tokens = partial(layer.mix_tokens, selective=selective)
             channels = partial(layer.mix_channels, selective=selective)
-            pieces.append(Segment(f"layers.{i}", _parameters(layer.input_layernorm, layer.self_attn), tokens))
+            attention = _parameters(layer.input_layernorm, layer.self_attn, layer.attn_output_norm)
+            pieces.append(Segment(f"layers.{i}", attention, tokens))
             pieces.append(
                 Segment(
                     f"layers.{i}",
-                    _parameters(layer.post_attention_layernorm, layer.mlp),
+                    _parameters(layer.post_attention_layernorm, layer.mlp, layer.mlp_output_norm),
                     lambda stream, _, mix=channels: mix(stream),
                 )
             )

@@ -9,6 +9,7 @@ Shapes: N tokens, n = N/tp with sequence parallelism and N without; D hidden, F 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,16 +82,20 @@ class RowLinear(nn.Module):
         return PendingSum(y, work, self.bias)
 
 
+@dataclass(frozen=True)
 class PendingSum:
     """A row-parallel linear's output (n, D), whose sum over the ranks is in flight."""
 
-    def __init__(self, y: Tensor, work: Work, bias: Parameter | None) -> None:
-        self.y, self.work, self.bias = y, work, bias
+    y: Tensor
+    work: Work
+    bias: Parameter | None
+    then: Callable[[Tensor], Tensor] | None = None  # (n, D) -> (n, D), of the sum: a norm at a branch's exit
 
     def wait(self) -> Tensor:
         """(n, D), once it has arrived. The bias comes after the sum: once, not tp times."""
         self.work.wait()
-        return self.y if self.bias is None else self.y + use(self.bias)
+        y = self.y if self.bias is None else self.y + use(self.bias)
+        return y if self.then is None else self.then(y)
 
 
 class _ColumnParallel(torch.autograd.Function):

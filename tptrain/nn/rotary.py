@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tptrain.models.spec import RotarySpec
+from tptrain.models.spec import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    RotarySpec,
+    YarnScaling,
+)
 from tptrain.ops.table import Operations
 
 
@@ -18,7 +25,7 @@ class Context:
         self.T, self.device, self.tables = T, device, tables
 
     def rotation(self, rotary: RotarySpec, d: int) -> Tensor:
-        """(2, T, 1, d/2): cosines and sines of position x frequency, float32."""
+        """(2, T, 1, d/2): cosines and sines of position x frequency, float32, for d turned dims."""
         key = rotary, d, self.T
         if key not in self.tables:
             for other in [other for other in self.tables if other[:2] == key[:2]]:
@@ -32,18 +39,46 @@ def rotary_table(rotary: RotarySpec, d: int, T: int) -> Tensor:
 
     Hugging Face's layout: dims i and i + d/2 turn together, so its weights are used unpermuted.
     """
-    frequencies = 1.0 / rotary.theta ** (torch.arange(0, d, 2).float() / d)  # (d/2,)
-    if rotary.scaling is not None:
-        frequencies = _stretched(frequencies, *rotary.scaling)
+    frequencies, magnitude = _frequencies(rotary, d, T)  # (d/2,)
     angles = torch.outer(torch.arange(T).float(), frequencies)  # (T, d/2)
-    return torch.stack([angles.cos(), angles.sin()]).unsqueeze(2)
+    return torch.stack([angles.cos(), angles.sin()]).unsqueeze(2) * magnitude
 
 
-def _stretched(frequencies: Tensor, factor: float, low: float, high: float, context: int) -> Tensor:
-    """Llama 3.1's scaling: long wavelengths slowed by `factor`, short ones kept, a smooth ramp between them."""
-    turns = context * frequencies / (2 * math.pi)  # (d/2,) in the trained context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * keep + frequencies / factor * (1 - keep)
+def _frequencies(rotary: RotarySpec, d: int, T: int) -> tuple[Tensor, float]:
+    """Radians a position of each pair of dims, (d/2,), and the magnitude of cosines and sines."""
+    theta, exponents = rotary.theta, torch.arange(0, d, 2).float() / d
+    frequencies = 1.0 / theta**exponents  # (d/2,)
+    match rotary.scaling:
+        case None:
+            return frequencies, 1.0
+        case LinearScaling(factor):
+            return frequencies / factor, 1.0
+        case DynamicScaling(factor, context):
+            theta *= (factor * max(T, context) / context - (factor - 1)) ** (d / (d - 2))
+            return 1.0 / theta**exponents, 1.0
+        case Llama3Scaling(factor, low, high, context):
+            turns = context * frequencies / (2 * math.pi)  # (d/2,) in the trained context
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            return frequencies * keep + frequencies / factor * (1 - keep), 1.0
+        case YarnScaling() as yarn:
+            keep = _yarn_ramp(yarn, theta, d)
+            return frequencies * keep + frequencies / yarn.factor * (1 - keep), yarn.magnitude
+        case LongScaling(short, long, context, magnitude):
+            return frequencies / torch.tensor(short if context >= T else long), magnitude
+
+
+def _yarn_ramp(yarn: YarnScaling, theta: float, d: int) -> Tensor:
+    """How much of each frequency is kept, (d/2,): 1 for the fastest, 0 for the slowest."""
+
+    def dim(turns: float) -> float:  # at which a frequency makes so many turns within the context
+        return d * math.log(yarn.context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dim(yarn.beta_fast), dim(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    ramp = (torch.arange(d // 2).float() - low) / (high - low if high != low else 0.001)
+    return 1 - ramp.clamp(0, 1)
 
 
 class _Rotate(torch.autograd.Function):
@@ -60,8 +95,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, rotation: Tensor, ops: Operations) -> Tensor:
-    """(B, T, heads, d) turned by position; rotation (2, T, 1, d/2), cosines and sines, float32."""
-    return _Rotate.apply(x, rotation, ops)  # type: ignore[return-value]
+    """(B, T, heads, d), its first r dims turned by position; rotation (2, T, 1, r/2), cosines and sines, float32."""
+    turned = 2 * rotation.shape[-1]
+    if turned == x.shape[-1]:
+        return _Rotate.apply(x, rotation, ops)  # type: ignore[return-value]
+    first: Any = _Rotate.apply(x[..., :turned], rotation, ops)
+    return torch.cat([first, x[..., turned:]], dim=-1)
 
 
 class _RotateQKV(torch.autograd.Function):

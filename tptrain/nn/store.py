@@ -95,12 +95,16 @@ class Store:
         joined = [run for module in model.modules() for run in getattr(module, "joined", ())]
         self.blocks = [Block(unit, list(_order(members, joined)), dtype, dp) for unit, members in units.items()]
 
-    @torch.no_grad()
     def initialise(self, values: Callable[[str, Parameter], Tensor]) -> None:
         """Set every weight: `values` gives a parameter's slice, float32 on the cpu."""
         for block in self.blocks:
             for member in block.members:
-                member.p.copy_(values(member.name, member.p))
+                self.fill(member.name, member.p, 0, values(member.name, member.p))
+
+    @torch.no_grad()
+    def fill(self, name: str, p: Parameter, start: int, values: Tensor) -> None:
+        """Set a run of a parameter's elements, from the `start`-th of this rank's slice on, in row-major order."""
+        p.view(-1)[start : start + values.numel()].copy_(values.flatten())
 
 
 def _order(

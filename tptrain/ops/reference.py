@@ -120,6 +120,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.transpose(1, 2)
 
 
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, softcap: float | None
+) -> Tensor:
+    """`attention`, each query over the last `window` keys only, its scores times `scale` instead of 1 / sqrt(d), and
+    with a softcap c their c tanh(s / c) instead of s (Gemma 2, arXiv:2408.00118).
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d), 2 x (B, K, T, d)
+    T, groups = q.shape[2], q.shape[1] // k.shape[1]
+    mask = None
+    if window is not None or softcap is not None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril_()
+        if window is not None:
+            mask = mask.triu_(1 - window)
+    if softcap is None:
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
+        )
+        return y.transpose(1, 2)
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, T, d)
+    scores = q @ k.transpose(2, 3) * (scale or q.shape[3] ** -0.5)  # (B, H, T, T)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask is not None else scores
+    return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
+
+
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 

@@ -28,6 +28,7 @@ class Operations:
     rotate_qkv: Operation = reference.rotate_qkv
     rotate_qkv_backward: Operation = reference.rotate_qkv_backward
     attention: Operation = reference.attention
+    masked_attention: Operation = reference.masked_attention
     statistics: Operation = reference.statistics
     logit_gradient_: Operation = reference.logit_gradient_
 

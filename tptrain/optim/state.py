@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tptrain.nn.parameter import Parameter
+from tptrain.nn.parameter import Parameter, parameters
 from tptrain.nn.store import Block, Range, Store
 
 ROW = 4096  # elements whose squares are summed at once
@@ -93,20 +93,24 @@ class TrainingState:
         self.store = store
         self.blocks = [BlockState(block, part, parts) for block in store.blocks if block.trained]
 
-    @torch.no_grad()
+        self.piece_of = {piece.name: (piece, state) for state in self.blocks for piece in state.pieces}
+
     def initialise(self, values: Callable[[str, Parameter], Tensor]) -> None:
         """Set every weight and master: `values` gives a parameter's slice, float32 on the cpu."""
-        pieces = {piece.name: (piece, state) for state in self.blocks for piece in state.pieces}
+        for name, p in parameters(self.store.model):
+            self.fill(name, p, 0, values(name, p))
 
-        def value(name: str, p: Parameter) -> Tensor:
-            numbers = values(name, p)
-            if name in pieces:
-                piece, state = pieces[name]
-                length = piece.place.stop - piece.place.start
-                state.master[piece.place] = numbers.flatten()[piece.start : piece.start + length].to(p.device)
-            return numbers
-
-        self.store.initialise(value)
+    @torch.no_grad()
+    def fill(self, name: str, p: Parameter, start: int, values: Tensor) -> None:
+        """Set a run of a parameter's elements and, as far as this rank has it, the master's; see `Store.fill`."""
+        self.store.fill(name, p, start, values)
+        if name not in self.piece_of:
+            return
+        piece, state = self.piece_of[name]
+        master = state.master[piece.place]
+        low, high = max(start, piece.start), min(start + values.numel(), piece.start + len(master))
+        if low < high:
+            master[low - piece.start : high - piece.start] = values.flatten()[low - start : high - start].to(p.device)
 
     def zero_grad(self) -> None:
         """Forget the gradients: the next ones replace them."""

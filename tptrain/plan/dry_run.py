@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tptrain.config import Config
-from tptrain.config.schema import kv_heads
+from tptrain.models.settings import decoder_spec
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.ops.meta import meta_table
 from tptrain.ops.table import Operations
@@ -58,14 +58,15 @@ class DryRun:
 def dry_run(config: Config, tp: int, dp: int, table: Operations) -> DryRun:
     """A step of `config` on a grid of dp x tp ranks that compute with `table`."""
     train, calls = config.train, Counter()
-    mesh = meta_mesh(tp_grid(tp * dp, tp, kv_heads(config.model)), calls, config.parallel.sequence_parallel)
+    spec = decoder_spec(config.model)
+    mesh = meta_mesh(tp_grid(tp * dp, tp, spec.kv_heads), calls, config.parallel.sequence_parallel)
     ops = meta_table(table)
     with LiveBytes() as live:
         model, store = build_model(config, mesh, ops)
         weights = live.now
         optimizer = Optimizer(store, config.optim, mesh, config.parallel.zero == 1)
         state, gradients = live.now, sum(block.grads.nbytes for block in optimizer.state.blocks)
-        loss = _Loss(model.lm_head.weight, config.model.vocab_size, mesh, ops)
+        loss = _Loss(model.lm_head.weight, spec.vocab_size, mesh, ops, spec.logit_softcap)
         loss.live = live
         runner = Runner(model, loss, optimizer.reducer, train.recompute)
         parts, schedule = micro_batches(config, mesh)

@@ -12,8 +12,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from tptrain.config import Config, UserError, check_topology
-from tptrain.config.validate import check_model
-from tptrain.models.spec import decoder_spec
+from tptrain.models.check import check_tp, checked_spec
+from tptrain.models.settings import decoder_spec
+from tptrain.models.spec import DecoderSpec
 from tptrain.nn.decoder import CHECKPOINT_BYTES, parameter_count
 from tptrain.ops.choose import planned
 from tptrain.plan.dry_run import DryRun, dry_run
@@ -37,8 +38,7 @@ ASSUMED = (
 
 def plan(config: Config) -> str:
     """The report, lines of plain text. Raises UserError where no TP degree at all suits the model."""
-    check_model(config.model, 1)  # at tp=1 only a mistake in the model itself is left
-    legal, reasons = tp_degrees(config)
+    legal, reasons = tp_degrees(checked_spec(config.model))
     runs: dict[int, DryRun] = {}
     steps: dict[int, Step | None] = {}
     for tp in tqdm(legal, desc="dry runs", unit="tp", leave=False, disable=None):
@@ -60,14 +60,14 @@ def plan(config: Config) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def tp_degrees(config: Config) -> tuple[list[int], list[str]]:
+def tp_degrees(spec: DecoderSpec) -> tuple[list[int], list[str]]:
     """The powers of two up to the number of heads that the model allows, and for the others the reason, a line each."""
     legal: list[int] = []
     refused: list[str] = []
     tp = 1
-    while tp <= config.model.num_attention_heads:
+    while tp <= max(getattr(layer.token_mixer, "heads", 1) for layer in spec.layers):
         try:
-            check_model(config.model, tp)
+            check_tp(spec, tp)
             legal.append(tp)
         except UserError as error:
             refused.append(str(error))

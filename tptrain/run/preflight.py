@@ -23,7 +23,7 @@ import xxhash
 import tptrain
 from tptrain import __version__
 from tptrain.config import Config, UserError
-from tptrain.models.spec import decoder_spec
+from tptrain.models.settings import decoder_spec
 from tptrain.nn.decoder import CHECKPOINT_BYTES, parameter_count
 
 SOURCES = (".py", ".c", ".h")
@@ -114,9 +114,14 @@ def check_reports(meeting: "Meeting", config: Config) -> list[Report]:
 
 
 def check_run_dir(meeting: "Meeting", reports: list[Report], config: Config) -> None:
-    """All ranks see that the run directory is one and the same. Raises UserError, on every rank the same."""
+    """All ranks see that the run directory is one and the same, and a checkpoint fits into it.
+
+    Raises UserError, on every rank the same.
+    """
 
     def leave_token() -> str:
+        if text := _disk_problem(config):
+            raise UserError(text)
         token = f".seen-{uuid.uuid4().hex}"
         (Path(config.run.dir) / token).touch()
         return token
@@ -176,7 +181,7 @@ def problem(reports: list[Report], config: Config) -> str | None:
                 "parallel.tp ranks a node, or allow it with parallel.tp_across_nodes=true "
                 "(`python -m tptrain plan` shows the cost)."
             )
-    return _disk_problem(config)
+    return None
 
 
 def _disk_problem(config: Config) -> str | None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tptrain.config import Config, UserError, check_topology
-from tptrain.config.schema import kv_heads
+from tptrain.models.settings import decoder_spec
 from tptrain.ops.choose import choose
 from tptrain.ops.table import Operations
 from tptrain.parallel.connect import connect
@@ -71,7 +71,7 @@ def connect_ranks(config: Config, box: BlackBox, rendezvous: Rendezvous) -> Mesh
     )
     box.touch("build")
     return connect(
-        tp_grid(meeting.world, config.parallel.tp, kv_heads(config.model)),
+        tp_grid(meeting.world, config.parallel.tp, decoder_spec(config.model).kv_heads),
         rendezvous.device,
         box=box,
         store=meeting.store,

@@ -5,9 +5,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tptrain.checkpoint.huggingface import load_pretrained
 from tptrain.checkpoint.load import load_newest
 from tptrain.checkpoint.save import Saver
 from tptrain.config import Config, UserError
+from tptrain.config.load import write_atomically
+from tptrain.config.schema import MODEL_FILES
+from tptrain.models.directory import DIGEST
 from tptrain.ops.choose import choose
 from tptrain.ops.table import Operations
 from tptrain.parallel.collectives import all_reduce_
@@ -36,6 +40,8 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None, ops: Operations 
     folder = Path(config.run.dir) / "checkpoints"
     loaded = load_newest(folder, trainer.optimizer, mesh, say)
     start = mesh.box.state.step = loaded.step if loaded else 0
+    if loaded is None and config.model.path is not None:
+        start_from(trainer, say)
     if loaded and loaded.data != trainer.data.digest:
         raise UserError(
             f"run.dir={config.run.dir}: its data has changed since it was checkpointed (other texts or another "
@@ -68,6 +74,25 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None, ops: Operations 
         then = "the job goes back into the queue" if agreed.requeue else "launch again to go on"
         say(f"stopped at step {last} ({agreed.reason}), {saved}; {then}")
     return agreed
+
+
+def start_from(trainer: Trainer, say: Callable[[str], None]) -> None:
+    """Read the weights of `model.path`. Raises UserError where they are no longer those that the run began with."""
+    config, mesh = trainer.config, trainer.mesh
+    say(f"reading the weights of {config.model.directory}")
+    digest = load_pretrained(config.model, trainer.model, trainer.optimizer.state.fill, mesh.box.touch)
+    trainer.optimizer.publish()
+    record = Path(config.run.dir) / MODEL_FILES / DIGEST
+
+    def compare() -> None:
+        if record.exists() and (before := record.read_text()) != digest:
+            raise UserError(
+                f"model.path={config.model.path}: its weights have changed since this run began (digest {digest}, "
+                f"before {before}). Restore them, or choose another run.dir."
+            )
+        write_atomically(record, digest)
+
+    mesh.control.main_first(compare)
 
 
 def _loop(trainer: Trainer, start: int, saver: Saver, stop: Stop, recorder: Recorder | None) -> Agreement | None:

@@ -1,7 +1,7 @@
 """Runs the actions of a schedule on one rank: each segment has a graph of its own, cut from its neighbours'."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -137,4 +137,4 @@ def _tensors(stream: Stream) -> list[Tensor]:
 def _carried(branch: PendingSum | None, y: Tensor) -> PendingSum:
     """The branch, with `y` in place of its tensor: the same memory, another graph."""
     assert branch is not None
-    return PendingSum(y, branch.work, branch.bias)
+    return replace(branch, y=y)

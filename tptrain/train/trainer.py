@@ -13,7 +13,7 @@ from torch import Tensor
 from tptrain.config import Config
 from tptrain.data.order import TokenData
 from tptrain.data.packing import prepare
-from tptrain.models.spec import decoder_spec
+from tptrain.models.settings import decoder_spec
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.nn.decoder import Decoder
 from tptrain.nn.parameter import initial_values
@@ -33,6 +33,12 @@ def build_model(config: Config, mesh: Mesh, ops: Operations) -> tuple[Decoder, S
     """The decoder and the memory of its weights, without values."""
     model = Decoder(decoder_spec(config.model), mesh, ops)
     return model, Store(model, DTYPES[config.train.precision], mesh.size("dp"))
+
+
+def cross_entropy(model: Decoder, ops: Operations) -> CrossEntropy:
+    """The loss of a decoder's output head."""
+    spec = model.spec
+    return CrossEntropy(model.lm_head.weight, spec.vocab_size, model.mesh, ops, spec.logit_softcap)
 
 
 def micro_batches(config: Config, mesh: Mesh) -> tuple[int, Schedule]:
@@ -119,14 +125,18 @@ class Trainer:
 
 
 def build(config: Config, mesh: Mesh, ops: Operations, say: Callable[[str], None] = print) -> Trainer:
-    """Data, model with step-0 weights, gradients and optimizer. Raises UserError for data that cannot be trained on."""
+    """Data, model, gradients and optimizer; with the weights of step 0, unless these are a Hugging Face model's.
+
+    Raises UserError for data that cannot be trained on.
+    """
     folder = mesh.control.main_first(lambda: prepare(config.data, say, mesh.box.touch))
     data = TokenData(folder, config.train.seq_len, config.train.seed)
     torch.manual_seed(config.train.seed)
     model, store = build_model(config, mesh, ops)
     optimizer = Optimizer(store, config.optim, mesh, config.parallel.zero == 1)
-    optimizer.state.initialise(lambda name, p: initial_values(name, p, config.train.seed))
-    loss = CrossEntropy(model.lm_head.weight, config.model.vocab_size, mesh, ops)
+    if config.model.path is None:
+        optimizer.state.initialise(lambda name, p: initial_values(name, p, config.train.seed))
+    loss = cross_entropy(model, ops)
     return Trainer(config, mesh, data, model, optimizer, loss)
 
 

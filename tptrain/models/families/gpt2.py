@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+from tptrain.models.families.fields import NUMBER, Fields
 from tptrain.models.families.keys import Key
+from tptrain.models.families.parts import ACTIVATIONS
 from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec, LayerSpec, NormSpec
 
 LAYER = {  # theirs -> ours, each with a weight and a bias
@@ -16,26 +18,36 @@ LAYER = {  # theirs -> ours, each with a weight and a bias
 }
 
 
-def to_spec(config: dict[str, Any]) -> DecoderSpec:
+def to_spec(fields: Fields) -> DecoderSpec:
     """The decoder of a config.json."""
-    hidden, heads = config["n_embd"], config["n_head"]
-    norm = NormSpec("layernorm", config["layer_norm_epsilon"])
+    fields.expect_no_dropout("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    fields.expect("scale_attn_weights", True)
+    fields.expect("scale_attn_by_inverse_layer_idx", False)
+    fields.expect("add_cross_attention", False)
+    fields.expect("activation_function", *ACTIVATIONS)
+    fields.ignore(reorder_and_upcast_attn="a way to compute, not what is computed", task_specific_params="of pipelines")
+    fields.ignore(gradient_checkpointing="train.recompute decides", n_ctx="n_positions says the same")
+    summary = ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")
+    fields.ignore(**{f"summary_{name}": "of classifiers" for name in summary})
+    hidden, heads = fields.count("n_embd"), fields.count("n_head")
+    norm = NormSpec("layernorm", fields.get("layer_norm_epsilon", NUMBER, 1e-5))
     attention = AttentionSpec(heads, heads, hidden // heads, qkv_bias=True, output_bias=True)
-    ffn = FFNSpec(config.get("n_inner") or 4 * hidden, config["activation_function"], gated=False, bias=True)
+    act = fields.get("activation_function", str, "gelu_new")
+    ffn = FFNSpec(fields.count("n_inner", 4 * hidden), act, gated=False, bias=True)
     return DecoderSpec(
-        vocab_size=config["vocab_size"],
+        vocab_size=fields.count("vocab_size"),
         hidden_size=hidden,
-        layers=(LayerSpec(norm, attention, ffn),) * config["n_layer"],
+        layers=(LayerSpec(norm, attention, ffn),) * fields.count("n_layer"),
         norm=norm,
-        tied=config.get("tie_word_embeddings", True),
-        max_positions=config["n_positions"],
+        tied=fields.get("tie_word_embeddings", bool, True),
+        max_positions=fields.count("n_positions"),
         learned_positions=True,
-        std=config.get("initializer_range", 0.02),
+        std=fields.get("initializer_range", NUMBER, 0.02),
     )
 
 
 def to_config(spec: DecoderSpec) -> dict[str, Any]:
-    """The config.json of a decoder. Dropout is off, as in training here."""
+    """The config.json of a decoder that was trained from scratch, without dropout."""
     ffn = spec.layers[0].channel_mixer
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -57,15 +69,16 @@ def to_config(spec: DecoderSpec) -> dict[str, Any]:
 
 
 def keys(spec: DecoderSpec) -> Iterator[Key]:
-    yield Key("transformer.wte.weight", ("embed_tokens.weight",))
-    yield Key("transformer.wpe.weight", ("embed_positions",))
+    yield Key("embed_tokens.weight", "transformer.wte.weight")
+    yield Key("embed_positions", "transformer.wpe.weight")
     for i in range(len(spec.layers)):
         for theirs, ours in LAYER.items():
-            matrix = not theirs.startswith("ln_")
             for leaf in ("weight", "bias"):
-                names = tuple(f"layers.{i}.{name}.{leaf}" for name in ours)
-                yield Key(f"transformer.h.{i}.{theirs}.{leaf}", names, transposed=matrix and leaf == "weight")
+                transposed = leaf == "weight" and not theirs.startswith("ln_")
+                for place, name in enumerate(ours):
+                    first, place_in = place * spec.hidden_size, f"transformer.h.{i}.{theirs}.{leaf}"
+                    yield Key(f"layers.{i}.{name}.{leaf}", place_in, first, transposed=transposed)
     for leaf in ("weight", "bias"):
-        yield Key(f"transformer.ln_f.{leaf}", (f"norm.{leaf}",))
+        yield Key(f"norm.{leaf}", f"transformer.ln_f.{leaf}")
     if not spec.tied:
-        yield Key("lm_head.weight", ("lm_head.weight",))
+        yield Key("lm_head.weight", "lm_head.weight")

@@ -33,12 +33,16 @@ class Kernels:
         self.run, self.others = library.run, others
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if weight.dtype != x.dtype:  # of a norm that multiplies by 1 + weight
+            return self.others.rms_norm(x, weight, eps)
         x = x.contiguous()
         normed, squares = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         self.run("add_rms_norm", *_sizes(x), eps, x, None, weight, None, normed, squares)
         return normed, squares
 
     def add_rms_norm(self, x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        if weight.dtype != x.dtype:
+            return self.others.add_rms_norm(x, y, weight, eps)
         x, y = x.contiguous(), y.contiguous()
         total, normed = torch.empty_like(x), torch.empty_like(x)
         squares = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
@@ -48,11 +52,15 @@ class Kernels:
     def rms_norm_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, squares: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
+        if weight.dtype != x.dtype:
+            return self.others.rms_norm_backward(grad, x, weight, squares, eps)
         return self._norm_backward(None, grad, x, weight, squares, eps)
 
     def add_rms_norm_backward(
         self, grad_total: Tensor, grad: Tensor, total: Tensor, weight: Tensor, squares: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
+        if weight.dtype != total.dtype:
+            return self.others.add_rms_norm_backward(grad_total, grad, total, weight, squares, eps)
         return self._norm_backward(grad_total.contiguous(), grad, total, weight, squares, eps)
 
     def _norm_backward(

@@ -1,0 +1,84 @@
+"""A small Hugging Face model of every native family, with every kind of layer that the family has."""
+
+from typing import Any
+
+from tests.reference import VOCAB, Case
+from tptrain.config import ModelConfig
+
+LLAMA = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SMALL = {
+    "vocab_size": VOCAB,  # no multiple of the padding
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,  # fewer than ranks at tp=4
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.02,
+    "pad_token_id": None,  # Transformers gives the embedding of this token no gradient; here no token is padding
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = 9  # tokens, of a sequence of 24
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def _case(family: str, **changes: Any) -> Case:
+    source = {"model_type": family, **SMALL, **changes}
+    source = {name: value for name, value in source.items() if value is not ...}
+    return Case(family, ModelConfig(path="DIR", source=source))
+
+
+def _rope(kind: str, **changes: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **changes}}
+
+
+FAMILIES = {
+    "llama": _case("llama"),
+    "llama, biases, tied": _case("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama, llama3": _case("llama", rope_parameters=LLAMA | {"original_max_position_embeddings": 16}),
+    "llama, yarn": _case("llama", rope_parameters=YARN),
+    "llama, linear": _case("llama", **_rope("linear", factor=4.0)),
+    "llama, dynamic": _case("llama", max_position_embeddings=16, **_rope("dynamic", factor=4.0)),
+    "qwen2": _case("qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen3": _case("qwen3", head_dim=16),
+    "mistral": _case("mistral", sliding_window=WINDOW),
+    "phi3": _case("phi3"),
+    "phi3, longrope": _case(
+        "phi3",
+        original_max_position_embeddings=16,
+        **_rope("longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[2.0, 2.2, 2.5, 3.0]),
+    ),
+    "gemma2": _case(
+        "gemma2",
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=WINDOW,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": _case(
+        "gemma3_text",
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+        },
+    ),
+    "olmo2": _case("olmo2"),
+    "olmo3": _case(
+        "olmo3",
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": YARN},
+    ),
+    "smollm3": _case("smollm3", no_rope_layers=[1, 0]),
+    "gpt_neox": _case("gpt_neox", num_key_value_heads=..., **_rope("default", partial_rotary_factor=0.5)),
+    "gpt_neox, serial": _case("gpt_neox", num_key_value_heads=..., use_parallel_residual=False),
+    "granite": _case(
+        "granite", embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.2
+    ),
+}

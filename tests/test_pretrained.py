@@ -1,0 +1,121 @@
+"""From a Hugging Face directory through training to Transformers again, by the commands that a user types."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.commands import losses, tptrain
+from tests.corpus import write_corpus
+from tests.directories import save_model, save_tokenizer
+from tests.families import FAMILIES
+
+STEPS, MORE_STEPS = 6, 9
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its tokenizer and a text."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    save_model(FAMILIES["gemma2"], folder / "model", shard="200KB")
+    save_tokenizer(folder / "model")
+    write_corpus(folder)
+    return folder
+
+
+def _overrides(folder: Path, steps: int, tp: int, name: str = "run") -> list[str]:
+    return [
+        "model=hf",
+        f"model.path={folder}/model",
+        "data=files",
+        f"data.files=[{folder}/corpus.jsonl]",
+        f"data.cache_dir={folder}/data",
+        f"run.dir={folder}/{name}",
+        f"parallel.tp={tp}",
+        f"train.steps={steps}",
+        "train.seq_len=32",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=4",
+        "train.eval_every=0",
+        "train.eval_sequences=4",
+        "train.device=cpu",
+        "checkpoint.every=3",
+        "logging.every=1",
+        "wandb.mode=disabled",
+    ]
+
+
+@pytest.fixture(scope="module")
+def run_dir(folder: Path) -> Path:
+    """A run at tp=2, gone on with at tp=1 after its model and its newest checkpoint's marker have gone."""
+    run_dir = folder / "run"
+    first = tptrain("launch", *_overrides(folder, STEPS, 2))
+    assert first.returncode == 0, first.stdout
+    (run_dir / "checkpoints" / "step-00000006" / "commit.json").unlink()  # as where it was killed while it saved
+    (folder / "model").rename(folder / "away")
+    again = tptrain("launch", *_overrides(folder, MORE_STEPS, 1))
+    (folder / "away").rename(folder / "model")
+    assert again.returncode == 0, again.stdout
+    assert "resuming from step-00000003 (saved by 2 ranks, tp=2)" in again.stdout
+    return run_dir
+
+
+def _windows(folder: Path) -> list[list[int]]:
+    """The corpus as Transformers' tokenizer has it, every document with its BOS and EOS, in windows of 32 tokens."""
+    import transformers as hf
+
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder / "model")
+    ids: list[int] = []
+    for line in (folder / "corpus.jsonl").read_text().splitlines():
+        ids += [*tokenizer.encode(json.loads(line)["text"]), tokenizer.eos_token_id]
+    return [ids[start : start + 32] for start in range(0, len(ids), 32)]
+
+
+def _loss(model: torch.nn.Module, windows: list[list[int]]) -> float:
+    """Nats a token by Transformers: every token but each window's first is scored."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for window in windows:
+            if len(window) > 1:
+                logits = model(torch.tensor([window[:-1]])).logits[0]
+                total += F.cross_entropy(logits, torch.tensor(window[1:]), reduction="sum").item()
+                count += len(window) - 1
+    return total / count
+
+
+def test_the_learning_rate_and_the_tokenizer_are_the_model_s(run_dir: Path) -> None:
+    config = tptrain("config", *_overrides(run_dir.parent, MORE_STEPS, 1)).stdout
+    assert "lr: 1.0e-05" in config
+    assert f"tokenizer: {run_dir}/model/tokenizer.json" in config
+    assert "bos_token: <s>" in config
+    assert "eod_token: </s>" in config
+
+
+def test_evaluation_is_that_of_transformers(folder: Path, run_dir: Path) -> None:
+    import transformers as hf
+
+    windows = _windows(folder)
+    expected = _loss(hf.AutoModelForCausalLM.from_pretrained(folder / "model"), windows)
+    result = json.loads(tptrain("eval", *_overrides(folder, STEPS, 1)).stdout.splitlines()[-1])
+    assert result["tokens"] == sum(len(window) - 1 for window in windows)
+    assert result["loss"] == pytest.approx(expected, rel=1e-5)
+    assert losses(run_dir)[0] == pytest.approx(expected, rel=0.05)  # of one batch, and not of another model
+
+
+def test_the_exported_model_is_the_trained_one(folder: Path, run_dir: Path) -> None:
+    import transformers as hf
+
+    exported = tptrain("export", str(run_dir), str(folder / "out"))
+    assert exported.returncode == 0, exported.stdout
+    assert f"exported {run_dir}/checkpoints/step-00000009 to {folder}/out" in exported.stdout
+    model = hf.AutoModelForCausalLM.from_pretrained(folder / "out")
+    data = [line for line in _overrides(folder, STEPS, 1) if line.startswith(("data", "train.device"))]
+    of_run = json.loads(tptrain("eval", str(run_dir), *data).stdout.splitlines()[-1])
+    assert of_run["loss"] == pytest.approx(_loss(model, _windows(folder)), rel=1e-5)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder / "out")
+    assert tokenizer.chat_template == hf.AutoTokenizer.from_pretrained(folder / "model").chat_template
+    prompt = tokenizer("the", return_tensors="pt")
+    text = model.generate(**prompt, max_new_tokens=5, do_sample=False)  # pyright: ignore[reportAttributeAccessIssue]
+    assert text.shape[1] == prompt["input_ids"].shape[1] + 5

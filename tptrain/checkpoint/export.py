@@ -1,0 +1,129 @@
+"""A checkpoint as a Hugging Face directory, in memory for one tensor at a time."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tptrain.checkpoint import safetensors
+from tptrain.checkpoint.commit import CheckpointError, Commit, damage, read_commit
+from tptrain.checkpoint.huggingface import Shapes, by_tensor, join, shapes, their_shape
+from tptrain.checkpoint.index import Index
+from tptrain.checkpoint.layout import Part
+from tptrain.config import Config, UserError, read_config
+from tptrain.config.schema import MODEL_FILES
+from tptrain.models.directory import OWN_FILES, TENSORS, file_name
+from tptrain.models.families.keys import Key
+from tptrain.models.settings import decoder_spec, family, family_of_settings
+from tptrain.models.spec import DecoderSpec
+
+SHARD_BYTES = 5 * 10**9  # of a file, where the run did not begin with a directory whose files say more
+PRECISIONS = {"fp32": "F32", "bf16": "BF16"}
+
+
+def export(checkpoint: Path, out: Path) -> None:
+    """Write the model of a committed checkpoint as AutoModelForCausalLM.from_pretrained takes it.
+
+    `out` appears whole or not at all. Raises UserError where it exists, or where the checkpoint is damaged.
+    """
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out}: exists already, and nothing is written over. Choose another name.")
+    config = read_config(checkpoint / "config.yaml")
+    _check(checkpoint)
+    kept = checkpoint.parent.parent / MODEL_FILES
+    contents = _contents(config, kept)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            target = Path(folder) / "model"
+            target.mkdir()
+            _write_others(config, kept, target)
+            _write_weights(contents, Index(checkpoint), target)
+            target.rename(out)
+    except CheckpointError as error:
+        raise UserError(f"{error}") from error
+
+
+def _check(checkpoint: Path) -> None:
+    """Raises UserError unless the checkpoint is whole."""
+    commit = read_commit(checkpoint)
+    if not isinstance(commit, Commit):
+        raise UserError(f"{checkpoint}: is not a committed checkpoint: {commit}.")
+    problems = (damage(checkpoint / name, *measured) for name, measured in commit.files.items())
+    if (problem := next(filter(None, problems), None)) is not None:
+        raise UserError(f"{checkpoint}: is damaged: {problem}. Export another checkpoint.")
+
+
+@dataclass
+class _Contents:
+    """What is to be written: files, and for each tensor in them the parameters of ours that it holds."""
+
+    spec: DecoderSpec
+    ours: Shapes
+    parts: list[safetensors.Shard]
+    keys: dict[str, list[Key]]
+
+
+def _contents(config: Config, kept: Path) -> _Contents:
+    """Names, types and files as in the directory that the run began with; else the family's names, in one type."""
+    spec = decoder_spec(config.model)
+    ours = shapes(spec)
+    if not config.model.path:
+        groups = by_tensor(family_of_settings(config.model).keys(spec))
+        dtype = safetensors.DTYPES[PRECISIONS[config.train.precision]]
+        parts = safetensors.shards({n: (dtype, their_shape(g, ours, spec)) for n, g in groups.items()}, SHARD_BYTES)
+        return _Contents(spec, ours, parts, groups)
+    if not (kept / TENSORS).exists():
+        raise UserError(f"{kept}: is missing, and the tokenizer and the rest of the model are there. Restore it.")
+    written: dict[str, list[str]] = json.loads((kept / TENSORS).read_text())
+    groups = {file_name(name, written): group for name, group in by_tensor(family(config.model).keys(spec)).items()}
+    if spec.tied and "lm_head.weight" in written:  # the same matrix once more
+        groups["lm_head.weight"] = next(g for g in groups.values() if g[0].ours == "embed_tokens.weight")
+    files: dict[str, safetensors.Shard] = {}
+    for name, (dtype, file) in written.items():
+        if name in groups:  # else a buffer, which follows from config.json
+            shape = their_shape(groups[name], ours, spec)
+            files.setdefault(file, safetensors.Shard(file)).add(name, safetensors.DTYPES[dtype], shape)
+    return _Contents(spec, ours, list(files.values()), groups)
+
+
+def _write_weights(contents: _Contents, index: Index, target: Path) -> None:
+    ours, spec = contents.ours, contents.spec
+
+    def value(name: str) -> Tensor:
+        whole = torch.empty(ours[name])
+        index.load({f"model/{name}": Part(ours[name], [([0] * whole.dim(), whole)], torch.float32)})
+        return whole
+
+    total = sum(len(part.tensors) for part in contents.parts)
+    with tqdm(desc="exporting", total=total, unit=" tensors", disable=None) as bar:
+
+        def values(part: safetensors.Shard) -> Iterator[Tensor]:
+            for name, (dtype, _) in part.tensors.items():
+                yield join(spec, contents.keys[name], ours, value).to(dtype)
+                bar.update()
+
+        for part in contents.parts:
+            safetensors.write_shard(target, part, values(part))
+    if len(contents.parts) > 1:
+        safetensors.write_index(target, contents.parts)
+
+
+def _write_others(config: Config, kept: Path, target: Path) -> None:
+    """config.json, tokenizer and whatever else the run has of its model."""
+    if config.model.path:
+        for file in sorted(kept.iterdir()):
+            if file.name not in OWN_FILES:
+                shutil.copyfile(file, target / file.name)
+        return
+    settings = family_of_settings(config.model).to_config(decoder_spec(config.model))
+    settings["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision]
+    (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if config.data.tokenizer != "bytes" and Path(config.data.tokenizer).exists():
+        shutil.copyfile(config.data.tokenizer, target / "tokenizer.json")

@@ -1,0 +1,94 @@
+"""Whether a model can be trained as the config asks. Imports no torch."""
+
+from pathlib import Path
+
+from tptrain.config import Config, UserError
+from tptrain.config.schema import MODEL_FILES, ModelConfig, RopeScaling, kv_heads
+from tptrain.config.validate import vocabulary
+from tptrain.models.directory import TENSORS, tensors
+from tptrain.models.settings import decoder_spec
+from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec
+
+
+def check_model(config: Config, reads_weights: bool = True) -> None:
+    """Raises UserError for a model that is no model, or that these settings do not suit.
+
+    `reads_weights`: those of `model.path` will be wanted, unless the run has begun with them already.
+    """
+    spec = checked_spec(config.model)
+    if reads_weights and config.model.path is not None and not (Path(config.run.dir) / MODEL_FILES / TENSORS).exists():
+        tensors(config.model)
+    check_tp(spec, config.parallel.tp)
+    seq_len, longest = config.train.seq_len, spec.max_positions
+    if seq_len > longest:
+        raise UserError(
+            f"train.seq_len={seq_len}: longer than model.max_position_embeddings={longest}. "
+            "Shorten it or raise the model's limit."
+        )
+    tokens, _ = vocabulary(config.data)
+    if tokens > spec.vocab_size:
+        advice = "Choose" if config.model.path is not None else f"Set model.vocab_size={tokens} or choose"
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer}: has {tokens} tokens, more than model.vocab_size="
+            f"{spec.vocab_size}. {advice} the model's own tokenizer."
+        )
+
+
+def checked_spec(model: ModelConfig) -> DecoderSpec:
+    """The decoder of these settings. Raises UserError where they contradict each other."""
+    if model.path is None:
+        _check_settings(model)
+    return decoder_spec(model)
+
+
+def _check_settings(model: ModelConfig) -> None:
+    heads, groups, scaling = model.num_attention_heads, kv_heads(model), model.rope_scaling
+    if model.head_dim is None and model.hidden_size % heads:
+        raise UserError(
+            f"model.num_attention_heads={heads}: does not divide model.hidden_size={model.hidden_size}. "
+            "Change one of them or set model.head_dim."
+        )
+    if heads % groups:
+        raise UserError(
+            f"model.num_key_value_heads={groups}: does not divide model.num_attention_heads={heads}. Use a divisor."
+        )
+    head_dim = model.head_dim or model.hidden_size // heads
+    if model.position_embedding == "rope" and head_dim % 2:
+        raise UserError(f"model.head_dim={head_dim}: rotary positions need an even head_dim.")
+    if scaling.rope_type == "default" and scaling != RopeScaling():
+        raise UserError(
+            "model.rope_scaling: has no effect with rope_type=default. Set model.rope_scaling.rope_type=llama3."
+        )
+    if scaling.rope_type != "default" and model.position_embedding != "rope":
+        raise UserError(
+            "model.rope_scaling: has no effect on learned positions. Set model.rope_scaling.rope_type=default."
+        )
+
+
+def check_tp(spec: DecoderSpec, tp: int) -> None:
+    """Raises UserError where the model cannot be cut into so many parts."""
+    for layer in dict.fromkeys(spec.layers):
+        if isinstance(layer.token_mixer, AttentionSpec):
+            _check_heads(layer.token_mixer.heads, layer.token_mixer.kv_heads, tp)
+        if isinstance(layer.channel_mixer, FFNSpec) and layer.channel_mixer.width % tp:
+            raise UserError(
+                f"parallel.tp={tp}: does not divide model.intermediate_size={layer.channel_mixer.width}. Use a divisor."
+            )
+    if spec.padded_vocab_size % tp:
+        raise UserError(
+            f"parallel.tp={tp}: does not divide the padded vocabulary of {spec.padded_vocab_size} rows "
+            f"(model.vocab_size={spec.vocab_size}). Use a power of two."
+        )
+
+
+def _check_heads(heads: int, groups: int, tp: int) -> None:
+    if tp > heads:
+        raise UserError(f"parallel.tp={tp}: more than model.num_attention_heads={heads}. Use at most {heads}.")
+    if heads % tp:
+        divisors = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+        raise UserError(f"parallel.tp={tp}: does not divide model.num_attention_heads={heads}. Use {divisors}.")
+    if groups % tp and tp % groups:
+        raise UserError(
+            f"parallel.tp={tp}: neither divides model.num_key_value_heads={groups} nor is divided by it. "
+            "Choose a tp for which one divides the other."
+        )
