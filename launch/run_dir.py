@@ -24,7 +24,7 @@ def claim(config: Config) -> Config | None:
     run_dir = Path(config.run.dir)
     snapshot = run_dir / "config.yaml"
     if not snapshot.exists():
-        if run_dir.exists() and (not run_dir.is_dir() or _foreign(run_dir)):
+        if run_dir.exists() and (not run_dir.is_dir() or (_foreign(run_dir) and not _imported(run_dir, config))):
             raise UserError(f"run.dir={run_dir}: exists and is not a tptrain run. Choose another run.dir or run.name.")
         try:
             (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -86,6 +86,17 @@ def read_job(run_dir: Path) -> dict[str, Any]:
         return json.loads((run_dir / "job.json").read_text())
     except (OSError, ValueError):
         return {}
+
+
+def _imported(run_dir: Path, config: Config) -> bool:
+    """Whether the directory is what `import` has made of this config's model."""
+    snapshot = run_dir / "checkpoints" / "step-00000000" / "config.yaml"
+    entries = {entry.name for entry in run_dir.iterdir()}
+    return (
+        snapshot.exists()
+        and entries <= {"checkpoints", "model", "logs"}
+        and (read_config(snapshot).model.source == config.model.source)
+    )
 
 
 def _foreign(run_dir: Path) -> bool:

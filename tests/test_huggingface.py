@@ -240,6 +240,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "large config": (_large_config, "config.json has 1,073,741,824 bytes"),
     "unknown field": (_edit_config(clip_qkv=8.0), "has the field clip_qkv=8.0"),
     "unknown family": (_edit_config(model_type="mamba"), "has model_type='mamba'"),
+    "images": (_edit_config(model_type="gemma3", text_config={"model_type": "gemma3_text"}), "of images and text"),
     "quantized": (_edit_config(quantization_config={"quant_method": "gptq"}), r"quantized \(gptq\)"),
     "no number": (_edit_config(rms_norm_eps="small"), "rms_norm_eps='small', which is no int or float"),
     "unknown rope": (_edit_config(rope_parameters={"rope_type": "spiral"}), "rope_type='spiral'"),

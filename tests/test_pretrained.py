@@ -1,16 +1,20 @@
 """From a Hugging Face directory through training to Transformers again, by the commands that a user types."""
 
+import filecmp
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.commands import losses, tptrain
+from tests.commands import losses, run, tptrain
 from tests.corpus import write_corpus
 from tests.directories import save_model, save_tokenizer
 from tests.families import FAMILIES
+from tests.hub import COMMIT, hub
+from tptrain.checkpoint.export import export
 
 STEPS, MORE_STEPS = 6, 9
 
@@ -119,3 +123,34 @@ def test_the_exported_model_is_the_trained_one(folder: Path, run_dir: Path) -> N
     prompt = tokenizer("the", return_tensors="pt")
     text = model.generate(**prompt, max_new_tokens=5, do_sample=False)  # pyright: ignore[reportAttributeAccessIssue]
     assert text.shape[1] == prompt["input_ids"].shape[1] + 5
+
+
+def test_a_name_of_the_hub_is_fetched_once(folder: Path, tmp_path: Path) -> None:
+    lines = ["model=hf", "model.path=someone/small", "model.revision=v1", "train.seq_len=32"]
+    cache = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    with hub("someone/small", folder / "model", "v1") as address:
+        fetched = tptrain("config", *lines, HF_ENDPOINT=address, **cache)
+        unknown = tptrain("config", *lines[:1], "model.path=someone/else", HF_ENDPOINT=address, **cache)
+    assert fetched.returncode == 0, fetched.stdout
+    assert f"snapshots/{COMMIT}" in fetched.stdout
+    assert unknown.returncode == 2
+    assert "error: model.path=someone/else: " in unknown.stdout
+    assert tptrain("config", *lines, **(cache | {"HF_HUB_OFFLINE": "1"})).returncode == 0
+
+
+def test_an_imported_model_is_exported_as_it_was_and_gone_on_with(folder: Path) -> None:
+    imported = folder / "imported"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "tptrain"]
+    first = run(*torchrun, "import", str(folder / "model"), str(imported), "parallel.tp=2", "train.device=cpu")
+    assert first.returncode == 0, first.stdout
+    export(imported / "checkpoints" / "step-00000000", folder / "same")
+    for file in (folder / "model").iterdir():
+        if file.suffix != ".json":
+            assert filecmp.cmp(file, folder / "same" / file.name, shallow=False), file.name
+    launched = tptrain("launch", *_overrides(folder, 1, 1, "imported"), "checkpoint.export=last")
+    assert launched.returncode == 0, launched.stdout
+    assert "resuming from step-00000000 (saved by 2 ranks, tp=2)" in launched.stdout
+    assert (imported / "exports" / "step-00000001" / "model.safetensors.index.json").exists()
+    again = tptrain("import", str(folder / "model"), str(imported))
+    assert again.returncode == 2
+    assert "exists already" in again.stdout

@@ -29,14 +29,12 @@ without a job:
   plan [key=value ...]          legal TP degrees, memory a rank, traffic and operations of a step; needs no GPU
   train [key=value ...]         run one rank here, under torchrun, under srun, or alone
   eval [RUN] [key=value ...]    perplexity on data=..., of a run, a checkpoint or model=hf; alone, under torchrun, srun
+  import DIR OUT [key=value ...]  a Hugging Face directory as a checkpoint; alone, under torchrun, srun
   export RUN OUT                a run's newest checkpoint, or a checkpoint, as a Hugging Face directory
 
 overrides are Hydra's:
-  python -m tptrain launch parallel.tp=2
   python -m tptrain launch model=hf model.path=Qwen/Qwen3-8B parallel.tp=4 data=files 'data.files=[corpus/*.jsonl]'
   python -m tptrain launch model=llama3_8b parallel.tp=8 train=pretrain cluster=slurm cluster.gpus_per_node=8
-  python -m tptrain launch data=files 'data.files=[corpus/*.jsonl]' run.name=mine
-  python -m tptrain launch -m optim.lr=1e-4,3e-4 parallel.tp=2 run.name=rates
   torchrun --nproc-per-node 2 -m tptrain train parallel.tp=2 run.name=mine
 
 `launch` again with the same run.name or run.dir resumes the run. RUN is a run's name below runs/, or its directory.
@@ -55,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         "plan": show_plan,
         "train": train,
         "eval": evaluate,
+        "import": import_model,
         "export": export_model,
     }
     if not given or given[0] in ("-h", "--help", "help"):
@@ -90,6 +89,12 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("run", metavar="RUN")
     elif verb == "status":
         parser.add_argument("runs", nargs="*", metavar="RUN", help="default: all below runs/")
+    elif verb == "import":
+        parser.add_argument("model", metavar="DIR", help="a Hugging Face directory, or a name of the hub")
+        parser.add_argument("out", metavar="OUT", help="a directory that does not exist yet")
+        parser.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="parallel.tp=N, as many ranks as there are"
+        )
     elif verb != "export":
         parser.add_argument("overrides", nargs="*", metavar="key=value")
     if verb == "export":
@@ -256,6 +261,7 @@ def evaluate(asked: argparse.Namespace) -> int:
     from launch.place import find_place
     from launch.runs import find_checkpoint
     from tptrain.config import UserError, load_config, validate
+    from tptrain.config.load import settings_of
     from tptrain.models.check import check_model
     from tptrain.run.evaluate import run
 
@@ -264,7 +270,7 @@ def evaluate(asked: argparse.Namespace) -> int:
     config = load_config(overrides[1:] if named else overrides)
     checkpoint = find_checkpoint(overrides[0]) if named else None
     if checkpoint is not None:
-        _adopt_settings(config, checkpoint, overrides[1:])
+        config = settings_of(checkpoint, config, overrides[1:])
     elif config.model.path is None:
         raise UserError("eval: name a run or a checkpoint, or set model=hf model.path=DIR.")
     config.run.dir = str(Path(config.data.cache_dir) / "eval")  # the same on every rank; nothing is written there
@@ -277,21 +283,25 @@ def evaluate(asked: argparse.Namespace) -> int:
     return 0
 
 
-def _adopt_settings(config: "Config", checkpoint: Path, overrides: list[str]) -> None:
-    """For an evaluation of a checkpoint: its model, and its data and lengths where the user gives no others."""
-    from tptrain.config import read_config
+def import_model(asked: argparse.Namespace) -> int:
+    from launch.place import find_place
+    from tptrain.config import UserError, load_config, validate
+    from tptrain.models.check import check_tp, checked_spec
+    from tptrain.models.directory import tensors
+    from tptrain.run.convert import run
 
-    before = read_config(checkpoint / "config.yaml")
-    config.model = before.model
-    given = {override.split("=", 1)[0].lstrip("+") for override in overrides}
-    if not any(key == "data" or key.startswith("data.") for key in given):
-        config.data = before.data
-    for key in ("tokenizer", "bos_token", "eod_token"):
-        if f"data.{key}" not in given:
-            setattr(config.data, key, getattr(before.data, key))
-    for key in ("seq_len", "precision"):
-        if f"train.{key}" not in given:
-            setattr(config.train, key, getattr(before.train, key))
+    out = Path(asked.out).absolute()
+    lines = ["model=hf", f"model.path='{asked.model}'", f"run.dir='{out}'", *asked.overrides]
+    config = load_config(lines)
+    if out.exists():
+        raise UserError(f"{out}: exists already, and nothing is written over. Choose another name.")
+    validate(config)
+    check_tp(checked_spec(config.model), config.parallel.tp)
+    tensors(config.model)
+    find_place()
+    if run(config):
+        print(f"imported {config.model.path} to {out}")
+    return 0
 
 
 def export_model(asked: argparse.Namespace) -> int:

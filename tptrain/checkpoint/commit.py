@@ -36,6 +36,7 @@ class Commit:
     data: str  # digest of the packed tokens
     updates: int  # of the weights: fewer than steps where train.on_nan=skip left some out
     files: dict[str, list[Any]]  # name -> [bytes, xxh3_128 hex]
+    optimizer: bool = True  # whether the moments are there; not in a model that was imported
 
 
 def read_commit(path: Path) -> Commit | str:

@@ -27,15 +27,17 @@ SHARD_BYTES = 5 * 10**9  # of a file, where the run did not begin with a directo
 PRECISIONS = {"fp32": "F32", "bf16": "BF16"}
 
 
-def export(checkpoint: Path, out: Path) -> None:
+def export(checkpoint: Path, out: Path, verify: bool = True) -> None:
     """Write the model of a committed checkpoint as AutoModelForCausalLM.from_pretrained takes it.
 
-    `out` appears whole or not at all. Raises UserError where it exists, or where the checkpoint is damaged.
+    `verify`: read all of the checkpoint first, to see that its bytes are what was written. `out` appears whole or not
+    at all. Raises UserError where it exists, or where the checkpoint is damaged.
     """
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists already, and nothing is written over. Choose another name.")
     config = read_config(checkpoint / "config.yaml")
-    _check(checkpoint)
+    if verify:
+        _check(checkpoint)
     kept = checkpoint.parent.parent / MODEL_FILES
     contents = _contents(config, kept)
     try:

@@ -45,7 +45,10 @@ def load_newest(folder: Path, optimizer: Optimizer, mesh: Mesh, say: Callable[[s
 def _read(path: Path, optimizer: Optimizer, mesh: Mesh, commit: Commit) -> None:
     same_ranks = commit.world == mesh.world
     rng = rng_state(mesh) if same_ranks else {}
-    Index(path).load({**training_state(optimizer.state, flat(optimizer.state)), **rng})
+    state = training_state(optimizer.state, flat(optimizer.state))
+    if not commit.optimizer:
+        state, same_ranks, rng = {name: part for name, part in state.items() if name.startswith("model/")}, False, {}
+    Index(path).load({**state, **rng})
     optimizer.updates = commit.updates
     optimizer.publish()
     if same_ranks:  # at another world size there is no such thing as "the" state of a rank: keep the seeded one

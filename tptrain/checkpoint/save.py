@@ -17,7 +17,7 @@ from tptrain.checkpoint.commit import CheckpointError, Commit, body_digest, reas
 from tptrain.checkpoint.files import measure, sync
 from tptrain.checkpoint.index import INDEX
 from tptrain.checkpoint.layout import State, flat, rng_state, training_state
-from tptrain.config import Config, write_config
+from tptrain.config import Config, UserError, write_config
 from tptrain.config.load import write_atomically
 from tptrain.optim.adamw import Optimizer
 from tptrain.parallel.mesh import Mesh
@@ -45,10 +45,11 @@ class Saver:
         """Seconds until a save that begins now is committed, as far as the last one tells."""
         return self.seconds * (2 if self.thread is not None and self.thread.is_alive() else 1)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, exports: bool = False) -> None:
         """Begin to write and commit the state after `step` steps, once the save before it is finished.
 
-        Every rank calls it. Raises what `finish` raises.
+        Every rank calls it. `exports`: the model is then also written as a Hugging Face directory. Raises what `finish`
+        raises.
         """
         self.finish()
         samples = step * self.config.train.global_batch_size
@@ -57,7 +58,8 @@ class Saver:
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())
         self.copied.clear()
-        self.thread = threading.Thread(target=self._work, args=(commit, rng_state(self.mesh), stream), daemon=True)
+        arguments = commit, rng_state(self.mesh), stream, exports
+        self.thread = threading.Thread(target=self._work, args=arguments, daemon=True)
         self.thread.start()
 
     def wait_for_copy(self) -> None:
@@ -74,7 +76,7 @@ class Saver:
             problem, self.problem = self.problem, None
             raise problem
 
-    def _work(self, commit: Commit, rng: dict[str, Tensor], stream: torch.cuda.Stream | None) -> None:
+    def _work(self, commit: Commit, rng: dict[str, Tensor], stream: torch.cuda.Stream | None, exports: bool) -> None:
         began = time.perf_counter()
         try:
             try:
@@ -84,10 +86,29 @@ class Saver:
                     stream.synchronize()
             finally:
                 self.copied.set()
-            self._write(training_state(self.optimizer.state, copies) | rng, commit)
+            state = training_state(self.optimizer.state, copies) | rng
+            write_checkpoint(self.folder, state, commit, self.config, self.mesh)
+            if self.mesh.is_main:
+                _prune(self.folder, commit.step, self.config.checkpoint.keep)
+            self.mesh.saving.gather(None)
         except BaseException as error:
             self.problem = error
         self.seconds = time.perf_counter() - began
+        if exports and self.mesh.is_main and self.problem is None:
+            self._export(commit.step)
+
+    def _export(self, step: int) -> None:
+        """Beside the checkpoints. Where it fails the checkpoint is there all the same, and training goes on."""
+        from tptrain.checkpoint.export import export
+
+        checkpoint, target = step_folder(self.folder, step), step_folder(self.folder.parent / "exports", step)
+        try:
+            if not target.exists():  # an attempt that had come this far before it was stopped has written it
+                export(checkpoint, target, verify=False)
+            for old in step_folders(target.parent)[: -self.config.checkpoint.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        except (OSError, UserError) as error:
+            print(f"warning: {checkpoint.name} was not exported: {error}", flush=True)
 
     def _copy(self) -> list[dict[str, Tensor]]:
         """This rank's state on the host, or on its way there."""
@@ -101,26 +122,27 @@ class Saver:
                 copy[kind].copy_(tensor, non_blocking=True)
         return self.copies
 
-    def _write(self, state: State, commit: Commit) -> None:
-        """Write, commit, and delete all but the newest `checkpoint.keep`; where it fails, remove what was written."""
-        mesh, target = self.mesh, step_folder(self.folder, commit.step)
 
-        def on_main(work: Callable[[], None]) -> None:
-            _agreed(work if mesh.is_main else lambda: None, target, mesh)
+def write_checkpoint(folder: Path, state: State, commit: Commit, config: Config, mesh: Mesh) -> None:
+    """Write and commit `folder`/step-...; every rank calls it with its part of the state.
 
-        try:
-            on_main(lambda: _make_empty(target))
-            for part in _agreed(lambda: _write_shards(target, state, mesh), target, mesh):
-                commit.files.update(part)
-            on_main(lambda: _commit(target, commit, self.config))
-        except CheckpointError:
-            if mesh.is_main:
-                shutil.rmtree(target, ignore_errors=True)
-            mesh.saving.gather(None)
-            raise
+    Raises CheckpointError, on every rank, where any could not write; what was written is then removed.
+    """
+    target = step_folder(folder, commit.step)
+
+    def on_main(work: Callable[[], None]) -> None:
+        _agreed(work if mesh.is_main else lambda: None, target, mesh)
+
+    try:
+        on_main(lambda: _make_empty(target))
+        for part in _agreed(lambda: _write_shards(target, state, mesh), target, mesh):
+            commit.files.update(part)
+        on_main(lambda: _commit(target, commit, config))
+    except CheckpointError:
         if mesh.is_main:
-            _prune(self.folder, commit.step, self.config.checkpoint.keep)
+            shutil.rmtree(target, ignore_errors=True)
         mesh.saving.gather(None)
+        raise
 
 
 def _agreed(work: Callable[[], Any], target: Path, mesh: Mesh) -> list[Any]:

@@ -248,3 +248,22 @@ def _fill_in_pretrained(config: Config) -> None:
 
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
+
+
+def settings_of(checkpoint: Path, config: Config, overrides: Sequence[str]) -> Config:
+    """For what is done with a checkpoint: its model, and its data and lengths where the overrides give no others."""
+    before = read_config(checkpoint / "config.yaml")
+    given = {override.split("=", 1)[0].lstrip("+") for override in overrides}
+    data, train = config.data, config.train
+    if not any(key == "data" or key.startswith("data.") for key in given):
+        data = before.data
+    kept = {
+        key: getattr(before.data, key) for key in ("tokenizer", "bos_token", "eod_token") if f"data.{key}" not in given
+    }
+    lengths = {key: getattr(before.train, key) for key in ("seq_len", "precision") if f"train.{key}" not in given}
+    return dataclasses.replace(
+        config,
+        model=before.model,
+        data=dataclasses.replace(data, **kept),
+        train=dataclasses.replace(train, **lengths),
+    )

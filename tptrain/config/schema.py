@@ -145,6 +145,8 @@ class TrainConfig:
 class CheckpointConfig:
     every: int = number(100, least=0)  # steps between checkpoints; 0: only the last step's
     keep: int = size(2)  # newest committed checkpoints left on disk
+    # Write a Hugging Face directory below exports/ too: with the last step's checkpoint, or with every one
+    export: str = choice("none", "none", "last", "every")
 
 
 @dataclass

@@ -6,7 +6,7 @@ from tptrain.config import Config, UserError
 from tptrain.config.schema import MODEL_FILES, ModelConfig, RopeScaling, kv_heads
 from tptrain.config.validate import vocabulary
 from tptrain.models.directory import TENSORS, tensors
-from tptrain.models.settings import decoder_spec
+from tptrain.models.settings import decoder_spec, family_of_settings
 from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec
 
 
@@ -18,6 +18,8 @@ def check_model(config: Config, reads_weights: bool = True) -> None:
     spec = checked_spec(config.model)
     if reads_weights and config.model.path is not None and not (Path(config.run.dir) / MODEL_FILES / TENSORS).exists():
         tensors(config.model)
+    if config.checkpoint.export != "none" and config.model.path is None:
+        family_of_settings(config.model)
     check_tp(spec, config.parallel.tp)
     seq_len, longest = config.train.seq_len, spec.max_positions
     if seq_len > longest:

@@ -77,6 +77,11 @@ def family(model: ModelConfig) -> ModuleType:
             f"model.path={model.path}: its weights are quantized ({method}), and only float32, float16 and bfloat16 "
             "can be trained. Name the directory of the original weights."
         )
+    if isinstance(model.source.get("text_config"), dict):
+        raise UserError(
+            f"model.path={model.path}: model_type={name} is of images and text, and only text models can be trained. "
+            "Name a text model of the family."
+        )
     if name not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UserError(f"model.path={model.path}: config.json has model_type={name!r}, which is none of {known}.")

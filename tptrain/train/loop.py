@@ -42,7 +42,7 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None, ops: Operations 
     start = mesh.box.state.step = loaded.step if loaded else 0
     if loaded is None and config.model.path is not None:
         start_from(trainer, say)
-    if loaded and loaded.data != trainer.data.digest:
+    if loaded and loaded.data not in ("", trainer.data.digest):  # a model that was imported has seen no data
         raise UserError(
             f"run.dir={config.run.dir}: its data has changed since it was checkpointed (other texts or another "
             "tokenizer behind the same names). Restore them, or choose another run.dir or run.name."
@@ -129,7 +129,8 @@ def _loop(trainer: Trainer, start: int, saver: Saver, stop: Stop, recorder: Reco
             mesh.box.touch("checkpoint")
             if recorder is not None:
                 recorder.sync()  # a checkpoint must not outlive the rows up to it
-            saver.save(step)
+            exports = config.checkpoint.export
+            saver.save(step, exports=agreed is None and (exports == "every" or (exports == "last" and step == steps)))
             began += time.perf_counter() - before  # tokens_per_second is that of the training steps
         mesh.box.state.step = step
         mesh.box.touch("step")
