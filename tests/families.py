@@ -33,6 +33,8 @@ def _rope(kind: str, **changes: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **changes}}
 
 
+# Those of Llama and Qwen3 without windows, and GPT-2, are compared with Transformers at more topologies in test_parity.py.
+ELSEWHERE = ("llama", "llama, biases, tied", "llama, llama3", "qwen3", "gpt2")
 FAMILIES = {
     "llama": _case("llama"),
     "llama, biases, tied": _case("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
@@ -78,6 +80,21 @@ FAMILIES = {
     "smollm3": _case("smollm3", no_rope_layers=[1, 0]),
     "gpt_neox": _case("gpt_neox", num_key_value_heads=..., **_rope("default", partial_rotary_factor=0.5)),
     "gpt_neox, serial": _case("gpt_neox", num_key_value_heads=..., use_parallel_residual=False),
+    "gpt2": Case(
+        "gpt2",
+        ModelConfig(
+            path="DIR",
+            dropout=0.0,
+            source={
+                "model_type": "gpt2",
+                "vocab_size": VOCAB,
+                "n_embd": 64,
+                "n_layer": 2,
+                "n_head": 8,
+                "n_positions": 64,
+            },
+        ),
+    ),
     "granite": _case(
         "granite", embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.2
     ),

@@ -129,13 +129,13 @@ def test_a_name_of_the_hub_is_fetched_once(folder: Path, tmp_path: Path) -> None
     lines = ["model=hf", "model.path=someone/small", "model.revision=v1", "train.seq_len=32"]
     cache = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     with hub("someone/small", folder / "model", "v1") as address:
-        fetched = tptrain("config", *lines, HF_ENDPOINT=address, **cache)
-        unknown = tptrain("config", *lines[:1], "model.path=someone/else", HF_ENDPOINT=address, **cache)
+        fetched = tptrain("config", *lines, timeout_s=150, HF_ENDPOINT=address, **cache)
+        unknown = tptrain("config", *lines[:1], "model.path=someone/else", timeout_s=150, HF_ENDPOINT=address, **cache)
     assert fetched.returncode == 0, fetched.stdout
     assert f"snapshots/{COMMIT}" in fetched.stdout
     assert unknown.returncode == 2
     assert "error: model.path=someone/else: " in unknown.stdout
-    assert tptrain("config", *lines, **(cache | {"HF_HUB_OFFLINE": "1"})).returncode == 0
+    assert tptrain("config", *lines, timeout_s=150, **(cache | {"HF_HUB_OFFLINE": "1"})).returncode == 0
 
 
 def test_an_imported_model_is_exported_as_it_was_and_gone_on_with(folder: Path) -> None:

@@ -75,7 +75,7 @@ def load_pretrained(config: ModelConfig, model: Decoder, fill: Fill, alive: Call
             sums[name] = 0
             for start, values in _slices(p, where[name], entries[where[name].theirs], _rows(name, ours, spec)):
                 sums[name] += _bit_sum(values)
-                fill(name, p, start, values.float())
+                fill(name, p, start, values)
                 bar.update(values.numel())
                 alive()
     return _digest(sums, model, entries, where)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tptrain.config import UserError
+from tptrain.config.pretrained import read_json
 
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # of an element, by the format's name of its type
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -55,10 +56,7 @@ def _index(folder: Path) -> dict[str, str]:
         others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         advice = f" Convert {others[0]} to safetensors: pickles are not read." if others else ""
         raise UserError(f"model.path={folder}: has no {SINGLE} and no {INDEX}.{advice}")
-    try:
-        listed = json.loads(path.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise problem(path, f"is no index ({type(error).__name__}: {error})") from error
+    listed = read_json(path).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
         raise problem(path, "is no index: weight_map must map names of tensors to names of files")
     for file in set(listed.values()):

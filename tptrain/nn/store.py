@@ -103,7 +103,9 @@ class Store:
 
     @torch.no_grad()
     def fill(self, name: str, p: Parameter, start: int, values: Tensor) -> None:
-        """Set a run of a parameter's elements, from the `start`-th of this rank's slice on, in row-major order."""
+        """Set a run of a parameter's elements, from the `start`-th of this rank's slice on, in row-major order; the
+        values may be of another type.
+        """
         p.view(-1)[start : start + values.numel()].copy_(values.flatten())
 
 

@@ -80,6 +80,8 @@ def start_from(trainer: Trainer, say: Callable[[str], None]) -> None:
     """Read the weights of `model.path`. Raises UserError where they are no longer those that the run began with."""
     config, mesh = trainer.config, trainer.mesh
     say(f"reading the weights of {config.model.directory}")
+    if "auto_map" in config.model.source:
+        say("its config.json names code of its authors (auto_map), which is not run: the family is known here")
     digest = load_pretrained(config.model, trainer.model, trainer.optimizer.state.fill, mesh.box.touch)
     trainer.optimizer.publish()
     record = Path(config.run.dir) / MODEL_FILES / DIGEST
