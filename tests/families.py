@@ -33,7 +33,7 @@ def _rope(kind: str, **changes: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **changes}}
 
 
-# Those of Llama and Qwen3 without windows, and GPT-2, are compared with Transformers at more topologies in test_parity.py.
+# Llama, Qwen3 without windows and GPT-2 are compared with Transformers in test_parity.py, at more topologies.
 ELSEWHERE = ("llama", "llama, biases, tied", "llama, llama3", "qwen3", "gpt2")
 FAMILIES = {
     "llama": _case("llama"),

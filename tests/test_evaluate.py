@@ -20,7 +20,7 @@ def _evaluated(folder: str, tp: int) -> Evaluation:
 
 
 def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
-    documents = 23
+    documents = 3
     text = write_corpus(tmp_path, documents).read_text()
     alone = _evaluated(str(tmp_path), 1)
     tokens = sum(len(line.encode()) - len('{"text": ""}') + 1 for line in text.splitlines())  # and an end of document

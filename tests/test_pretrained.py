@@ -14,6 +14,7 @@ from tests.corpus import write_corpus
 from tests.directories import save_model, save_tokenizer
 from tests.families import FAMILIES
 from tests.hub import COMMIT, hub
+from tests.test_slurm import submit, wait_for_end
 from tptrain.checkpoint.export import export
 
 STEPS, MORE_STEPS = 6, 9
@@ -154,3 +155,11 @@ def test_an_imported_model_is_exported_as_it_was_and_gone_on_with(folder: Path) 
     again = tptrain("import", str(folder / "model"), str(imported))
     assert again.returncode == 2
     assert "exists already" in again.stdout
+
+
+@pytest.mark.slurm
+@pytest.mark.usefixtures("slurm")
+def test_on_slurm_it_is_the_same_run(folder: Path, run_dir: Path) -> None:
+    lines = [*_overrides(folder, 3, 2, "slurm"), "cluster=slurm", "cluster.tasks_per_node=2"]
+    assert wait_for_end(submit(*lines)) == "COMPLETED"
+    assert losses(folder / "slurm") == losses(run_dir)[:3]
