@@ -165,10 +165,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--save", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    folder, ranks = asked.folder.absolute(), asked.ranks
-    if asked.rank:
-        rank(folder, asked.save)
+    options = parser.parse_args()
+    folder, ranks = options.folder.absolute(), options.ranks
+    if options.rank:
+        rank(folder, options.save)
         return
     if not (folder / "model").exists():
         make(folder / "model")
@@ -178,9 +178,9 @@ def main() -> None:
         ranks_read(folder, ranks, "--save")
     files = sorted((folder / "model").glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    print(f"{size / 1e9:.2f} GB in {len(files)} files, {ranks} ranks, {asked.rounds} rounds")
+    print(f"{size / 1e9:.2f} GB in {len(files)} files, {ranks} ranks, {options.rounds} rounds")
     speeds: dict[str, list[float]] = {"dd reads": [], "import": [], "dd writes": [], "export": []}
-    for _ in range(asked.rounds):
+    for _ in range(options.rounds):
         drop_cache()
         speeds["dd reads"].append(size / 1e9 / dd([(str(file), "/dev/null") for file in files], ranks))
         drop_cache()

@@ -81,9 +81,11 @@ def fit(folder: str) -> None:
     print("| layers | hidden | sequence | batch | GFLOPs | ms | fitted | |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for sizes, row, took in zip(cases, design, target, strict=True):
-        told = float(row @ fitted)
+        predicted = float(row @ fitted)
         cells = " | ".join(str(n) for n in sizes.values())
-        print(f"| {cells} | {row[0] / 1e9:.1f} | {took * 1e3:.0f} | {told * 1e3:.0f} | {took / told - 1:+.0%} |")
+        print(
+            f"| {cells} | {row[0] / 1e9:.1f} | {took * 1e3:.0f} | {predicted * 1e3:.0f} | {took / predicted - 1:+.0%} |"
+        )
 
 
 def growth(folder: str, steps: int) -> None:

@@ -95,8 +95,8 @@ def finish(launch: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> str:
 def ranks_of(launch: subprocess.Popen[str]) -> list[psutil.Process]:
     """The ranks of a local launch, in rank order: of each the supervisor, whose one child is the trainer."""
     started = psutil.Process(launch.pid).children(recursive=True)
-    found = [p for p in started if ENTRY in p.cmdline() and ENTRY not in _command_of(p.parent())]
-    return sorted(found, key=lambda p: int(p.environ()["SUBMITIT_LOCAL_GLOBALID"]))
+    ranks = [p for p in started if ENTRY in p.cmdline() and ENTRY not in _command_of(p.parent())]
+    return sorted(ranks, key=lambda p: int(p.environ()["SUBMITIT_LOCAL_GLOBALID"]))
 
 
 def trainer_of(supervisor: psutil.Process) -> psutil.Process:

@@ -63,19 +63,19 @@ def distances(
         norm, _ = optimizer.reducer.norm_and_flags()
         optimizer.reducer.clip(norm, ref.CLIP)
         optimizer.step(ref.LR)
-    found: Distances = {"norm": abs(norm.item() / reference.norm - 1)}
-    found["one loss"] = abs(losses.sum().item() / tokens / loss.item() - 1)
+    values: Distances = {"norm": abs(norm.item() / reference.norm - 1)}
+    values["one loss"] = abs(losses.sum().item() / tokens / loss.item() - 1)
     collectives.all_reduce_(loss, grid.group("dp")).wait()
-    found["loss"] = abs(loss.item() / reference.loss - 1)
+    values["loss"] = abs(loss.item() / reference.loss - 1)
     columns = gather_global(logits.cpu(), sharding(grid, (share, ref.SEQ_LEN, 256), {2: "tp"}), grid)
-    found["logits"] = _distance(columns[..., : ref.VOCAB], reference.logits[first : first + share])
+    values["logits"] = _distance(columns[..., : ref.VOCAB], reference.logits[first : first + share])
     for key, p in parameters(model):
         # A slice against the slice of the reference, on each rank: a wrong replica cannot hide.
         if not where.zero:
             # Some gradients are zero in exact arithmetic (a key's bias without rotary positions) and rounding in ours.
-            found[f"grad {key}"] = _distance(grads[key].cpu(), _slice(reference.grads[key], p), 1e-4 * reference.norm)
-        found[f"step {key}"] = _distance(p.detach().cpu(), _slice(reference.stepped[key], p))
-    return found
+            values[f"grad {key}"] = _distance(grads[key].cpu(), _slice(reference.grads[key], p), 1e-4 * reference.norm)
+        values[f"step {key}"] = _distance(p.detach().cpu(), _slice(reference.stepped[key], p))
+    return values
 
 
 def _slice(whole: Tensor, p: Parameter) -> Tensor:

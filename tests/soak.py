@@ -117,13 +117,13 @@ def main() -> None:
     parser.add_argument("--signals", type=int, default=50)
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    asked.folder.mkdir(parents=True, exist_ok=True)
-    tally = soak(asked.folder, asked.ranks, asked.signals, asked.steps, asked.seed)
-    assert tally.rounds == asked.signals, f"the run was done after {tally.rounds} signals: give more --steps"
-    calm = lines_for(asked.folder, f"calm-{asked.ranks}", asked.ranks, asked.steps)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    tally = soak(options.folder, options.ranks, options.signals, options.steps, options.seed)
+    assert tally.rounds == options.signals, f"the run was done after {tally.rounds} signals: give more --steps"
+    calm = lines_for(options.folder, f"calm-{options.ranks}", options.ranks, options.steps)
     assert tptrain("launch", *calm, timeout_s=3600).returncode == 0
-    same = losses(asked.folder / f"calm-{asked.ranks}") == losses(asked.folder / f"soaked-{asked.ranks}")
+    same = losses(options.folder / f"calm-{options.ranks}") == losses(options.folder / f"soaked-{options.ranks}")
     print(f"{tally}\nlosses equal bit for bit: {same}")
     sys.exit(not same)
 

@@ -31,7 +31,7 @@ class Run:
         self.mesh = mesh(1)
         self.optimizer = training(self.config.model, self.mesh, dtype=DTYPE).optimizer
         self.saver = save.Saver(folder, self.optimizer, self.config, "data", self.mesh)
-        self.said: list[str] = []
+        self.lines: list[str] = []
 
     def tensors(self) -> Iterator[tuple[torch.Tensor, float]]:
         """Every master and moment, and by what its value differs from the step's number."""
@@ -53,8 +53,8 @@ class Run:
 
     def load(self) -> int | None:
         """The step that was loaded, as the weights and moments tell it."""
-        self.said.clear()
-        commit = load_newest(self.folder, self.optimizer, self.mesh, self.said.append)
+        self.lines.clear()
+        commit = load_newest(self.folder, self.optimizer, self.mesh, self.lines.append)
         if commit is None:
             return None
         for tensor, factor in self.tensors():
@@ -84,7 +84,7 @@ def test_the_newest_are_kept_and_the_newest_is_loaded(run: Run) -> None:
         run.save(step)
     assert run.steps() == [10, 15]
     assert run.load() == 15
-    assert run.said == []
+    assert run.lines == []
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "index.json", "config.yaml", COMMIT])
@@ -93,8 +93,8 @@ def test_a_flipped_bit_in_any_file_is_noticed_and_named(run: Run, name: str) -> 
     run.save(10)
     run.damage(10, name)
     assert run.load() == 5
-    assert "step-00000010 is damaged" in run.said[0]
-    assert name in run.said[0]
+    assert "step-00000010 is damaged" in run.lines[0]
+    assert name in run.lines[0]
 
 
 def test_a_missing_file_is_named(run: Run) -> None:
@@ -102,7 +102,7 @@ def test_a_missing_file_is_named(run: Run) -> None:
     run.save(10)
     (step_folder(run.folder, 10) / "__0_0.distcp").unlink()
     assert run.load() == 5
-    assert "__0_0.distcp: missing" in run.said[0]
+    assert "__0_0.distcp: missing" in run.lines[0]
 
 
 def test_a_damaged_later_step_neither_counts_as_kept_nor_stays(run: Run) -> None:
@@ -123,7 +123,7 @@ def test_what_was_never_committed_does_not_count(run: Run) -> None:
     run.save(10)
     (step_folder(run.folder, 10) / COMMIT).unlink()
     assert run.load() == 5
-    assert "step-00000010" in run.said[0]
+    assert "step-00000010" in run.lines[0]
     run.save(11)
     assert run.steps() == [5, 11]
     assert not step_folder(run.folder, 10).exists()

@@ -118,7 +118,7 @@ def test_weight_gradients_are_computed_while_the_input_gradient_travels() -> Non
 
 def _in_cycles() -> list[tuple[bool, bool, bool, int]]:
     """Tensors of a forward and backward pass that are left to Python's search for cycles, for each kind of pass."""
-    found = []
+    totals = []
     config = ModelConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=8)
     for shared, sequence_parallel, overlap in [
         (True, False, False),
@@ -137,11 +137,11 @@ def _in_cycles() -> list[tuple[bool, bool, bool, int]]:
         tiny.optimizer.reducer.norm_and_flags()
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-        found.append((shared, sequence_parallel, overlap, sum(isinstance(each, torch.Tensor) for each in gc.garbage)))
+        totals.append((shared, sequence_parallel, overlap, sum(isinstance(each, torch.Tensor) for each in gc.garbage)))
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
-    return found
+    return totals
 
 
 def test_no_tensor_outlives_its_last_use() -> None:
@@ -251,7 +251,7 @@ def _uneven() -> str:
 
 
 def test_another_size_is_an_error_and_not_a_wrong_sum() -> None:
-    assert all("one rank sent" in said for said in run_ranks(2, _uneven))
+    assert all("one rank sent" in message for message in run_ranks(2, _uneven))
 
 
 def _orphaned() -> str:
@@ -273,7 +273,7 @@ def _orphaned() -> str:
 
 
 def test_a_dead_peer_is_an_error_and_not_a_hang() -> None:
-    assert all("is gone" in said for said in run_ranks(2, _orphaned))
+    assert all("is gone" in message for message in run_ranks(2, _orphaned))
 
 
 def _busy_while_waiting() -> float:

@@ -240,14 +240,14 @@ def test_which_settings_may_change_on_a_resume() -> None:
     marked = {"run", "parallel", "checkpoint", "logging", "wandb", "watchdog", "cluster"}
     marked |= {f"train.{key}" for key in ("steps", "micro_batch_size", "device", "on_nan", "eval_every")}
     marked |= {"train.eval_sequences", "data.cache_dir"}
-    config, found = Config(), set()
+    config, fixed_keys = Config(), set()
     for key in known_keys():
         group, _, name = key.partition(".")
         node = getattr(config, group) if name else config
         fields = {item.name: item for item in dataclasses.fields(node)}
         if (item := fields.get(name or group)) and item.metadata.get("may_change"):
-            found.add(key)
-    assert found == marked
+            fixed_keys.add(key)
+    assert fixed_keys == marked
 
 
 def test_topology_and_longer_training_may_change_on_a_resume(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ def _all_cases(references: dict[str, ref.Reference], tp: int) -> dict[str, Dista
 @pytest.mark.parametrize(("tp", "backend"), [(1, "nccl"), (2, "gloo")])
 def test_matches_transformers(tp: int, backend: str) -> None:
     references = {name: ref.compute(case) for name, case in ref.CASES.items()}
-    found = run_ranks(tp, _all_cases, references, tp, backend=backend)
+    by_rank = run_ranks(tp, _all_cases, references, tp, backend=backend)
     for case in ref.CASES:
-        distance, what = worst([rank[case] for rank in found])
+        distance, what = worst([rank[case] for rank in by_rank])
         assert distance < TOLERANCE, f"{case}: {what}"
 
 

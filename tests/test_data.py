@@ -27,12 +27,12 @@ def documents(packed: Path) -> list[str]:
     """Every document of the two parts; one that was cut between them is whole again."""
     text = tokens(packed, "train") + tokens(packed, "validation")
     assert text[-1] == EOD
-    found: list[str] = []
+    read_back: list[str] = []
     while text:
         end = text.index(EOD)
-        found.append(bytes(text[:end]).decode())
+        read_back.append(bytes(text[:end]).decode())
         text = text[end + 1 :]
-    return found
+    return read_back
 
 
 def test_each_document_is_packed_once_and_some_are_held_out(tmp_path: Path) -> None:

@@ -107,6 +107,6 @@ def test_the_next_attempt_may_have_another_world(folder: Path) -> None:
     small.wait(60)
     assert wait_for_end(submit(*overrides(folder, "smaller"), *lines), 400) == "COMPLETED"
     assert [event["dp"] for event in events(run_dir, "start")] == [2, 1, 2]
-    found = losses(run_dir)
-    assert len(found) == FEW_STEPS
-    assert max(abs(a - b) for a, b in zip(found, losses(folder / "as-large"), strict=True)) < 2e-4
+    after = losses(run_dir)
+    assert len(after) == FEW_STEPS
+    assert max(abs(a - b) for a, b in zip(after, losses(folder / "as-large"), strict=True)) < 2e-4

@@ -61,13 +61,13 @@ def test_leaves_committed_sharded_checkpoints(finished: Path) -> None:
 
 
 def test_start_up_is_shown_by_phase(finished: Path) -> None:
-    found = re.search(r"^started in ([\d.]+) s: (.*)$", (finished / "output").read_text(), re.MULTILINE)
-    assert found
-    parts = dict(part.rsplit(" ", 1) for part in found[2].split(", "))
+    match = re.search(r"^started in ([\d.]+) s: (.*)$", (finished / "output").read_text(), re.MULTILINE)
+    assert match
+    parts = dict(part.rsplit(" ", 1) for part in match[2].split(", "))
     assert list(parts) == ["launch", "imports", "rendezvous", "data and model", "first step"]
     seconds = [float(value) for value in parts.values()]
     assert min(seconds) >= 0
-    assert sum(seconds) == pytest.approx(float(found[1]), abs=0.3)
+    assert sum(seconds) == pytest.approx(float(match[1]), abs=0.3)
 
 
 def test_wandb_and_metrics_tell_the_same(finished: Path) -> None:

@@ -33,30 +33,30 @@ BROKEN = {
 
 def _all_distances(references: dict[str, ref.Reference]) -> dict[str, Distances]:
     """On one rank: every case at every topology, then every mutation. One start of the ranks serves all tests."""
-    found = {
+    by_rank = {
         f"{case} {topology}": distances(ref.CASES[case], references[case], where)
         for case in ref.CASES
         for topology, where in TOPOLOGIES.items()
     }
     broken = ref.CASES["llama_kv_replicated"]
     for name, (mutation, where) in BROKEN.items():
-        found[name] = distances(broken, references["llama_kv_replicated"], where, mutation)
-    return found
+        by_rank[name] = distances(broken, references["llama_kv_replicated"], where, mutation)
+    return by_rank
 
 
 @pytest.fixture(scope="module")
-def found() -> list[dict[str, Distances]]:
+def by_rank() -> list[dict[str, Distances]]:
     return run_ranks(WORLD, _all_distances, {name: ref.compute(case) for name, case in ref.CASES.items()})
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("case", ref.CASES)
-def test_matches_transformers(found: list[dict[str, Distances]], case: str, topology: str) -> None:
-    distance, what = worst([rank[f"{case} {topology}"] for rank in found])
+def test_matches_transformers(by_rank: list[dict[str, Distances]], case: str, topology: str) -> None:
+    distance, what = worst([rank[f"{case} {topology}"] for rank in by_rank])
     assert distance < TOLERANCE, what
 
 
 @pytest.mark.parametrize("mutation", BROKEN)
-def test_broken_code_is_noticed(found: list[dict[str, Distances]], mutation: str) -> None:
-    distance, _ = worst([rank[mutation] for rank in found])
+def test_broken_code_is_noticed(by_rank: list[dict[str, Distances]], mutation: str) -> None:
+    distance, _ = worst([rank[mutation] for rank in by_rank])
     assert distance > 100 * TOLERANCE

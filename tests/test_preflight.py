@@ -31,19 +31,19 @@ def test_ranks_that_fit_together_are_let_through(tmp_path: Path) -> None:
 
 FAULTS: dict[str, tuple[Callable[[list[Report]], None], str]] = {
     "one GPU for two": (
-        lambda found: found.__setitem__(3, replace(found[3], device="GPU-2")),
+        lambda entries: entries.__setitem__(3, replace(entries[3], device="GPU-2")),
         "ranks 2, 3 on n1 share one GPU (GPU-2)",
     ),
-    "torch": (lambda found: found.__setitem__(1, replace(found[1], torch="2.0")), "2.0 at rank 1 on n1"),
-    "tptrain": (lambda found: found.__setitem__(0, replace(found[0], tptrain="9")), "tptrain: 9 at rank 0 on n1"),
-    "python": (lambda found: found.__setitem__(2, replace(found[2], python="3.99")), "python: 3."),
-    "run.dir": (lambda found: found.__setitem__(2, replace(found[2], run_dir="/b")), "the ranks disagree"),
+    "torch": (lambda entries: entries.__setitem__(1, replace(entries[1], torch="2.0")), "2.0 at rank 1 on n1"),
+    "tptrain": (lambda entries: entries.__setitem__(0, replace(entries[0], tptrain="9")), "tptrain: 9 at rank 0 on n1"),
+    "python": (lambda entries: entries.__setitem__(2, replace(entries[2], python="3.99")), "python: 3."),
+    "run.dir": (lambda entries: entries.__setitem__(2, replace(entries[2], run_dir="/b")), "the ranks disagree"),
     "operations": (
-        lambda found: found.__setitem__(1, replace(found[1], operations="PyTorch")),
+        lambda entries: entries.__setitem__(1, replace(entries[1], operations="PyTorch")),
         "rank 0 on n1 would compute with C, rank 1 on n1 with PyTorch",
     ),
     "another node": (
-        lambda found: found.__setitem__(3, replace(found[3], node="n2")),
+        lambda entries: entries.__setitem__(3, replace(entries[3], node="n2")),
         "the TP group of ranks 2 to 3 spans the nodes n1, n2",
     ),
 }
@@ -51,16 +51,16 @@ FAULTS: dict[str, tuple[Callable[[list[Report]], None], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_named(tmp_path: Path, fault: str) -> None:
-    found = reports(4)
+    entries = reports(4)
     spoil, words = FAULTS[fault]
-    spoil(found)
-    assert words in (problem(found, config(tmp_path)) or "")
+    spoil(entries)
+    assert words in (problem(entries, config(tmp_path)) or "")
 
 
 def test_what_is_allowed_is_let_through(tmp_path: Path) -> None:
-    found = reports(4)
-    found[3] = replace(found[3], node="n2", device="GPU-0")
-    assert problem(found, config(tmp_path, "parallel.tp_across_nodes=true")) is None
+    entries = reports(4)
+    entries[3] = replace(entries[3], node="n2", device="GPU-0")
+    assert problem(entries, config(tmp_path, "parallel.tp_across_nodes=true")) is None
     shared = [replace(report, device="GPU-0") for report in reports(2)]
     assert problem(shared, config(tmp_path, "parallel.backend=gloo")) is None
 

@@ -68,20 +68,20 @@ def events(run_dir: Path, kind: str) -> list[dict]:
 
 
 def processes_of(run_dir: Path) -> list[psutil.Process]:
-    found = []
+    supervisors = []
     for process in psutil.process_iter():
         try:
             if f"{run_dir}/logs" in process.cmdline() and process.name().startswith("python"):
-                found.append(process)
+                supervisors.append(process)
         except psutil.Error:
             continue
-    return found
+    return supervisors
 
 
 def trainer(run_dir: Path, rank: int) -> psutil.Process:
     """The process that trains, not the supervisor above it."""
-    mine = [p for p in processes_of(run_dir) if p.environ().get("SLURM_PROCID") == str(rank)]
-    return next(process for process in mine if process.parent() in mine)
+    of_rank = [p for p in processes_of(run_dir) if p.environ().get("SLURM_PROCID") == str(rank)]
+    return next(process for process in of_rank if process.parent() in of_rank)
 
 
 @pytest.fixture(autouse=True)
@@ -99,9 +99,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(folder: Path) -> list[float]:
     """Losses of the long run that nothing disturbs."""
     assert wait_for_end(submit(*overrides(folder, "undisturbed"), *LONG)) == "COMPLETED"
-    found = losses(folder / "undisturbed")
-    assert len(found) == STEPS
-    return found
+    supervisors = losses(folder / "undisturbed")
+    assert len(supervisors) == STEPS
+    return supervisors
 
 
 def start_long(folder: Path, name: str, *changes: str, steps: int = 12) -> tuple[str, Path]:
@@ -376,7 +376,9 @@ def test_preflight_finds_each_fault_in_one_message(folder: Path, tmp_path: Path,
     done = run(*prefix, "srun", "-K1", *nodes, "-n2", "bash", "-c", script)
     assert time.monotonic() - began < 20
     assert done.returncode != 0
-    told = [line for line in done.stdout.splitlines() if "error: " in line and not line.startswith(("srun", "slurmst"))]
-    assert len(told) == 1, done.stdout
-    assert words in told[0]
+    errors = [
+        line for line in done.stdout.splitlines() if "error: " in line and not line.startswith(("srun", "slurmst"))
+    ]
+    assert len(errors) == 1, done.stdout
+    assert words in errors[0]
     assert not (folder / "faulty").exists()

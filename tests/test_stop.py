@@ -26,13 +26,13 @@ WORLD, STEPS = 4, 60
 
 
 def _train(
-    folder: str, name: str, asked: Callable[[Mesh], Any] | None = None, *changes: str, allocation: Any = None
+    folder: str, name: str, wish: Callable[[Mesh], Any] | None = None, *changes: str, allocation: Any = None
 ) -> Any:
     lines = [*overrides(Path(folder), name), "parallel.tp=2", f"train.steps={STEPS}", "optim=constant", *changes]
     config = load_config(lines)
     Path(config.run.dir or "").mkdir(parents=True, exist_ok=True)
     grid = mesh(2, kv_heads(config.model))
-    stop = Stop(grid, allocation, asked(grid)) if asked else Stop(grid, allocation)
+    stop = Stop(grid, allocation, wish(grid)) if wish else Stop(grid, allocation)
     return train(config, grid, stop), grid.box.state.step
 
 
@@ -43,12 +43,12 @@ def _soak(folder: str) -> list[tuple[int, int, Agreement | None]]:
     while agreed is not None:
         rank, after = draw.randrange(WORLD), draw.randint(1, 3)
 
-        def asked(mesh: Mesh, rank: int = rank, after: int = after) -> Callable[[], str | None]:
+        def wish(mesh: Mesh, rank: int = rank, after: int = after) -> Callable[[], str | None]:
             calls = iter(range(1, 10**6))
             return lambda: "SIGTERM" if mesh.rank == rank and next(calls) >= after else None
 
         agreed, step = _train(
-            folder, "soaked", asked, "checkpoint.every=4", "checkpoint.keep=1000", "train.eval_every=5"
+            folder, "soaked", wish, "checkpoint.every=4", "checkpoint.keep=1000", "train.eval_every=5"
         )
         stops.append((rank, step, agreed))
     _train(folder, "calm", None, "train.eval_every=5")
@@ -76,7 +76,7 @@ class _TimeIsUp:
 
 
 def _without_time(folder: str) -> list[Any]:
-    def asked(mesh: Mesh) -> Callable[[], str | None]:
+    def wish(mesh: Mesh) -> Callable[[], str | None]:
         calls = iter(range(1, 10**6))
         return lambda: "SIGUSR2" if mesh.rank == 3 and next(calls) >= 7 else None
 
@@ -86,7 +86,7 @@ def _without_time(folder: str) -> list[Any]:
         return lambda: None
 
     return [
-        _train(folder, "killed-soon", asked, allocation=_TimeIsUp()),
+        _train(folder, "killed-soon", wish, allocation=_TimeIsUp()),
         _train(folder, "limited", near_the_end, "train.steps=100000"),
     ]
 
@@ -114,7 +114,7 @@ def _skip(folder: str) -> Any:
 
 @pytest.mark.parametrize("world", [2])
 def test_on_nan_skip_leaves_the_update_out(tmp_path: Path, world: int) -> None:
-    assert [found for found in run_ranks(world, _skip, str(tmp_path))] == [(None, 20)] * world
+    assert [result for result in run_ranks(world, _skip, str(tmp_path))] == [(None, 20)] * world
     rows = losses(tmp_path / "skip")
     assert len(rows) == 20
     assert rows[-1] < rows[4]

@@ -112,7 +112,7 @@ class Outcome:
 # ------------------------------------------------------------------------------------------------------- in the ranks
 
 
-def be_rank(folder: Path, rank: int, world: int, port: int, trainer: Callable[..., int], asked: Any) -> None:
+def be_rank(folder: Path, rank: int, world: int, port: int, trainer: Callable[..., int], wish: Any) -> None:
     """What a process of a world does."""
     output = os.open(folder / f"output-{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 1)
@@ -128,7 +128,7 @@ def be_rank(folder: Path, rank: int, world: int, port: int, trainer: Callable[..
 
     def noted(box: BlackBox) -> int:
         (folder / f"trainer-{rank}").write_text(str(os.getpid()))
-        return trainer(config, box, asked)
+        return trainer(config, box, wish)
 
     sys.exit(Supervisor(config, place).run(noted))
 
@@ -201,17 +201,17 @@ def astray(fault: str) -> Iterator[None]:
         yield
 
 
-def wait_for_signal(config: Config, box: BlackBox, asked: Signals) -> int:
-    if asked.deaf_s:
-        signal.pthread_sigmask(signal.SIG_BLOCK, asked.numbers)
-    box.touch(asked.phase)
+def wait_for_signal(config: Config, box: BlackBox, wish: Signals) -> int:
+    if wish.deaf_s:
+        signal.pthread_sigmask(signal.SIG_BLOCK, wish.numbers)
+    box.touch(wish.phase)
     (Path(config.run.dir) / "fault").touch()
     while not box.signal:
         time.sleep(0.01)
     heard = time.monotonic()
-    while (waited := time.monotonic() - heard) < asked.deaf_s + asked.stays_s:
-        if waited > asked.deaf_s:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, asked.numbers)
+    while (waited := time.monotonic() - heard) < wish.deaf_s + wish.stays_s:
+        if waited > wish.deaf_s:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, wish.numbers)
         time.sleep(0.05)
         box.touch()
     return 0
@@ -220,10 +220,10 @@ def wait_for_signal(config: Config, box: BlackBox, asked: Signals) -> int:
 # ------------------------------------------------------------------------------------------------- around the ranks
 
 
-def start(folder: Path, world: int, trainer: Callable[..., int], asked: Any) -> list[Any]:
+def start(folder: Path, world: int, trainer: Callable[..., int], wish: Any) -> list[Any]:
     port = free_port()
     ranks = range(world)
-    processes = [FORKSERVER.Process(target=be_rank, args=(folder, r, world, port, trainer, asked)) for r in ranks]
+    processes = [FORKSERVER.Process(target=be_rank, args=(folder, r, world, port, trainer, wish)) for r in ranks]
     for process in processes:
         process.start()
     return processes
@@ -262,14 +262,14 @@ def finish(folder: Path, processes: list[Any]) -> Outcome:
     )
 
 
-def signalled(folder: Path, asked: Signals) -> Outcome:
+def signalled(folder: Path, wish: Signals) -> Outcome:
     """The outcome of a lone rank both of whose processes are signalled, as Slurm does."""
-    (process,) = processes = start(folder, 1, wait_for_signal, asked)
+    (process,) = processes = start(folder, 1, wait_for_signal, wish)
     while not (folder / "fault").exists():
         assert process.is_alive()
         time.sleep(0.01)
-    for index, number in enumerate(asked.numbers):
-        time.sleep(asked.pause_s if index else 0)
+    for index, number in enumerate(wish.numbers):
+        time.sleep(wish.pause_s if index else 0)
         for pid in (process.pid, int((folder / "trainer-0").read_text())):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -280,13 +280,13 @@ def signalled(folder: Path, asked: Signals) -> Outcome:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Future[Outcome]]]:
     """Of all cases, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        found: dict[Any, Future[Outcome]] = {}
+        by_case: dict[Any, Future[Outcome]] = {}
         for case in [*CASES, *(Case("", world, 0) for world in (2, 4))]:
             folder = tmp_path_factory.mktemp("ranks")
-            found[case] = pool.submit(lambda f, c: finish(f, start(f, c.world, tiny_run, c)), folder, case)
-        for asked in SIGNALS:
-            found[asked] = pool.submit(signalled, tmp_path_factory.mktemp("signals"), asked)
-        yield found
+            by_case[case] = pool.submit(lambda f, c: finish(f, start(f, c.world, tiny_run, c)), folder, case)
+        for wish in SIGNALS:
+            by_case[wish] = pool.submit(signalled, tmp_path_factory.mktemp("signals"), wish)
+        yield by_case
         pool.shutdown(cancel_futures=True)
 
 
@@ -330,13 +330,13 @@ def test_a_good_end_leaves_no_report(world: int, outcomes: dict[Any, Future[Outc
     assert "verdict" not in got.output
 
 
-@pytest.mark.parametrize("asked", SIGNALS, ids=lambda asked: asked.id)
-def test_signals(asked: Signals, outcomes: dict[Any, Future[Outcome]]) -> None:
-    got = outcomes[asked].result()
+@pytest.mark.parametrize("wish", SIGNALS, ids=lambda wish: wish.id)
+def test_signals(wish: Signals, outcomes: dict[Any, Future[Outcome]]) -> None:
+    got = outcomes[wish].result()
     assert not got.left
-    assert got.codes == [1 if asked.kind else 0], got.output
-    assert [report["cause"]["kind"] for report in got.reports.values()] == ([asked.kind] if asked.kind else [])
-    assert got.seconds < asked.pause_s * (len(asked.numbers) - 1) + asked.deaf_s + 5
+    assert got.codes == [1 if wish.kind else 0], got.output
+    assert [report["cause"]["kind"] for report in got.reports.values()] == ([wish.kind] if wish.kind else [])
+    assert got.seconds < wish.pause_s * (len(wish.numbers) - 1) + wish.deaf_s + 5
     assert "verdict" not in got.output
 
 
@@ -346,5 +346,5 @@ def test_a_report_of_an_earlier_run_of_the_same_name_is_not_heeded(tmp_path: Pat
     folder.mkdir(parents=True)
     earlier = {"rank": 1, "node": "node0", "time": time.time() - 10, "cause": {"kind": "bug", "message": "long ago"}}
     (folder / "rank-00001.json").write_text(json.dumps(earlier))
-    asked = Signals("step", (signal.SIGTERM,), stays_s=3)
-    assert signalled(tmp_path, asked).codes == [0]
+    wish = Signals("step", (signal.SIGTERM,), stays_s=3)
+    assert signalled(tmp_path, wish).codes == [0]

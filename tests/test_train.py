@@ -56,7 +56,7 @@ def run_here(lines: list[str], tp: int, stop_after: int = 10**9, ops: Operations
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     grid = mesh(tp, kv_heads(config.model), shared=True)
-    train(config, grid, Stop(grid, asked=after(stop_after)), ops)
+    train(config, grid, Stop(grid, wish=after(stop_after)), ops)
 
 
 def step_0_digest(lines: list[str], tp: int) -> dict[str, str]:
@@ -99,10 +99,10 @@ def test_weights_at_step_0_are_the_same_bits(trained: tuple[Path, dict[str, dict
 def test_loss_does_not_depend_on_the_topology(trained: tuple[Path, object], model: str, topology: str) -> None:
     """All topologies against the frozen losses, recorded once at tp=1 on one thread (see tests/frozen/README.md)."""
     frozen = json.loads((FROZEN / f"{model}.json").read_text())
-    found = losses(trained[0] / f"{model}-{topology}")
-    assert len(found) == len(frozen) == 50
-    assert found[-1] < found[0] - 1
-    assert max(abs(a - b) for a, b in zip(found, frozen, strict=True)) < TOLERANCE
+    measured = losses(trained[0] / f"{model}-{topology}")
+    assert len(measured) == len(frozen) == 50
+    assert measured[-1] < measured[0] - 1
+    assert max(abs(a - b) for a, b in zip(measured, frozen, strict=True)) < TOLERANCE
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -203,9 +203,9 @@ def test_resumed_at_the_same_topology_is_the_same_bits(resumed: Path) -> None:
 @pytest.mark.parametrize("topology", ["tp4", "dp4", "tp1", "tp2", "chain"])
 def test_resumed_at_another_topology_is_the_same_run(resumed: Path, topology: str) -> None:
     """Losses of other samples would differ by 0.1 nats and more. The chain: tp4, then tp2 x dp2, then tp1."""
-    never_stopped, found = losses(resumed / "never-stopped"), losses(resumed / topology)
-    assert len(found) == 20
-    assert max(abs(a - b) for a, b in zip(found, never_stopped, strict=True)) < TOLERANCE
+    never_stopped, measured = losses(resumed / "never-stopped"), losses(resumed / topology)
+    assert len(measured) == 20
+    assert max(abs(a - b) for a, b in zip(measured, never_stopped, strict=True)) < TOLERANCE
 
 
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint-0.1.0"

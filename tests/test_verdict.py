@@ -105,41 +105,41 @@ def test_a_cause_outweighs_its_consequences(index: int) -> None:
     cause, others = ORDER[index], ORDER[index + 1 :]
     consequences = [report(rank, STEP, **other) for rank, other in enumerate(others)]
     world = len(others) + 1
-    found = judged(*({**r, "world": world} for r in [*consequences, report(world - 1, STEP, time=101.0, **cause)]))
-    assert (found.kind, found.rank) == (cause["kind"], world - 1)
+    verdict = judged(*({**r, "world": world} for r in [*consequences, report(world - 1, STEP, time=101.0, **cause)]))
+    assert (verdict.kind, verdict.rank) == (cause["kind"], world - 1)
 
 
 def test_of_two_that_died_it_is_the_first() -> None:
-    found = judged(report(0, STEP, time=102.0, **KILLED), report(1, STEP, time=101.0, **KILLED, world=2))
-    assert found.rank == 1
+    verdict = judged(report(0, STEP, time=102.0, **KILLED), report(1, STEP, time=101.0, **KILLED, world=2))
+    assert verdict.rank == 1
 
 
 def test_an_error_names_step_and_message() -> None:
-    found = judged(report(0, STEP, "infra", world=2), report(1, STEP, "bug", step=7, message="KeyError: 'x'"))
-    assert found == Verdict("rank 1 on n0 ended after step 7: KeyError: 'x'", Outcome.BUG, 1, "n0", 7)
+    verdict = judged(report(0, STEP, "infra", world=2), report(1, STEP, "bug", step=7, message="KeyError: 'x'"))
+    assert verdict == Verdict("rank 1 on n0 ended after step 7: KeyError: 'x'", Outcome.BUG, 1, "n0", 7)
 
 
 def test_a_rank_that_left_no_report_is_gone() -> None:
     waits = STEP + "E"
     reports = [report(rank, waits, "infra") for rank in (0, 1, 2)]
-    found = judged(*reports, placed=["n0", "n0", "n1", "n1"])
-    assert (found.kind, found.rank, found.node) == ("gone", 3, "n1")
-    assert "without entering collective 11, all_reduce of (16, 16) float32 over tp [2, 3]" in found.text
+    verdict = judged(*reports, placed=["n0", "n0", "n1", "n1"])
+    assert (verdict.kind, verdict.rank, verdict.node) == ("gone", 3, "n1")
+    assert "without entering collective 11, all_reduce of (16, 16) float32 over tp [2, 3]" in verdict.text
     assert "an unknown node" in judged(*reports).text
 
 
 def test_where_all_wait_in_one_collective_no_rank_failed() -> None:
-    found = judged(*(report(rank, STEP + "E", world=2) for rank in (0, 1)))
-    assert found.kind == "hang"
-    assert "collective 11" in found.text
-    assert "the network" in found.text
+    verdict = judged(*(report(rank, STEP + "E", world=2) for rank in (0, 1)))
+    assert verdict.kind == "hang"
+    assert "collective 11" in verdict.text
+    assert "the network" in verdict.text
 
 
 def test_a_hang_before_any_collective() -> None:
-    found = judged(*(report(rank, "", message="silent for 9 s in the phase `build`", world=2) for rank in (0, 1)))
-    assert found.kind == "hang"
-    assert "silent for 9 s in the phase `build`" in found.text
-    assert (found.rank, found.node) == (None, None)
+    verdict = judged(*(report(rank, "", message="silent for 9 s in the phase `build`", world=2) for rank in (0, 1)))
+    assert verdict.kind == "hang"
+    assert "silent for 9 s in the phase `build`" in verdict.text
+    assert (verdict.rank, verdict.node) == (None, None)
 
 
 # --------------------------------------------------------------------------------------------- a grid of 2 by 4 ranks
@@ -154,10 +154,10 @@ def grid(calls: dict[int, str], outside: int | None = None) -> list[Report]:
 def test_a_rank_that_blocks_its_tp_group_and_so_the_dp_peers(rank: int) -> None:
     group, peers = sorted([list(range(4)), list(range(4, 8))], key=lambda ranks: rank not in ranks)
     calls = dict.fromkeys(peers, STEP + "EAFAFLBBBG") | dict.fromkeys(group, STEP + "EA") | {rank: STEP + "E"}
-    found = judged(*grid(calls, outside=rank))
-    assert (found.kind, found.rank, found.node, found.step) == ("hang", rank, f"n{rank // 4}", 1)
-    assert f"never entered collective 12, all_reduce of (16, 16) float32 over tp {group}" in found.text
-    assert "row_parallel < model.py:67" in found.text
+    verdict = judged(*grid(calls, outside=rank))
+    assert (verdict.kind, verdict.rank, verdict.node, verdict.step) == ("hang", rank, f"n{rank // 4}", 1)
+    assert f"never entered collective 12, all_reduce of (16, 16) float32 over tp {group}" in verdict.text
+    assert "row_parallel < model.py:67" in verdict.text
 
 
 @pytest.mark.parametrize("rank", [1, 6])
@@ -165,17 +165,17 @@ def test_a_rank_that_blocks_its_dp_group_and_so_both_tp_groups(rank: int) -> Non
     """Its dp peer waits for it; the other pairs are through, and wait for these two in the norm."""
     reduced, pair = STEP + "EAFAFLBBBG", sorted([rank, (rank + 4) % 8])
     calls = dict.fromkeys(range(8), reduced + "N") | dict.fromkeys(pair, reduced) | {rank: reduced[:-1]}
-    found = judged(*grid(calls, outside=rank))
-    assert (found.kind, found.rank) == ("hang", rank)
-    assert f"never entered collective 2, all_reduce of (4096,) float32 over dp {pair}" in found.text
+    verdict = judged(*grid(calls, outside=rank))
+    assert (verdict.kind, verdict.rank) == ("hang", rank)
+    assert f"never entered collective 2, all_reduce of (4096,) float32 over dp {pair}" in verdict.text
 
 
 def test_a_killed_rank_of_the_grid_names_what_it_was_in() -> None:
     reports = grid(dict.fromkeys(range(8), STEP + "EA"))
     reports[6]["cause"] = {"kind": "died", "message": "killed by SIGKILL", "signal": "SIGKILL"}
-    found = judged(*reports)
-    assert (found.kind, found.rank) == ("died", 6)
-    assert "inside collective 12, all_reduce of (16, 16) float32 over tp [4, 5, 6, 7]" in found.text
+    verdict = judged(*reports)
+    assert (verdict.kind, verdict.rank) == ("died", 6)
+    assert "inside collective 12, all_reduce of (16, 16) float32 over tp [4, 5, 6, 7]" in verdict.text
 
 
 # ---------------------------------------------------------------------------------------------------------- mismatches
@@ -183,10 +183,10 @@ def test_a_killed_rank_of_the_grid_names_what_it_was_in() -> None:
 
 def test_the_one_that_differs_from_the_majority() -> None:
     calls = dict.fromkeys(range(8), STEP + "EAFAFL") | {5: STEP + "EAFAFs"}
-    found = judged(*grid(calls))
-    assert (found.kind, found.rank) == ("mismatch", 5)
-    assert "entered collective 16, all_gather of (1, 2, 15) float32 over tp [4, 5, 6, 7]" in found.text
-    assert "where rank 4 entered collective 16, all_gather of (1, 2, 16) float32 over tp [4, 5, 6, 7]" in found.text
+    verdict = judged(*grid(calls))
+    assert (verdict.kind, verdict.rank) == ("mismatch", 5)
+    assert "entered collective 16, all_gather of (1, 2, 15) float32 over tp [4, 5, 6, 7]" in verdict.text
+    assert "where rank 4 entered collective 16, all_gather of (1, 2, 16) float32 over tp [4, 5, 6, 7]" in verdict.text
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -201,24 +201,24 @@ def test_the_one_that_differs_from_the_majority() -> None:
 )
 def test_of_two_it_is_the_one_that_leaves_the_course_of_earlier_steps(right: str, wrong: str, rank: int) -> None:
     calls = {rank: 2 * STEP + wrong, 1 - rank: 2 * STEP + right}
-    found = judged(*(report(r, calls[r], world=2) for r in (0, 1)))
-    assert (found.kind, found.rank) == ("mismatch", rank), found.text
+    verdict = judged(*(report(r, calls[r], world=2) for r in (0, 1)))
+    assert (verdict.kind, verdict.rank) == ("mismatch", rank), verdict.text
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_two_in_a_first_step_it_is_the_one_whose_call_the_other_does_next(rank: int) -> None:
     calls = {rank: "EAFAFBB", 1 - rank: "EAFAFLB"}
-    found = judged(*(report(r, calls[r], world=2) for r in (0, 1)))
-    assert (found.kind, found.rank) == ("mismatch", rank), found.text
-    assert "skipped collective 6, all_gather of (1, 2, 16) float32 over tp [0, 1]" in found.text
+    verdict = judged(*(report(r, calls[r], world=2) for r in (0, 1)))
+    assert (verdict.kind, verdict.rank) == ("mismatch", rank), verdict.text
+    assert "skipped collective 6, all_gather of (1, 2, 16) float32 over tp [0, 1]" in verdict.text
 
 
 def test_a_mismatch_explains_a_crash() -> None:
     """Over gloo a rank that gets another size than it awaits may abort."""
     calls = dict.fromkeys(range(4), STEP + "EAFAFL") | {2: STEP + "EAFAFs"}
     kinds = {0: "infra", 1: "infra", 2: "infra", 3: "died"}
-    found = judged(*(report(r, calls[r], kinds[r], signal="SIGABRT") for r in range(4)))
-    assert (found.kind, found.rank) == ("mismatch", 2)
+    verdict = judged(*(report(r, calls[r], kinds[r], signal="SIGABRT") for r in range(4)))
+    assert (verdict.kind, verdict.rank) == ("mismatch", 2)
 
 
 def test_where_nothing_tells_two_apart_neither_is_to_blame() -> None:
@@ -338,9 +338,9 @@ def test_a_hang_is_found_after_the_ring_has_wrapped() -> None:
         box = filled(count, inside, range(2))
         noted = {"entered": count, "groups": box.group_counts(), "collectives": box.collectives()}
         reports.append({**report(rank, world=2), **noted})
-    found = judged(*reports)
-    assert (found.kind, found.rank) == ("hang", 1)
-    assert "never entered collective 5000, all_reduce of (2,) float32 over dp" in found.text
+    verdict = judged(*reports)
+    assert (verdict.kind, verdict.rank) == ("hang", 1)
+    assert "never entered collective 5000, all_reduce of (2,) float32 over dp" in verdict.text
 
 
 def test_a_long_shape_leaves_the_other_entries_whole() -> None:

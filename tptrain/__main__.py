@@ -62,11 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
     if given[0] not in verbs:
         print(f"error: {given[0]}: no such verb. Known: {', '.join(verbs)}.", file=sys.stderr)
         return 2
-    asked = _parser(given[0]).parse_intermixed_args(given[1:])
+    options = _parser(given[0]).parse_intermixed_args(given[1:])
     from tptrain.config import UserError
 
     try:
-        return verbs[given[0]](asked)
+        return verbs[given[0]](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -109,17 +109,17 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
-def launch(asked: argparse.Namespace) -> int:
+def launch(options: argparse.Namespace) -> int:
     from launch import run_dir, submit, sweep
     from tptrain.config import UserError
     from tptrain.run.rank import run
 
-    if asked.multirun:
-        base, configs = sweep.configs(asked.overrides)
+    if options.multirun:
+        base, configs = sweep.configs(options.overrides)
         for config in configs:
             _check(config)
     else:
-        configs = [_launchable(asked.overrides)]
+        configs = [_launchable(options.overrides)]
         base = Path(configs[0].run.dir)
     cluster = configs[0].cluster
     if cluster.kind == "slurm":
@@ -195,49 +195,49 @@ def _launch_here(configs: "list[Config]") -> int:
     return worst
 
 
-def status(asked: argparse.Namespace) -> int:
+def status(options: argparse.Namespace) -> int:
     from launch import runs
 
-    runs.status([runs.find(name) for name in asked.runs] or runs.all_runs(Path("runs")))
+    runs.status([runs.find(name) for name in options.runs] or runs.all_runs(Path("runs")))
     return 0
 
 
-def logs(asked: argparse.Namespace) -> int:
+def logs(options: argparse.Namespace) -> int:
     from launch import runs
 
-    runs.logs(runs.find(asked.run), asked.rank, asked.follow)
+    runs.logs(runs.find(options.run), options.rank, options.follow)
     return 0
 
 
-def cancel(asked: argparse.Namespace) -> int:
+def cancel(options: argparse.Namespace) -> int:
     from launch import runs
 
-    return runs.cancel(runs.find(asked.run))
+    return runs.cancel(runs.find(options.run))
 
 
-def show_config(asked: argparse.Namespace) -> int:
+def show_config(options: argparse.Namespace) -> int:
     from tptrain.config.load import to_yaml
 
-    print(to_yaml(_launchable(asked.overrides)), end="")
+    print(to_yaml(_launchable(options.overrides)), end="")
     return 0
 
 
-def show_plan(asked: argparse.Namespace) -> int:
+def show_plan(options: argparse.Namespace) -> int:
     from tptrain.config import load_config
     from tptrain.plan.report import plan
 
-    print(plan(load_config(asked.overrides)))
+    print(plan(load_config(options.overrides)))
     return 0
 
 
-def train(asked: argparse.Namespace) -> int:
+def train(options: argparse.Namespace) -> int:
     from launch import run_dir
     from launch.job import supervised
     from tptrain.config import UserError, load_config, read_config, validate
     from tptrain.models.check import check_model
     from tptrain.run.rank import run
 
-    overrides: list[str] = asked.overrides
+    overrides: list[str] = options.overrides
     if len(overrides) == 1 and overrides[0].startswith("run.dir="):
         snapshot = Path(overrides[0].removeprefix("run.dir=")) / "config.yaml"
         if snapshot.exists():
@@ -255,7 +255,7 @@ def train(asked: argparse.Namespace) -> int:
     return _exit_code(supervised(partial(run, claim=claim), config))
 
 
-def evaluate(asked: argparse.Namespace) -> int:
+def evaluate(options: argparse.Namespace) -> int:
     import json
 
     from launch.place import find_place
@@ -265,7 +265,7 @@ def evaluate(asked: argparse.Namespace) -> int:
     from tptrain.models.check import check_model
     from tptrain.run.evaluate import run
 
-    overrides: list[str] = asked.overrides
+    overrides: list[str] = options.overrides
     named = bool(overrides) and "=" not in overrides[0]
     config = load_config(overrides[1:] if named else overrides)
     checkpoint = find_checkpoint(overrides[0]) if named else None
@@ -283,15 +283,15 @@ def evaluate(asked: argparse.Namespace) -> int:
     return 0
 
 
-def import_model(asked: argparse.Namespace) -> int:
+def import_model(options: argparse.Namespace) -> int:
     from launch.place import find_place
     from tptrain.config import UserError, load_config, validate
     from tptrain.models.check import check_tp, checked_spec
     from tptrain.models.directory import tensors
     from tptrain.run.convert import run
 
-    out = Path(asked.out).absolute()
-    lines = ["model=hf", f"model.path='{asked.model}'", f"run.dir='{out}'", *asked.overrides]
+    out = Path(options.out).absolute()
+    lines = ["model=hf", f"model.path='{options.model}'", f"run.dir='{out}'", *options.overrides]
     config = load_config(lines)
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is written over. Choose another name.")
@@ -304,11 +304,11 @@ def import_model(asked: argparse.Namespace) -> int:
     return 0
 
 
-def export_model(asked: argparse.Namespace) -> int:
+def export_model(options: argparse.Namespace) -> int:
     from launch.runs import find_checkpoint
     from tptrain.checkpoint.export import export
 
-    checkpoint, out = find_checkpoint(asked.run), Path(asked.out).absolute()
+    checkpoint, out = find_checkpoint(options.run), Path(options.out).absolute()
     export(checkpoint, out)
     print(f"exported {checkpoint} to {out}")
     return 0

@@ -91,7 +91,7 @@ def build(job: Job) -> Contestant:
 
 def load(model: nn.Module, m: Model, weights: dict[str, Tensor]) -> None:
     """This rank's part, in Megatron's layout: q, k, v of a KV head side by side, gate over up."""
-    rank, ranks, d, mine = dist.get_rank(), dist.get_world_size(), m.head_dim, {}
+    rank, ranks, d, own = dist.get_rank(), dist.get_world_size(), m.head_dim, {}
 
     def rows(weight: Tensor) -> Tensor:
         return weight.chunk(ranks)[rank]
@@ -101,21 +101,21 @@ def load(model: nn.Module, m: Model, weights: dict[str, Tensor]) -> None:
         q, k, v = (
             weights[f"{hf}self_attn.{x}_proj.weight"].view(m.kv_heads, -1, d, m.hidden) for x in "qkv"
         )  # each (KV heads, heads of it, d, hidden)
-        mine[f"{ours}self_attention.linear_qkv.weight"] = rows(torch.cat([q, k, v], 1)).reshape(-1, m.hidden)
+        own[f"{ours}self_attention.linear_qkv.weight"] = rows(torch.cat([q, k, v], 1)).reshape(-1, m.hidden)
         gate, up = (rows(weights[f"{hf}mlp.{x}_proj.weight"]) for x in ("gate", "up"))
-        mine[f"{ours}mlp.linear_fc1.weight"] = torch.cat([gate, up])
-        mine[f"{ours}mlp.linear_fc2.weight"] = weights[f"{hf}mlp.down_proj.weight"].chunk(ranks, 1)[rank]
-        mine[f"{ours}self_attention.linear_proj.weight"] = weights[f"{hf}self_attn.o_proj.weight"].chunk(ranks, 1)[rank]
-        mine[f"{ours}input_layernorm.weight"] = weights[f"{hf}input_layernorm.weight"]
-        mine[f"{ours}pre_mlp_layernorm.weight"] = weights[f"{hf}post_attention_layernorm.weight"]
-    mine["embedding.word_embeddings.weight"] = rows(weights["model.embed_tokens.weight"])
-    mine["decoder.final_layernorm.weight"] = weights["model.norm.weight"]
-    mine["output_layer.weight"] = rows(weights["lm_head.weight"])
+        own[f"{ours}mlp.linear_fc1.weight"] = torch.cat([gate, up])
+        own[f"{ours}mlp.linear_fc2.weight"] = weights[f"{hf}mlp.down_proj.weight"].chunk(ranks, 1)[rank]
+        own[f"{ours}self_attention.linear_proj.weight"] = weights[f"{hf}self_attn.o_proj.weight"].chunk(ranks, 1)[rank]
+        own[f"{ours}input_layernorm.weight"] = weights[f"{hf}input_layernorm.weight"]
+        own[f"{ours}pre_mlp_layernorm.weight"] = weights[f"{hf}post_attention_layernorm.weight"]
+    own["embedding.word_embeddings.weight"] = rows(weights["model.embed_tokens.weight"])
+    own["decoder.final_layernorm.weight"] = weights["model.norm.weight"]
+    own["output_layer.weight"] = rows(weights["lm_head.weight"])
     named = dict(model.named_parameters())
-    assert named.keys() == mine.keys(), named.keys() ^ mine.keys()
+    assert named.keys() == own.keys(), named.keys() ^ own.keys()
     with torch.no_grad():
         for name, p in named.items():
-            p.copy_(mine[name])
+            p.copy_(own[name])
 
 
 class Updates:

@@ -72,8 +72,8 @@ def cells_of(cell: Cell, row: Row) -> tuple[str, ...]:
     speed = row.speed or 0.0
 
     def against(other: Row | None) -> str:
-        found = ratio(row, other)
-        return "-" if found is None else f"{found:.2f}"
+        quotient = ratio(row, other)
+        return "-" if quotient is None else f"{quotient:.2f}"
 
     def percent(share: float | None) -> str:
         return "-" if share is None else f"{share:.0%}"
@@ -136,7 +136,7 @@ The same weights and batches for all; on a CPU, ranks of one thread each over gl
 
 def markdown(cells: list[Cell], session: Session, chart: str | None) -> str:
     facts = session.facts()
-    versions = ", ".join(f"{name} {found or 'not installed'}" for name, found in facts["versions"].items())
+    versions = ", ".join(f"{name} {quotient or 'not installed'}" for name, quotient in facts["versions"].items())
     lines = [
         "# Benchmark",
         "",
@@ -152,8 +152,8 @@ def markdown(cells: list[Cell], session: Session, chart: str | None) -> str:
         header, *rows = texts_of(cell)
         rule = "| --- |" + " ---: |" * (len(header) - 2) + " --- |"
         lines += [f"## {cell.title}", "", "| " + " | ".join(header) + " |", rule]
-        for row, found in zip(cell.rows, rows, strict=True):
-            texts = [text.replace("|", "\\|") for text in found]
+        for row, quotient in zip(cell.rows, rows, strict=True):
+            texts = [text.replace("|", "\\|") for text in quotient]
             texts[0] = f"**{texts[0]}**" if row.entry.kind == "ours" else texts[0]
             lines.append("| " + " | ".join(texts) + " |")
         lines.append("")
@@ -165,7 +165,7 @@ def markdown(cells: list[Cell], session: Session, chart: str | None) -> str:
 
 def raw(cells: list[Cell], session: Session) -> str:
     """All figures, as JSON."""
-    told = [
+    sentences = [
         {
             "model": asdict(cell.model),
             "precision": cell.precision,
@@ -176,4 +176,4 @@ def raw(cells: list[Cell], session: Session) -> str:
         }
         for cell in cells
     ]
-    return json.dumps(session.facts() | {"cells": told}, indent=1)
+    return json.dumps(session.facts() | {"cells": sentences}, indent=1)

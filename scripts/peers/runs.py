@@ -97,10 +97,10 @@ def _run_ranks(
     began = time.time()
     command = [sys.executable, "-m", "peers.rank", str(job_file)]
     _run([command] * ranks, environments, place.work / f"{name}.log", place.timeout_s)
-    found = json.loads(result.read_text())
+    report = json.loads(result.read_text())
     if not profile:
-        found["first_step_s"] = found.pop("first_step_at") - began
-    return found
+        report["first_step_s"] = report.pop("first_step_at") - began
+    return report
 
 
 def _run_ours(entry: Entry, model: Model, precision: str, steps: int, name: str, place: Place) -> dict[str, Any]:

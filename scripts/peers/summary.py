@@ -55,9 +55,9 @@ class Cell:
         reference = complete[0].rounds[0]["losses"][:CHECKED_STEPS]
         for row in complete:
             row.worst = max(
-                float("inf") if mine != mine else abs(mine / theirs - 1)
+                float("inf") if own != own else abs(own / theirs - 1)
                 for one in row.rounds
-                for mine, theirs in zip(one["losses"], reference, strict=False)
+                for own, theirs in zip(one["losses"], reference, strict=False)
             )
 
     def agrees(self, row: Row) -> bool:
@@ -100,7 +100,7 @@ class Cell:
 def ratio(row: Row, other: Row | None) -> float | None:
     """Of their speeds: the median of the rounds' ratios, as what slows a round down slows all in it down."""
     pairs = list(zip(row.speeds, other.speeds, strict=False)) if other else []
-    return median(mine / theirs for mine, theirs in pairs) if pairs else None
+    return median(own / theirs for own, theirs in pairs) if pairs else None
 
 
 def one_line(failure: str) -> str:

@@ -66,8 +66,8 @@ def load_pretrained(config: ModelConfig, model: Decoder, fill: Fill, alive: Call
     ours = {name: p.sharding.shape for name, p in parameters(model)}
     for theirs, group in by_tensor(where.values()).items():
         if entries[theirs].shape != (shape := their_shape(group, ours, spec)):
-            found, wanted = list(entries[theirs].shape), list(shape)
-            raise problem(entries[theirs].file, f"has {theirs} of {found}, where config.json asks for {wanted}")
+            there, wanted = list(entries[theirs].shape), list(shape)
+            raise problem(entries[theirs].file, f"has {theirs} of {there}, where config.json asks for {wanted}")
     sums: dict[str, int] = {}
     total = sum(p.sharding.size for _, p in parameters(model))
     with tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=_quiet(mesh)) as bar:

@@ -83,9 +83,9 @@ def _header(file: Path) -> dict[str, Entry]:
         raise problem(file, "has a damaged header (no object)")
     header.pop("__metadata__", None)
     entries, places = {}, []
-    for name, said in header.items():
+    for name, described in header.items():
         try:
-            dtype, shape, (start, stop) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
+            dtype, shape, (start, stop) = described["dtype"], tuple(described["shape"]), described["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise problem(file, f"has a damaged entry for {name}") from error
         if dtype not in BYTES:

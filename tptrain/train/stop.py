@@ -31,10 +31,10 @@ class Stop:
     """One rank's view of the wishes to stop."""
 
     def __init__(
-        self, mesh: Mesh, allocation: Allocation | None = None, asked: Callable[[], str | None] | None = None
+        self, mesh: Mesh, allocation: Allocation | None = None, wish: Callable[[], str | None] | None = None
     ) -> None:
         self.mesh, self.allocation = mesh, allocation
-        self.asked = asked or (lambda: mesh.box.signal)
+        self.wish = wish or (lambda: mesh.box.signal)
         self.save_s = 0.0  # the last save
         self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
         self._copy: Tensor | None = None
@@ -49,7 +49,7 @@ class Stop:
         """Whether this rank wants to stop: it was signalled, or another step and a save would not fit any more."""
         end = self.mesh.box.state.end_time  # rank 0 only
         late = end > 0 and end - time.time() < 1.5 * self.step_s + self.save_s + MARGIN_S
-        return late or self.asked() is not None
+        return late or self.wish() is not None
 
     def read(self, norm: Tensor) -> tuple[float, bool]:
         """Gradient norm and whether any rank wants to stop, out of `Reducer.norm_and_flags`.
@@ -72,7 +72,7 @@ class Stop:
 
     def agree(self) -> Agreement:
         """Every rank calls it once the flag is up: why, and whether there is time for a checkpoint."""
-        signals = {name for name in self.mesh.control.gather(self.asked()) if name}
+        signals = {name for name in self.mesh.control.gather(self.wish()) if name}
         proposal = None
         if self.mesh.is_main:
             end = self.mesh.box.state.end_time or None
