@@ -52,7 +52,7 @@ def make(folder: Path) -> None:
         for name, group in by_tensor(llama.keys(spec)).items()
     }
     total = sum(torch.Size(shape).numel() * 2 for _, shape in tensors.values())
-    parts = safetensors.shards(tensors, total // FILES + 2**28)
+    parts = safetensors.shards(tensors, total // FILES)
     generator = torch.Generator().manual_seed(0)
     for part in parts:
         values = (torch.randn(shape, generator=generator).bfloat16() for _, shape in part.tensors.values())
@@ -180,6 +180,7 @@ def main() -> None:
     size = sum(file.stat().st_size for file in files)
     print(f"{size / 1e9:.2f} GB in {len(files)} files, {ranks} ranks, {options.rounds} rounds")
     speeds: dict[str, list[float]] = {"dd reads": [], "import": [], "dd writes": [], "export": []}
+    reports: list[dict[str, float]] = []
     for _ in range(options.rounds):
         drop_cache()
         speeds["dd reads"].append(size / 1e9 / dd([(str(file), "/dev/null") for file in files], ranks))

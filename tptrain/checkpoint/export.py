@@ -99,8 +99,9 @@ def _write_weights(contents: _Contents, index: Index, target: Path) -> None:
     ours, spec = contents.ours, contents.spec
 
     def value(name: str) -> Tensor:
-        whole = torch.empty(ours[name])
-        index.load({f"model/{name}": Part(ours[name], [([0] * whole.dim(), whole)], torch.float32)})
+        stored = f"model/{name}"
+        whole = torch.empty(ours[name], dtype=index.dtype(stored))
+        index.load({stored: Part(ours[name], [([0] * whole.dim(), whole)], whole.dtype)})
         return whole
 
     total = sum(len(part.tensors) for part in contents.parts)

@@ -57,6 +57,12 @@ class Index:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"checkpoint {folder.name}: its index is damaged ({error})") from error
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor. Raises CheckpointError where there is none of that name."""
+        if name not in self.tensors:
+            raise CheckpointError(f"checkpoint {self.folder.name}: has no {name}")
+        return DTYPES[self.tensors[name].dtype]
+
     def load(self, state: State) -> None:
         """Fill the state's tensors, in place, each in its own precision, from whatever boxes were saved."""
         for name, part in state.items():

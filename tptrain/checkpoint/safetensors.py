@@ -1,5 +1,6 @@
 """Parts of tensors from safetensors files, and whole ones to them. The format: see models/safetensors.py."""
 
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tptrain.checkpoint.files import BLOCK, MeasuredStream
 from tptrain.models.safetensors import INDEX, SINGLE, Entry, problem
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -35,6 +37,14 @@ def read(entry: Entry, rows: tuple[int, int], columns: tuple[int, int] | None = 
                 place = entry.start + ((rows[0] + i) * width + first) * dtype.itemsize
                 _read_into(file.fileno(), memory[i * length : (i + 1) * length], place, entry.file)
     return part.view(-1, *entry.shape[1:]) if columns is None else part
+
+
+def announce(entry: Entry, rows: tuple[int, int]) -> None:
+    """Have the kernel begin to read rows that `read` will ask for next."""
+    row = math.prod(entry.shape[1:]) * DTYPES[entry.dtype].itemsize
+    with entry.file.open("rb", buffering=0) as file:
+        place, length = entry.start + rows[0] * row, (rows[1] - rows[0]) * row
+        os.posix_fadvise(file.fileno(), place, length, os.POSIX_FADV_WILLNEED)
 
 
 def _read_into(file: int, memory: memoryview, place: int, path: Path) -> None:
@@ -84,7 +94,7 @@ def write_shard(folder: Path, shard: Shard, values: Iterable[Tensor]) -> None:
         header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
-    with (folder / shard.name).open("wb") as file:
+    with MeasuredStream(io.FileIO(folder / shard.name, "wb"), buffer_size=BLOCK) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (dtype, shape), value in zip(shard.tensors.values(), values, strict=True):
             assert (value.dtype, tuple(value.shape)) == (dtype, shape)

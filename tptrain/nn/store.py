@@ -63,7 +63,9 @@ class Block:
                 self.trained = end
                 end = -(-end // step) * step
         self.length = -(-self.trained // step) * step  # of the trained part, with its padding
-        self.weights = torch.zeros(end, dtype=dtype, device=members[0][1].device)
+        self.weights = torch.empty(end, dtype=dtype, device=members[0][1].device)  # zeros would cost a walk more
+        self.weights[self.trained : self.length].zero_()
+        self.weights[self.members[-1].stop :].zero_()
         for member in self.members:
             member.p.data = self.weights[member.start : member.stop].view(member.p.sharding.local_shape)
 
@@ -80,7 +82,7 @@ class Block:
 
 
 class Store:
-    """The memory of a model's weights on this rank. Making one gives the parameters their memory.
+    """The memory of a model's weights on this rank. Making one gives the parameters their memory, without values.
 
     Freeze parameters (`requires_grad_(False)`) before that. Raises ValueError where linears that are one matrix product
     are frozen in part.
