@@ -114,14 +114,9 @@ def check_reports(meeting: "Meeting", config: Config) -> list[Report]:
 
 
 def check_run_dir(meeting: "Meeting", reports: list[Report], config: Config) -> None:
-    """All ranks see that the run directory is one and the same, and a checkpoint fits into it.
-
-    Raises UserError, on every rank the same.
-    """
+    """All ranks see that the run directory is one and the same. Raises UserError, on every rank the same."""
 
     def leave_token() -> str:
-        if text := _disk_problem(config):
-            raise UserError(text)
         token = f".seen-{uuid.uuid4().hex}"
         (Path(config.run.dir) / token).touch()
         return token
@@ -184,18 +179,18 @@ def problem(reports: list[Report], config: Config) -> str | None:
     return None
 
 
-def _disk_problem(config: Config) -> str | None:
+def check_disk(config: Config) -> None:
+    """Whether a checkpoint fits where the run directory is, or is to be. Raises UserError."""
     folder = Path(config.run.dir)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     needed = CHECKPOINT_BYTES * parameter_count(decoder_spec(config.model))
-    if free > needed:
-        return None
-    return (
-        f"run.dir={config.run.dir}: {free / 2**30:,.1f} GiB free, and one checkpoint of {config.model.name} takes "
-        f"{needed / 2**30:,.1f} GiB. Free some space or choose another run.dir."
-    )
+    if free <= needed:
+        raise UserError(
+            f"run.dir={config.run.dir}: {free / 2**30:,.1f} GiB free, and one checkpoint of {config.model.name} takes "
+            f"{needed / 2**30:,.1f} GiB. Free some space or choose another run.dir."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- the store

@@ -34,7 +34,7 @@ def run(
     import torch.distributed as dist
 
     from tptrain.checkpoint.commit import CheckpointError
-    from tptrain.run.preflight import RendezvousError, ReportedByRank0, check_run_dir
+    from tptrain.run.preflight import RendezvousError, ReportedByRank0, check_disk, check_run_dir
     from tptrain.run.rendezvous import connect_ranks, meet
     from tptrain.train.loop import Diverged, train
     from tptrain.train.stop import Stop
@@ -50,6 +50,7 @@ def run(
         with contextlib.ExitStack() as stack:
 
             def own() -> None:
+                check_disk(config)
                 claim()
                 stack.enter_context(_own(folder, attempt))
 
