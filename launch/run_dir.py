@@ -11,8 +11,9 @@ from typing import Any
 
 from tptrain.config import Config, UserError, read_config, write_config
 from tptrain.config.load import write_atomically
+from tptrain.config.schema import MODEL_FILES
 from tptrain.models.directory import adopt
-from tptrain.records.run_dir import newest_checkpoint
+from tptrain.records.run_dir import newest_checkpoint, step_folder
 
 
 def claim(config: Config) -> Config | None:
@@ -24,7 +25,7 @@ def claim(config: Config) -> Config | None:
     run_dir = Path(config.run.dir)
     snapshot = run_dir / "config.yaml"
     if not snapshot.exists():
-        if run_dir.exists() and (not run_dir.is_dir() or (_foreign(run_dir) and not _imported(run_dir, config))):
+        if run_dir.exists() and (not run_dir.is_dir() or (_foreign(run_dir) and not _holds_import(run_dir, config))):
             raise UserError(f"run.dir={run_dir}: exists and is not a tptrain run. Choose another run.dir or run.name.")
         try:
             (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -88,13 +89,13 @@ def read_job(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def _imported(run_dir: Path, config: Config) -> bool:
+def _holds_import(run_dir: Path, config: Config) -> bool:
     """Whether the directory is what `import` has made of this config's model."""
-    snapshot = run_dir / "checkpoints" / "step-00000000" / "config.yaml"
+    snapshot = step_folder(run_dir / "checkpoints", 0) / "config.yaml"
     entries = {entry.name for entry in run_dir.iterdir()}
     return (
         snapshot.exists()
-        and entries <= {"checkpoints", "model", "logs"}
+        and entries <= {"checkpoints", MODEL_FILES, "logs"}
         and (read_config(snapshot).model.source == config.model.source)
     )
 

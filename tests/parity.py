@@ -46,8 +46,8 @@ def distances(
     grid = mesh(where.tp, decoder_spec(case.ours).kv_heads, device, where.shared, where.sequence_parallel)
     with MUTATIONS[mutation]() if mutation else nullcontext():
         settings = OptimConfig(beta1=ref.BETAS[0], beta2=ref.BETAS[1], eps=ref.EPS, weight_decay=ref.DECAY)
-        made = training(case.ours, grid, zero=where.zero, recompute=where.recompute, optim=settings)
-        model, optimizer = made.model, made.optimizer
+        tiny = training(case.ours, grid, zero=where.zero, recompute=where.recompute, optim=settings)
+        model, optimizer = tiny.model, tiny.optimizer
         optimizer.state.initialise(lambda key, p: _slice(reference.weights[key], p))
         share = ref.BATCH // grid.size("dp")
         first = grid.index("dp") * share
@@ -55,9 +55,9 @@ def distances(
         with torch.no_grad():
             x = model(rows[:, :-1])
             logits = model.logits(x).view(share, ref.SEQ_LEN, -1)  # (b, T, V/tp)
-            losses = made.loss.losses(x, rows[:, 1:].flatten())  # (b*T,)
+            losses = tiny.loss.losses(x, rows[:, 1:].flatten())  # (b*T,)
         tokens, schedule, parts = ref.BATCH * ref.SEQ_LEN, *((overlapped, 2) if where.overlap else (plain, 1))
-        loss = made.backward(rows, 1 / tokens, schedule, parts)
+        loss = tiny.backward(rows, 1 / tokens, schedule, parts)
         optimizer.reducer.finish()
         grads = {key: p.main_grad.clone() for key, p in parameters(model) if p.main_grad is not None}
         norm, _ = optimizer.reducer.norm_and_flags()

@@ -42,8 +42,8 @@ def test_results_are_those_of_the_definition(
     monkeypatch.setattr("tptrain.ops.cpu.kernels.HAS_MATRIX_UNITS", False)  # our own in bf16, too
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    made = [(2 * torch.randn(2, T, heads, d)).to(dtype) for heads in (H, K, K, H)]
-    *inputs, grad = made
+    operands = [(2 * torch.randn(2, T, heads, d)).to(dtype) for heads in (H, K, K, H)]
+    *inputs, grad = operands
     ours = [x.clone().requires_grad_() for x in inputs]
     exact = [x.double().requires_grad_() for x in inputs]
     y, expected = kernels.attention(*ours), _plain(*exact)

@@ -37,14 +37,14 @@ def _config(source: Path, run_dir: Path) -> Config:
 # ----------------------------------------------------------------------------------------------------- in and out again
 
 
-def _imported(configs: dict[str, Config]) -> dict[str, str]:
+def _import_all(configs: dict[str, Config]) -> dict[str, str]:
     """On one of two ranks: read each directory and save a checkpoint of it; returns the digests."""
     digests = {}
     for name, config in configs.items():
         grid = mesh(2, decoder_spec(config.model).kv_heads)
-        made = training(config.model, grid, zero=True)
-        digests[name] = load_pretrained(config.model, made.model, made.optimizer.state.fill)
-        saver = Saver(Path(config.run.dir) / "checkpoints", made.optimizer, config, "data", grid)
+        tiny = training(config.model, grid, zero=True)
+        digests[name] = load_pretrained(config.model, tiny.model, tiny.optimizer.state.fill)
+        saver = Saver(Path(config.run.dir) / "checkpoints", tiny.optimizer, config, "data", grid)
         saver.save(1)
         saver.finish()
     return digests
@@ -66,7 +66,7 @@ def round_trips(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, tup
         check_model(config)
         adopt(config)
         configs[name] = config
-    digests = run_ranks(2, _imported, configs)
+    digests = run_ranks(2, _import_all, configs)
     for name, config in configs.items():
         run_dir = Path(config.run.dir)
         export(step_folder(run_dir / "checkpoints", 1), run_dir / "out")
@@ -105,8 +105,8 @@ def test_transformers_loads_what_comes_out(round_trips: Any) -> None:
 
 def _digest(source: str, run_dir: str, tp: int) -> str:
     config = _config(Path(source), Path(run_dir))
-    made = training(config.model, mesh(tp, 2))
-    return load_pretrained(config.model, made.model, made.optimizer.state.fill)
+    tiny = training(config.model, mesh(tp, 2))
+    return load_pretrained(config.model, tiny.model, tiny.optimizer.state.fill)
 
 
 def test_the_digest_is_of_the_weights_and_not_of_the_topology(round_trips: Any, tmp_path: Path) -> None:
@@ -316,8 +316,8 @@ class Trap:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     config = load_config([f"run.dir={tmp_path / 'run'}"])
-    made = training(config.model, mesh(1))
-    saver = Saver(tmp_path / "run" / "checkpoints", made.optimizer, config, "data", mesh(1))
+    tiny = training(config.model, mesh(1))
+    saver = Saver(tmp_path / "run" / "checkpoints", tiny.optimizer, config, "data", mesh(1))
     saver.save(1)
     saver.finish()
     write_config(config, tmp_path / "run" / "config.yaml")

@@ -22,9 +22,9 @@ def ended(kind: str = "died", checkpoint: str | None = None, **more: Any) -> dic
 
 
 def config(max_restarts: int = 3) -> Config:
-    made = Config()
-    made.cluster.max_restarts = max_restarts
-    return made
+    settings = Config()
+    settings.cluster.max_restarts = max_restarts
+    return settings
 
 
 # ------------------------------------------------------------------------------------------------------------- decide

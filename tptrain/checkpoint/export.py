@@ -24,7 +24,7 @@ from tptrain.models.settings import decoder_spec, family, family_of_settings
 from tptrain.models.spec import DecoderSpec
 
 SHARD_BYTES = 5 * 10**9  # of a file, where the run did not begin with a directory whose files say more
-PRECISIONS = {"fp32": "F32", "bf16": "BF16"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of an export, by train.precision
 
 
 def export(checkpoint: Path, out: Path, verify: bool = True) -> None:
@@ -78,7 +78,7 @@ def _contents(config: Config, kept: Path) -> _Contents:
     ours = shapes(spec)
     if not config.model.path:
         groups = by_tensor(family_of_settings(config.model).keys(spec))
-        dtype = safetensors.DTYPES[PRECISIONS[config.train.precision]]
+        dtype = DTYPES[config.train.precision]
         parts = safetensors.shards({n: (dtype, their_shape(g, ours, spec)) for n, g in groups.items()}, SHARD_BYTES)
         return _Contents(spec, ours, parts, groups)
     if not (kept / TENSORS).exists():
@@ -126,7 +126,7 @@ def _write_others(config: Config, kept: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
         return
     settings = family_of_settings(config.model).to_config(decoder_spec(config.model))
-    settings["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision]
+    settings["dtype"] = str(DTYPES[config.train.precision]).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     if config.data.tokenizer != "bytes" and Path(config.data.tokenizer).exists():
         shutil.copyfile(config.data.tokenizer, target / "tokenizer.json")

@@ -17,10 +17,8 @@ from tptrain.models.directory import keys, tensors
 from tptrain.models.families.keys import Key
 from tptrain.models.safetensors import Entry, problem
 from tptrain.models.spec import DecoderSpec
-from tptrain.nn.decoder import Decoder
+from tptrain.nn.decoder import Decoder, on_meta
 from tptrain.nn.parameter import Parameter, parameters
-from tptrain.ops.table import REFERENCE
-from tptrain.parallel.mesh import Mesh, tp_grid
 
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")  # whose rows are padded
 AT_ONCE = 8 * 2**20  # elements of a slice that are in memory beside the weights
@@ -32,8 +30,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of our parameters, global and padded
 
 def shapes(spec: DecoderSpec) -> Shapes:
     """Of a decoder's parameters, by name."""
-    model = Decoder(spec, Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), REFERENCE)
-    return {name: p.sharding.shape for name, p in parameters(model)}
+    return {name: p.sharding.shape for name, p in parameters(on_meta(spec))}
 
 
 def by_tensor(where: Iterable[Key]) -> dict[str, list[Key]]:
@@ -97,7 +94,8 @@ def load_pretrained(config: ModelConfig, model: Decoder, fill: Fill, alive: Call
     ]
     sums = dict.fromkeys(ours, 0)
     total = sum(p.sharding.size for _, p in parameters(model))
-    with tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=_quiet(mesh)) as bar:
+    quiet = None if mesh.is_main else True  # rank 0 shows a bar, on a terminal
+    with tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=quiet) as bar:
         for number, part in enumerate(parts):
             for later in parts[number + AHEAD : number + AHEAD + 1]:
                 if not later.transposed:
@@ -126,11 +124,6 @@ def _parts(name: str, p: Parameter, key: Key, entry: Entry, rows: int) -> Iterat
         for done in range(0, length, step):
             run = place + done, place + min(done + step, length)
             yield _Part(name, p, (start + done - first) * inner, entry, run, columns, key.transposed)
-
-
-def _quiet(mesh: Mesh) -> bool | None:
-    """tqdm's `disable`: rank 0 shows a bar on a terminal."""
-    return None if mesh.is_main else True
 
 
 def _bit_sum(values: Tensor, p: Parameter) -> int:

@@ -59,19 +59,19 @@ class Index:
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor. Raises CheckpointError where there is none of that name."""
+        return DTYPES[self._stored(name).dtype]
+
+    def _stored(self, name: str) -> Stored:
         if name not in self.tensors:
             raise CheckpointError(f"checkpoint {self.folder.name}: has no {name}")
-        return DTYPES[self.tensors[name].dtype]
+        return self.tensors[name]
 
     def load(self, state: State) -> None:
         """Fill the state's tensors, in place, each in its own precision, from whatever boxes were saved."""
         for name, part in state.items():
-            if name not in self.tensors:
-                raise CheckpointError(f"checkpoint {self.folder.name}: has no {name}")
-            shape = tuple(part.shape)
-            if shape != self.tensors[name].shape:
-                stored = list(self.tensors[name].shape)
-                raise CheckpointError(f"checkpoint {self.folder.name}: has {name} of {stored}, not {list(shape)}")
+            shape, stored = tuple(part.shape), self._stored(name).shape
+            if shape != stored:
+                raise CheckpointError(f"checkpoint {self.folder.name}: has {name} of {list(stored)}, not {list(shape)}")
             boxes = part.boxes if isinstance(part, Part) else [([0] * part.dim(), part)]
             self._fill(name, boxes)
 
@@ -129,7 +129,8 @@ def _check(name: str, stored: Stored, chunk: Chunk) -> None:
         raise ValueError(f"{name} is in {chunk.file!r}, which is no file of a checkpoint")
 
 
-def write_index(tensors: dict[str, Stored]) -> bytes:
+def index_json(tensors: dict[str, Stored]) -> bytes:
+    """The content of INDEX."""
     return json.dumps({name: asdict(stored) for name, stored in tensors.items()}, separators=(",", ":")).encode()
 
 

@@ -23,7 +23,7 @@ from torch.serialization import set_crc32_options
 
 from tptrain.checkpoint.commit import CheckpointError, reason
 from tptrain.checkpoint.files import BLOCK, MeasuredStream
-from tptrain.checkpoint.index import INDEX, stored_tensors, write_index
+from tptrain.checkpoint.index import INDEX, index_json, stored_tensors
 from tptrain.checkpoint.layout import Box, Part, State
 from tptrain.parallel.control import Control
 
@@ -63,7 +63,7 @@ class _Writer(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         places = {result.index: result.storage_data for each in results for result in each}
-        index = write_index(dict(stored_tensors(metadata.state_dict_metadata, places)))
+        index = index_json(dict(stored_tensors(metadata.state_dict_metadata, places)))
         (Path(self.path) / INDEX).write_bytes(index)
 
 

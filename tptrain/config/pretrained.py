@@ -10,7 +10,7 @@ from tptrain.config.errors import UserError
 
 JSON_BYTES = 64 * 2**20  # of a tokenizer.json at most; a config.json has some thousands
 CONFIG_BYTES = 4 * 2**20
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
 
 
 def directory(path: str, revision: str | None) -> Path:

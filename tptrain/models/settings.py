@@ -56,13 +56,12 @@ def _scaling(scaling: RopeScaling) -> Llama3Scaling | None:
 
 def family_of_settings(model: ModelConfig) -> ModuleType:
     """The family in whose terms a model is exported that began with `model.*`. Raises UserError where none has it."""
-    name = "llama"
-    if model.position_embedding == "learned":
+    name, spec = "llama", decoder_spec(model)
+    if spec.learned_positions:
         name = "gpt2"
     elif model.qk_norm:
         name = "qwen3"
-    fields = Fields(FAMILIES[name].to_config(decoder_spec(model)))
-    if FAMILIES[name].to_spec(fields) != decoder_spec(model):
+    if FAMILIES[name].to_spec(Fields(FAMILIES[name].to_config(spec))) != spec:
         raise UserError(f"model: no family of Transformers has all of these settings; {name} is the nearest.")
     return FAMILIES[name]
 

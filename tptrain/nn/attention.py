@@ -42,12 +42,14 @@ class Attention(nn.Module):
         """(n, D) -> (n, D)."""
         spec, heads = self.spec, [self.heads, self.kv_heads, self.kv_heads]
         qkv = self.qkv(x, recompute)  # (N, (H + 2 K)/tp * d)
+        qkv = qkv.view(-1, context.T, sum(heads), self.d)  # (B, T, (H + 2 K)/tp, d)
         rotary = spec.rotary
         if self.q_norm is None and rotary is not None and rotary.dims is None:
-            qkv = qkv.view(-1, context.T, sum(heads), self.d)  # (B, T, (H + 2 K)/tp, d)
             q, k, v = rotate_qkv(qkv, context.rotation(rotary, self.d), heads, self.ops)
         else:
-            q, k, v = self._split(qkv, context.T)
+            q, k, v = qkv.split(heads, dim=2)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
             if rotary is not None:
                 rotation = context.rotation(rotary, rotary.dims or self.d)
                 q, k = rotate(q, rotation, self.ops), rotate(k, rotation, self.ops)
@@ -57,13 +59,3 @@ class Attention(nn.Module):
         else:
             y = self.ops.masked_attention(q, k, v, window, spec.scale, spec.softcap)  # (B, T, H/tp, d)
         return self.o_proj(y.reshape(-1, self.heads * self.d))
-
-    def _split(self, qkv: Tensor, T: int) -> list[Tensor]:
-        """(N, (H + 2 K)/tp * d) -> q (B, T, H/tp, d), k and v (B, T, K/tp, d), queries and keys normed."""
-        q, k, v = qkv.split([heads * self.d for heads in (self.heads, self.kv_heads, self.kv_heads)], dim=1)
-        if self.q_norm is not None and self.k_norm is not None and self.spec.joint_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.view(-1, T, x.shape[1] // self.d, self.d) for x in (q, k, v))
-        if self.q_norm is not None and self.k_norm is not None and not self.spec.joint_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return [q, k, v]

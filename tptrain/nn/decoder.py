@@ -66,10 +66,7 @@ class Layer(nn.Module):
 
     def mix_channels(self, stream: Stream, selective: bool = False) -> Stream:
         """Wait for the tokens' sum, and begin the FFN; where the branches are parallel, wait only afterwards."""
-        if self.parallel:
-            x, h = normed(self.post_attention_layernorm, Stream(stream.x))
-        else:
-            x, h = normed(self.post_attention_layernorm, stream)
+        x, h = normed(self.post_attention_layernorm, Stream(stream.x) if self.parallel else stream)
         branch = self.mlp(h, _again(self.post_attention_layernorm, x) if selective else None)
         if self.parallel and stream.branch is not None:
             x = x + stream.branch.wait()
@@ -216,10 +213,15 @@ class Decoder(nn.Module):
 CHECKPOINT_BYTES = 4 * 3  # of a parameter: a float32 master and two moments
 
 
+def on_meta(spec: DecoderSpec) -> Decoder:
+    """A whole decoder on no device, for the shapes of its parameters."""
+    return Decoder(spec, Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), REFERENCE)
+
+
 def parameter_count(spec: DecoderSpec) -> int:
     """Parameters of a decoder, padding of the vocabulary among them; a layer of each kind is built, on no device."""
     kinds = Counter(spec.layers)
-    model = Decoder(replace(spec, layers=tuple(kinds)), Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), REFERENCE)
+    model = on_meta(replace(spec, layers=tuple(kinds)))
 
     def count(module: nn.Module) -> int:
         return sum(math.prod(p.sharding.shape) for _, p in parameters(module))

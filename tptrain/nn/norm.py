@@ -102,8 +102,9 @@ class JointNorm(nn.Module):
         self.weight = parameter(mesh, sharding(mesh, (features,), {0: axis}, (copies,) if copies else ()), constant=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, F/tp) -> (N, F/tp). One all-reduce of (N, 1) forward and one backward."""
-        return _JointNorm.apply(x, self.weight, self)  # type: ignore[return-value]
+        """(B, T, heads/tp, d) -> the same. One all-reduce of (N, 1) forward and one backward."""
+        y: Any = _JointNorm.apply(x.flatten(0, 1).flatten(1), self.weight, self)  # (N, F/tp)
+        return y.view(x.shape)
 
 
 class _JointNorm(torch.autograd.Function):

@@ -141,7 +141,8 @@ def masked_attention(
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, T, d)
     scores = q @ k.transpose(2, 3) * (scale or q.shape[3] ** -0.5)  # (B, H, T, T)
     scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, -torch.inf) if mask is not None else scores
+    assert mask is not None
+    scores = scores.masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
 
 

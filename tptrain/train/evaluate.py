@@ -1,7 +1,6 @@
 """Perplexity over all of a data set, in windows."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,12 +59,8 @@ def _windows(tokens: np.ndarray, first: int, count: int, length: int) -> tuple[t
     """
     ids = np.zeros((count, length + 1), dtype=np.int64)
     scored = np.zeros((count, length), dtype=bool)
-    for row, part in enumerate(_parts(tokens, first, count, length)):
+    for row in range(count):
+        part = tokens[(first + row) * length : (first + row + 1) * length]
         ids[row, : len(part)] = part
         scored[row, : max(0, len(part) - 1)] = True
     return torch.from_numpy(ids), torch.from_numpy(scored)
-
-
-def _parts(tokens: np.ndarray, first: int, count: int, length: int) -> Iterator[np.ndarray]:
-    for window in range(first, first + count):
-        yield tokens[window * length : (window + 1) * length]

@@ -55,6 +55,10 @@ class Fields:
             raise UserError(f"model.path: {self.where} has {name}={value!r}, which is no {wanted}.")
         return value
 
+    def nullable(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        """A field's value, which may be null; the default where it is absent."""
+        return self.get(name, kind, None if name in self.config else default)
+
     def require(self, name: str, kind: type | tuple[type, ...]) -> Any:
         """A field's value, which must be there."""
         value = self.get(name, kind)

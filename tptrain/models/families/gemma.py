@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from tptrain.models.families.fields import NUMBER, Fields
-from tptrain.models.families.keys import LAYER, Key, named
-from tptrain.models.families.parts import attention, decoder, ffn, layer_types, rms_norm, rotary, rotary_section
-from tptrain.models.spec import DecoderSpec, LayerSpec, RotarySpec
+from tptrain.models.families.keys import ATTENTION_BIASES, LAYER, QK_NORMS, Key, named
+from tptrain.models.families.parts import attention, decoder, ffn, layer_types, rms_norm, rotary, rotary_of
+from tptrain.models.spec import DecoderSpec, LayerSpec
 
 NORMS = {
     "attn_output_norm.weight": "post_attention_layernorm.weight",
@@ -31,16 +31,20 @@ def to_spec(fields: Fields) -> DecoderSpec:
         "output_bias": bias,
         "qk_norm": norm if third else None,
         "scale": scalar**-0.5,
-        "softcap": fields.get("attn_logit_softcapping", NUMBER, None if third else _absent(fields, "attn", 50.0)),
+        "softcap": fields.nullable("attn_logit_softcapping", NUMBER, None if third else 50.0),
     }
     window, count = fields.count("sliding_window", 4096), fields.count("num_hidden_layers")
     pattern = fields.count("sliding_window_pattern", 6 if third else 2)
     fields.count("_sliding_window_pattern", pattern)
     default = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(count)]
+    thetas: dict[str, float] = {}  # of Gemma 3, by kind of layer
+    if third:
+        thetas["full_attention"] = fields.get("rope_theta", NUMBER, 1e6)
+        thetas["sliding_attention"] = fields.get("rope_local_base_freq", NUMBER, 1e4)
     layers = []
     for kind in layer_types(fields, default):
         windowed = kind == "sliding_attention"
-        position = _gemma3_rotary(fields, kind) if third else rotary(fields)
+        position = rotary_of(fields, kind, thetas[kind]) if third else rotary(fields)
         mixer = attention(fields, rotary=position, window=window if windowed else None, **settings)
         layers.append(LayerSpec(norm, mixer, feedforward, output_norm=norm))
     return decoder(
@@ -49,26 +53,11 @@ def to_spec(fields: Fields) -> DecoderSpec:
         norm,
         tied=True,
         embedding_scale=fields.count("hidden_size") ** 0.5,
-        logit_softcap=fields.get("final_logit_softcapping", NUMBER, None if third else _absent(fields, "final", 30.0)),
+        logit_softcap=fields.nullable("final_logit_softcapping", NUMBER, None if third else 30.0),
     )
-
-
-def _absent(fields: Fields, name: str, default: float) -> float | None:
-    """Transformers' value where the field is absent; one that is null is none."""
-    return None if f"{name}_logit_softcapping" in fields.config else default
-
-
-def _gemma3_rotary(fields: Fields, kind: str) -> RotarySpec:
-    """Of one kind of layer: in the older spelling the scaling is that of full attention only."""
-    nested, older = fields.section("rope_parameters"), fields.section("rope_scaling")
-    full = fields.get("rope_theta", NUMBER, 1e6), older
-    local = fields.get("rope_local_base_freq", NUMBER, 1e4), None
-    theta, section = full if kind == "full_attention" else local
-    return rotary_section(fields, section if nested is None else nested.section(kind), theta)
 
 
 def keys(spec: DecoderSpec) -> Iterator[Key]:
     mixer = spec.layers[0].token_mixer
-    further = [f"self_attn.{name}_norm.weight" for name in "qk"] if mixer.qk_norm is not None else []
-    further += [f"self_attn.{name}_proj.bias" for name in "qkvo"] if mixer.qkv_bias else []
-    return named(spec, LAYER | NORMS | dict(zip(further, further, strict=True)))
+    qk_norms = {} if mixer.qk_norm is None else QK_NORMS
+    return named(spec, LAYER | NORMS | qk_norms | (ATTENTION_BIASES if mixer.qkv_bias else {}))

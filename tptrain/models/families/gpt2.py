@@ -76,8 +76,8 @@ def keys(spec: DecoderSpec) -> Iterator[Key]:
             for leaf in ("weight", "bias"):
                 transposed = leaf == "weight" and not theirs.startswith("ln_")
                 for place, name in enumerate(ours):
-                    first, place_in = place * spec.hidden_size, f"transformer.h.{i}.{theirs}.{leaf}"
-                    yield Key(f"layers.{i}.{name}.{leaf}", place_in, first, transposed=transposed)
+                    tensor, first = f"transformer.h.{i}.{theirs}.{leaf}", place * spec.hidden_size
+                    yield Key(f"layers.{i}.{name}.{leaf}", tensor, first, transposed=transposed)
     for leaf in ("weight", "bias"):
         yield Key(f"norm.{leaf}", f"transformer.ln_f.{leaf}")
     if not spec.tied:

@@ -16,6 +16,16 @@ LAYER = {  # within a layer, as Llama's model names them: ours -> theirs
     "mlp.up_proj.weight": "mlp.up_proj.weight",
     "mlp.down_proj.weight": "mlp.down_proj.weight",
 }
+
+
+def same(*names: str) -> dict[str, str]:
+    """Tensors that have one name on both sides."""
+    return {name: name for name in names}
+
+
+ATTENTION_BIASES = same(*(f"self_attn.{name}_proj.bias" for name in "qkvo"))
+FFN_BIASES = same(*(f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")))
+QK_NORMS = same("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 OUTER = {  # of the model, but for its layers
     "embed_tokens.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tptrain.models.families.fields import Fields
-from tptrain.models.families.keys import LAYER, Key, named
+from tptrain.models.families.keys import ATTENTION_BIASES, FFN_BIASES, LAYER, Key, named
 from tptrain.models.families.parts import attention, decoder, ffn, rms_norm, rotary
 from tptrain.models.spec import DecoderSpec, LayerSpec, Llama3Scaling
 
@@ -55,6 +55,5 @@ def common_config(spec: DecoderSpec) -> dict[str, Any]:
 
 def keys(spec: DecoderSpec) -> Iterator[Key]:
     attention, ffn = spec.layers[0].token_mixer, spec.layers[0].channel_mixer
-    biases = [f"self_attn.{name}_proj.bias" for name in "qkvo"] if attention.qkv_bias else []
-    biases += [f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")] if ffn.bias else []
-    return named(spec, LAYER | dict(zip(biases, biases, strict=True)))
+    attention_biases = ATTENTION_BIASES if attention.qkv_bias else {}
+    return named(spec, LAYER | attention_biases | (FFN_BIASES if ffn.bias else {}))

@@ -11,7 +11,7 @@ from tptrain.models.spec import DecoderSpec, LayerSpec
 def to_spec(fields: Fields) -> DecoderSpec:
     """The decoder of a config.json. A window of null is none; where the field is absent it is Transformers' 4,096."""
     norm = rms_norm(fields, 1e-6)
-    window = fields.get("sliding_window", int, None if "sliding_window" in fields.config else 4096)
+    window = fields.nullable("sliding_window", int, 4096)
     layer = LayerSpec(norm, attention(fields, rotary=rotary(fields), window=window), ffn(fields))
     return decoder(fields, (layer,) * fields.count("num_hidden_layers"), norm, tied=False)
 

@@ -5,14 +5,12 @@ all heads' queries and keys at once; OLMo 3 has windows in three of four layers.
 from collections.abc import Iterator
 from typing import Any
 
-from tptrain.models.families.fields import Fields
-from tptrain.models.families.keys import LAYER, Key, named
-from tptrain.models.families.parts import attention, decoder, ffn, layer_types, rms_norm, rotary, rotary_section
+from tptrain.models.families.fields import NUMBER, Fields
+from tptrain.models.families.keys import ATTENTION_BIASES, LAYER, QK_NORMS, Key, named
+from tptrain.models.families.parts import attention, decoder, ffn, layer_types, rms_norm, rotary, rotary_of
 from tptrain.models.spec import DecoderSpec, LayerSpec, RotarySpec
 
 NORMS = {
-    "self_attn.q_norm.weight": "self_attn.q_norm.weight",
-    "self_attn.k_norm.weight": "self_attn.k_norm.weight",
     "attn_output_norm.weight": "post_attention_layernorm.weight",
     "mlp_output_norm.weight": "post_feedforward_layernorm.weight",
 }
@@ -31,23 +29,14 @@ def to_spec(fields: Fields) -> DecoderSpec:
     if fields.config["model_type"] == "olmo2":
         layers = [layer(rotary(fields))] * count
     else:
-        windowed = layer(_olmo3_rotary(fields, "sliding_attention"), fields.count("sliding_window", 4096))
-        full = layer(_olmo3_rotary(fields, "full_attention"))
+        theta = fields.get("rope_theta", NUMBER, 500000.0)
+        windowed = layer(rotary_of(fields, "sliding_attention", theta), fields.count("sliding_window", 4096))
+        full = layer(rotary_of(fields, "full_attention", theta))
         default = ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(count)]
         layers = [full if kind == "full_attention" else windowed for kind in layer_types(fields, default)]
     return decoder(fields, tuple(layers), norm, tied=False)
 
 
-def _olmo3_rotary(fields: Fields, kind: str) -> RotarySpec:
-    """Of one kind of layer: in the older spelling the scaling is that of full attention only."""
-    nested, older = fields.section("rope_parameters"), fields.section("rope_scaling")
-    theta = fields.get("rope_theta", (int, float), 500000.0)
-    if nested is not None:
-        return rotary_section(fields, nested.section(kind), theta)
-    return rotary_section(fields, older if kind == "full_attention" else None, theta)
-
-
 def keys(spec: DecoderSpec) -> Iterator[Key]:
-    biases = [f"self_attn.{name}_proj.bias" for name in "qkvo"] if spec.layers[0].token_mixer.qkv_bias else []
     layer = {ours: theirs for ours, theirs in LAYER.items() if "layernorm" not in ours}
-    return named(spec, layer | NORMS | dict(zip(biases, biases, strict=True)))
+    return named(spec, layer | QK_NORMS | NORMS | (ATTENTION_BIASES if spec.layers[0].token_mixer.qkv_bias else {}))

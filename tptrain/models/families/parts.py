@@ -87,6 +87,17 @@ def rotary(fields: Fields, *, theta: float = 10000.0, share: float = 1.0) -> Rot
     return rotary_section(fields, rope, theta, share)
 
 
+def rotary_of(fields: Fields, kind: str, theta: float) -> RotarySpec:
+    """Of one kind of layer, where each has parameters of its own; `theta`: where the file has none.
+
+    In the older spelling the scaling is that of full attention only.
+    """
+    nested, older = fields.section("rope_parameters"), fields.section("rope_scaling")
+    if nested is not None:
+        return rotary_section(fields, nested.section(kind), theta)
+    return rotary_section(fields, older if kind == "full_attention" else None, theta)
+
+
 def rotary_section(fields: Fields, rope: Fields | None, theta: float, share: float = 1.0) -> RotarySpec:
     """Out of one set of rope parameters; None: not scaled."""
     fields.ignore(original_max_position_embeddings="read where a scaling asks for it")

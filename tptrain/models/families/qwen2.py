@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 from tptrain.models.families.fields import Fields
-from tptrain.models.families.keys import LAYER, Key, named
+from tptrain.models.families.keys import LAYER, Key, named, same
 from tptrain.models.families.parts import attention, decoder, ffn, layer_types, rms_norm, rotary
 from tptrain.models.spec import DecoderSpec, LayerSpec
 
-BIASES = {f"self_attn.{name}_proj.bias": f"self_attn.{name}_proj.bias" for name in "qkv"}
+BIASES = same(*(f"self_attn.{name}_proj.bias" for name in "qkv"))
 
 
 def to_spec(fields: Fields) -> DecoderSpec:

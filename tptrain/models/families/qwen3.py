@@ -5,12 +5,10 @@ from typing import Any
 
 from tptrain.models.families import llama
 from tptrain.models.families.fields import Fields
-from tptrain.models.families.keys import LAYER, Key, named
+from tptrain.models.families.keys import ATTENTION_BIASES, LAYER, QK_NORMS, Key, named
 from tptrain.models.families.parts import attention, decoder, ffn, rms_norm, rotary
 from tptrain.models.families.qwen2 import windows
 from tptrain.models.spec import DecoderSpec, LayerSpec
-
-NORMS = {f"self_attn.{name}_norm.weight": f"self_attn.{name}_norm.weight" for name in "qk"}
 
 
 def to_spec(fields: Fields) -> DecoderSpec:
@@ -31,5 +29,4 @@ def to_config(spec: DecoderSpec) -> dict[str, Any]:
 
 
 def keys(spec: DecoderSpec) -> Iterator[Key]:
-    biases = [f"self_attn.{name}_proj.bias" for name in "qkvo"] if spec.layers[0].token_mixer.qkv_bias else []
-    return named(spec, LAYER | NORMS | dict(zip(biases, biases, strict=True)))
+    return named(spec, LAYER | QK_NORMS | (ATTENTION_BIASES if spec.layers[0].token_mixer.qkv_bias else {}))
