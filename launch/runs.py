@@ -69,8 +69,8 @@ def find_checkpoint(name: str) -> Path:
     """A checkpoint by its directory, or a run's newest one. Raises UserError."""
     if (Path(name) / COMMIT).exists():
         return Path(name).absolute()
-    imported = newest_checkpoint(Path(name)) is not None  # by `import`: a checkpoint, and no run yet
-    run = Path(name).absolute() if imported else find(name)
+    folder = Path(name).absolute()
+    run = folder if newest_checkpoint(folder) else find(name)  # `import` leaves a checkpoint and no run
     newest = newest_checkpoint(run)
     if newest is None:
         raise UserError(f"{name}: has no checkpoint yet.")

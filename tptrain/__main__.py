@@ -85,8 +85,11 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m tptrain {verb}", epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if verb in ("logs", "cancel", "export"):
+    if verb in ("logs", "cancel"):
         parser.add_argument("run", metavar="RUN")
+    elif verb == "export":
+        parser.add_argument("run", metavar="RUN", help="or a checkpoint's directory")
+        parser.add_argument("out", metavar="OUT", help="a directory that does not exist yet")
     elif verb == "status":
         parser.add_argument("runs", nargs="*", metavar="RUN", help="default: all below runs/")
     elif verb == "import":
@@ -95,10 +98,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "overrides", nargs="*", metavar="key=value", help="parallel.tp=N, as many ranks as there are"
         )
-    elif verb != "export":
+    else:
         parser.add_argument("overrides", nargs="*", metavar="key=value")
-    if verb == "export":
-        parser.add_argument("out", metavar="OUT", help="a directory that does not exist yet")
     if verb == "launch":
         parser.add_argument(
             "-m", "--multirun", action="store_true", help="one run for every combination of a=1,2 b=3,4"
