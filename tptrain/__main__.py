@@ -292,8 +292,7 @@ def import_model(options: argparse.Namespace) -> int:
     from tptrain.run.convert import run
 
     out = Path(options.out).absolute()
-    lines = ["model=hf", f"model.path='{options.model}'", f"run.dir='{out}'", *options.overrides]
-    config = load_config(lines)
+    config = load_config(["model=hf", f"model.path='{options.model}'", f"run.dir='{out}'", *options.overrides])
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is written over. Choose another name.")
     validate(config)
