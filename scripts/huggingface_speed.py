@@ -3,8 +3,9 @@
     python scripts/huggingface_speed.py FOLDER [--ranks 4] [--rounds 5]
 
 Makes a Llama of 3 GB in 8 files below FOLDER, once. Then, in each round and in turn: `dd` reads the files with as many
-processes as there are ranks, ranks read their slices (the import, without writing), `dd` writes as much as the export,
-and the export writes. Before each reading the page cache is dropped, for which it must run as root.
+processes as there are ranks, to /dev/null and into memory (/dev/shm: there the bytes stay, as an import's do), ranks
+read their slices (the import, without writing), and once more from the page cache, `dd` writes as much as the export,
+and the export writes. Before the other readings the page cache is dropped, for which it must run as root.
 """
 
 import argparse
@@ -179,14 +180,20 @@ def main() -> None:
     files = sorted((folder / "model").glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     print(f"{size / 1e9:.2f} GB in {len(files)} files, {ranks} ranks, {options.rounds} rounds")
-    speeds: dict[str, list[float]] = {"dd reads": [], "import": [], "dd writes": [], "export": []}
+    names = "dd reads", "dd reads into memory", "import", "import, cached", "dd writes", "export"
+    speeds: dict[str, list[float]] = {name: [] for name in names}
     reports: list[dict[str, float]] = []
     for _ in range(options.rounds):
         drop_cache()
         speeds["dd reads"].append(size / 1e9 / dd([(str(file), "/dev/null") for file in files], ranks))
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
+            drop_cache()
+            pairs = [(str(file), f"{scratch}/{file.name}") for file in files]
+            speeds["dd reads into memory"].append(size / 1e9 / dd(pairs, ranks))
         drop_cache()
-        reports = ranks_read(folder, ranks)
-        speeds["import"].append(size / 1e9 / max(report["seconds"] for report in reports))
+        for name in ("import", "import, cached"):
+            reports = ranks_read(folder, ranks)
+            speeds[name].append(size / 1e9 / max(report["seconds"] for report in reports))
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             drop_cache()
             pairs = [(str(file), f"{scratch}/{file.name}") for file in files]
@@ -198,7 +205,7 @@ def main() -> None:
         shutil.rmtree(folder / "out")
     for name, values in speeds.items():
         spread = f"{min(values):.2f} to {max(values):.2f}"
-        print(f"{name:10} {statistics.median(values):6.2f} GB/s ({spread})")
+        print(f"{name:20} {statistics.median(values):6.2f} GB/s ({spread})")
     worst = max(report["extra"] for report in reports)
     print(f"a rank's peak above its value after imports and its shard: {worst / 1e6:.0f} MB at most")
     print(f"bytes read a rank, of its shard: {max(report['read'] for report in reports):.3f} at most")

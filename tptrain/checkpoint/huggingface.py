@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +22,8 @@ from tptrain.nn.decoder import Decoder, on_meta
 from tptrain.nn.parameter import Parameter, parameters
 
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")  # whose rows are padded
-AT_ONCE = 8 * 2**20  # elements of a slice that are in memory beside the weights
-AHEAD = 4  # parts that the kernel is told of before they are read
+AT_ONCE = 2**19  # elements that are read, summed and stored at a time: they stay in the processor's cache
+TRANSPOSED_AT_ONCE = 2**23  # of a transposed tensor, whose rows of the file are read in shorter pieces
 
 Fill = Callable[[str, Parameter, int, Tensor], None]  # name, slice, first element, values: `Store.fill`
 Shapes = Mapping[str, tuple[int, ...]]  # of our parameters, global and padded
@@ -68,11 +69,11 @@ class _Part:
     columns: tuple[int, int] | None  # None: of a vector
     transposed: bool
 
-    def read(self) -> Tensor:
+    def read(self, reader: safetensors.Reader) -> Tensor:
         """(rows, columns) or (rows,), in the file's precision."""
         if self.transposed and self.columns is not None:
-            return safetensors.read(self.entry, self.columns, self.rows).t()
-        return safetensors.read(self.entry, self.rows, self.columns)
+            return reader.read(self.entry, self.columns, self.rows).t()
+        return reader.read(self.entry, self.rows, self.columns)
 
 
 def load_pretrained(config: ModelConfig, model: Decoder, fill: Fill, alive: Callable[[], None] = lambda: None) -> str:
@@ -87,20 +88,20 @@ def load_pretrained(config: ModelConfig, model: Decoder, fill: Fill, alive: Call
         if entries[theirs].shape != (shape := their_shape(group, ours, spec)):
             actual, expected = list(entries[theirs].shape), list(shape)
             raise problem(entries[theirs].file, f"has {theirs} of {actual}, where config.json asks for {expected}")
-    parts = [
+    parts = (
         part
         for name, p in parameters(model)
         for part in _parts(name, p, where[name], entries[where[name].theirs], _rows(name, ours, spec))
-    ]
+    )
     sums = dict.fromkeys(ours, 0)
     total = sum(p.sharding.size for _, p in parameters(model))
     quiet = None if mesh.is_main else True  # rank 0 shows a bar, on a terminal
-    with tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=quiet) as bar:
-        for number, part in enumerate(parts):
-            for later in parts[number + AHEAD : number + AHEAD + 1]:
-                if not later.transposed:
-                    safetensors.announce(later.entry, later.rows)
-            values = part.read()
+    with (
+        closing(safetensors.Reader()) as reader,
+        tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=quiet) as bar,
+    ):
+        for part in parts:
+            values = part.read(reader)
             sums[part.name] += _bit_sum(values, part.p)
             fill(part.name, part.p, part.start, values)
             bar.update(values.numel())
@@ -119,7 +120,7 @@ def _parts(name: str, p: Parameter, key: Key, entry: Entry, rows: int) -> Iterat
     layout = p.sharding
     first, inner = layout.offsets[0], math.prod(layout.local_shape[1:])
     columns = (layout.offsets[1], layout.offsets[1] + layout.local_shape[1]) if len(layout.shape) == 2 else None
-    step = max(1, AT_ONCE // inner)
+    step = max(1, (TRANSPOSED_AT_ONCE if key.transposed else AT_ONCE) // inner)
     for start, place, length in key.runs(first, min(first + layout.local_shape[0], rows)):
         for done in range(0, length, step):
             run = place + done, place + min(done + step, length)
@@ -127,21 +128,25 @@ def _parts(name: str, p: Parameter, key: Key, entry: Entry, rows: int) -> Iterat
 
 
 def _bit_sum(values: Tensor, p: Parameter) -> int:
-    """The sum of the elements' bits as integers: however a tensor is cut, its parts' sums add up to the same.
+    """The sum modulo 2**64 of the elements' bits as integers: of the parts of a tensor, however it is cut, the same.
 
-    By words of 4 bytes where up to 64 ranks cut none in two; by numpy, since torch takes 12 times as long.
+    A matrix is summed by words of 8 bytes where up to 64 ranks cut none in two; by numpy, which wraps without a cast.
     """
-    size = values.dtype.itemsize
-    word = 4 if p.sharding.shape[-1] * size % (4 * 64) == 0 else size
-    integers = values.contiguous().view(-1).view(torch.uint8).numpy().view(f"int{8 * word}")
+    layout, size = p.sharding, values.dtype.itemsize
+    word = 8 if len(layout.shape) == 2 and layout.shape[1] * size % (8 * 64) == 0 else size
+    integers = values.contiguous().view(-1).view(torch.uint8).numpy().view(f"i{word}")
     return int(integers.sum(dtype=np.int64))
 
 
 def _digest(sums: dict[str, int], model: Decoder, entries: dict[str, Entry], where: dict[str, Key]) -> str:
-    mesh, digest = model.mesh, xxhash.xxh3_128()
-    everywhere = mesh.control.gather(sums)
+    """Of all weights: every slice is counted once, however many ranks hold it."""
+    mesh, digest, totals = model.mesh, xxhash.xxh3_128(), dict.fromkeys(sums, 0)
+    slices = {(name, p.sharding.offsets): sums[name] for name, p in parameters(model)}
+    everywhere = mesh.control.gather(slices if mesh.index("dp") == 0 else {})
+    for (name, _), value in {place: value for each in everywhere for place, value in each.items()}.items():
+        totals[name] += value
     for name, p in sorted(parameters(model)):
-        total = sum(each[name] for each in everywhere) // (p.sharding.copies * mesh.size("dp"))
+        total = totals[name] % 2**64
         digest.update(f"{name} {entries[where[name].theirs].dtype} {p.sharding.shape} {total}\n".encode())
     return digest.hexdigest()
 

@@ -16,40 +16,45 @@ from tptrain.checkpoint.files import BLOCK, MeasuredStream
 from tptrain.models.safetensors import INDEX, SINGLE, Entry, problem
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-READ_BYTES = 2**30  # at once: Linux reads no more than 2 GiB
 
 
-def read(entry: Entry, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> Tensor:
-    """Rows (start, stop) of a tensor and, of a matrix, columns: a tensor of its own, in the file's precision.
+class Reader:
+    """Reads parts of tensors. Files stay open: the kernel sees each read from front to back, and reads ahead."""
 
-    No other bytes are read. Raises UserError where the file ends within the tensor.
-    """
-    dtype, width = DTYPES[entry.dtype], math.prod(entry.shape[1:])  # width: elements of a row
-    first, last = columns or (0, width)
-    part = torch.empty(rows[1] - rows[0], last - first, dtype=dtype)
-    memory = memoryview(part.view(torch.uint8).numpy().data).cast("B")
-    with entry.file.open("rb", buffering=0) as file:
-        if last - first == width:
-            _read_into(file.fileno(), memory, entry.start + rows[0] * width * dtype.itemsize, entry.file)
-        else:
-            length = (last - first) * dtype.itemsize
-            for i in range(rows[1] - rows[0]):
-                place = entry.start + ((rows[0] + i) * width + first) * dtype.itemsize
-                _read_into(file.fileno(), memory[i * length : (i + 1) * length], place, entry.file)
-    return part.view(-1, *entry.shape[1:]) if columns is None else part
+    def __init__(self) -> None:
+        self.files: dict[Path, io.FileIO] = {}
 
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files.values():
+            file.close()
 
-def announce(entry: Entry, rows: tuple[int, int]) -> None:
-    """Have the kernel begin to read rows that `read` will ask for next."""
-    row = math.prod(entry.shape[1:]) * DTYPES[entry.dtype].itemsize
-    with entry.file.open("rb", buffering=0) as file:
-        place, length = entry.start + rows[0] * row, (rows[1] - rows[0]) * row
-        os.posix_fadvise(file.fileno(), place, length, os.POSIX_FADV_WILLNEED)
+    def read(self, entry: Entry, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> Tensor:
+        """Rows (start, stop) of a tensor and, of a matrix, columns: a tensor of its own, in the file's precision.
+
+        No other bytes are read. Raises UserError where the file ends within the tensor.
+        """
+        dtype, width = DTYPES[entry.dtype], math.prod(entry.shape[1:])  # width: elements of a row
+        first, last = columns or (0, width)
+        part = torch.empty(rows[1] - rows[0], last - first, dtype=dtype)
+        memory = memoryview(part.view(torch.uint8).numpy().data).cast("B")
+        if entry.file not in self.files:
+            self.files[entry.file] = io.FileIO(entry.file)
+        file, step = self.files[entry.file].fileno(), width * dtype.itemsize
+        place = entry.start + rows[0] * step + first * dtype.itemsize
+        length = len(memory) if last - first == width else (last - first) * dtype.itemsize  # bytes in one place
+        for start in range(0, len(memory), length):
+            run = memory[start : start + length]
+            if os.preadv(file, (run,), place) != length:
+                _read_into(file, run, place, entry.file)
+            place += step
+        return part.view(-1, *entry.shape[1:]) if columns is None else part
 
 
 def _read_into(file: int, memory: memoryview, place: int, path: Path) -> None:
+    """Read until the memory is full, however little the kernel gives at a time."""
     while len(memory) > 0:
-        count = os.preadv(file, [memory[:READ_BYTES]], place)
+        count = os.preadv(file, [memory], place)
         if count == 0:
             raise problem(path, f"ends at byte {place}, within a tensor")
         memory, place = memory[count:], place + count
