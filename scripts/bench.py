@@ -13,7 +13,7 @@ from pathlib import Path
 from peers import report, runs
 from peers.cells import CHECKED_STEPS, MODELS, PRECISIONS, Machine
 from peers.chart import draw
-from peers.roster import CUDA, ENTRIES, Entry, variant
+from peers.roster import CUDA, ENTRIES, Entry, takes_part, variant
 from peers.summary import Cell, Row, one_line
 from rich.console import Console
 from tqdm import tqdm
@@ -23,6 +23,7 @@ examples:
   scripts/bench                                       all four cells, three rounds: about an hour on two cores
   scripts/bench --models S --precisions fp32 --rounds 1
   scripts/bench --only tptrain,dtensor,hf
+  scripts/bench --models S-gemma2,S-olmo2,S-phi3      families from a Hugging Face directory, against Transformers
   scripts/bench --device cuda                         one GPU: a model of 1.5 B parameters in bf16, with MFU
   scripts/bench --variant 'sp: parallel.sequence_parallel=true'
 """
@@ -33,7 +34,7 @@ def arguments() -> argparse.Namespace:
         prog="scripts/bench", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     keys = ",".join(entry.key for entry in ENTRIES)
-    parser.add_argument("--models", help="of S, M, 1B; default: S,M on a cpu, 1B on cuda")
+    parser.add_argument("--models", help=f"of {', '.join(MODELS)}; default: S,M on a cpu, 1B on cuda")
     parser.add_argument("--precisions", help="default: fp32,bf16 on a cpu, bf16 on cuda")
     parser.add_argument("--only", default="", metavar="KEYS", help=f"of {keys}; default: all")
     parser.add_argument(
@@ -94,9 +95,8 @@ def main() -> int:
     cells: list[Cell] = []
     for model in chosen.models:
         for precision in chosen.precisions:
-            cells.append(
-                measure(Cell(MODELS[model], precision, chosen.machine, [Row(entry) for entry in entries]), chosen, out)
-            )
+            rows = [Row(entry) for entry in entries if takes_part(entry, MODELS[model].family)]
+            cells.append(measure(Cell(MODELS[model], precision, chosen.machine, rows), chosen, out))
             report.print_table(cells[-1], console)
             save(cells, session, out)  # after each cell: what is done is not lost
     console.print(report.explanation(), style="dim", highlight=False)

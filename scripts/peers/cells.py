@@ -1,13 +1,16 @@
 """The cells of the benchmark (a model in a precision) and the job that a contestant is given. Imports no torch."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Model:
-    """A Llama: untied embeddings, RMSNorm (eps 1e-5), rotary positions (theta 10000), SwiGLU, no biases."""
+    """A Llama: untied embeddings, RMSNorm (eps 1e-5), rotary positions (theta 10000), SwiGLU, no biases.
+
+    With `family`: a model of that family in the same shape, which tptrain reads from a Hugging Face directory.
+    """
 
     name: str
     layers: int
@@ -19,6 +22,7 @@ class Model:
     seq_len: int
     batch: int  # sequences
     steps: int  # measured steps of a round, where --steps does not say
+    family: str = ""  # a model_type of config.json
 
     @property
     def head_dim(self) -> int:
@@ -37,6 +41,12 @@ MODELS = {
         Model("M", 8, 512, 8, 4, 1376, 8192, seq_len=512, batch=8, steps=8),
         Model("1B", 16, 2048, 32, 8, 8192, 128256, seq_len=4096, batch=2, steps=20),  # llama3_1b, its head untied
     )
+}
+FAMILIES = "llama", "qwen3", "gemma2", "olmo2", "phi3"
+MODELS |= {
+    f"{name}-{family}": replace(MODELS[name], name=f"{name}-{family}", family=family)
+    for name in ("S", "M")
+    for family in FAMILIES
 }
 PRECISIONS = ("fp32", "bf16")
 # How far a contestant's loss may lie from tptrain's, relative, in each of the first steps. In bf16 contestants round in

@@ -1,13 +1,13 @@
 # pyright: basic, reportMissingImports=false, reportPrivateImportUsage=false
-"""Hugging Face Transformers: LlamaForCausalLM with its own TP plan (`tp_plan="auto"`, where there are ranks to shard it
-over) and SDPA attention; eager or compiled.
+"""Hugging Face Transformers: AutoModelForCausalLM with its own TP plan (`tp_plan="auto"`, where there are ranks to
+shard it over) and SDPA attention; eager or compiled. Gemma 2 has eager attention: SDPA leaves out its soft caps.
 
 bf16 is torch.autocast over float32 parameters, as Transformers' Trainer does with bf16=True.
 """
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from .cells import Job
@@ -17,10 +17,10 @@ from .contestant import Contestant, adamw, clip
 def build(job: Job) -> Contestant:
     ranks, device = job.machine.ranks, job.machine.device
     # The spelling of tp_plan="auto" since Transformers 5.18; the bare argument is deprecated.
-    model = LlamaForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         job.inputs,
         distributed_config=DistributedConfig(tp_size=ranks, tp_plan="auto") if ranks > 1 else None,
-        attn_implementation="sdpa",
+        attn_implementation="eager" if job.model.family == "gemma2" else "sdpa",
         dtype=torch.float32,
     )
     model = torch.nn.Module.to(model, device).train()

@@ -30,11 +30,23 @@ ENTRIES = (
     Entry("titan", "torchtitan", "peer", "titan", package="torchtitan"),
     Entry("titan-spmd", "torchtitan, spmd_types", "peer", "titan", {"spmd_types": True}, package="torchtitan"),
     Entry("titan-compile", "torchtitan, compiled", "peer", "titan", {"compile": True}, package="torchtitan"),
+    Entry("scratch", "tptrain, the same model from scratch", "ours", package="tptrain"),
     Entry("threads", "tptrain, 1 process x 2 threads", "reference", package="tptrain"),
 )
 
 
 CUDA = ("tptrain", "dtensor", "dtensor-compile", "hf", "hf-compile", "titan", "titan-compile")  # one rank: no TP
+
+
+OF_FAMILIES = ("tptrain", "scratch", "hf", "hf-compile", "threads")  # who reads a Hugging Face directory
+FROM_SCRATCH = ("llama", "qwen3")  # families that `model.*` settings can make, too
+
+
+def takes_part(entry: Entry, family: str) -> bool:
+    """Whether a contestant can train a model of this family (none: a Llama from scratch)."""
+    if entry.key == "scratch":
+        return family in FROM_SCRATCH
+    return not family or entry.key in OF_FAMILIES
 
 
 def variant(text: str) -> Entry:

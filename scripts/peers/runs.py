@@ -81,7 +81,7 @@ def _run_ranks(
 ) -> dict[str, Any]:
     job_file, result = place.work / f"{name}.job.json", place.work / f"{name}.json"
     result.unlink(missing_ok=True)
-    settings = [*overrides(model, precision, place.cache_dir, place.machine.device), *entry.overrides]
+    settings = [*_settings(entry, model, precision, place), *entry.overrides]
     inputs, profile, ranks = str(place.inputs), steps == 0, place.machine.ranks
     job = Job(module, entry.options, model, precision, steps, place.machine, settings, inputs, str(result), profile)
     job.write(job_file)
@@ -103,13 +103,19 @@ def _run_ranks(
     return report
 
 
+def _settings(entry: Entry, model: Model, precision: str, place: Place) -> list[str]:
+    """tptrain's settings for a cell; a family's model comes from its directory."""
+    directory = place.inputs if model.family and entry.key != "scratch" else None
+    return overrides(model, precision, place.cache_dir, place.machine.device, directory)
+
+
 def _run_ours(entry: Entry, model: Model, precision: str, steps: int, name: str, place: Place) -> dict[str, Any]:
     """Through the real command line; the figures are those of its metrics.jsonl."""
     folder = place.work / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
-    alone, ranks, device = entry.kind == "reference", place.machine.ranks, place.machine.device
+    alone, ranks = entry.kind == "reference", place.machine.ranks
     command = [sys.executable, "-m", "tptrain", "launch", "cluster=local"]
-    command += overrides(model, precision, place.cache_dir, device)
+    command += _settings(entry, model, precision, place)
     command += [f"parallel.tp={1 if alone else ranks}", f"cluster.env.OMP_NUM_THREADS={ranks if alone else 1}"]
     command += [f"train.steps={steps}", f"run.dir={folder}", f"run.name={name}", *entry.overrides]
     metrics, first = folder / "metrics.jsonl", 0.0

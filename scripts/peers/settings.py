@@ -5,8 +5,12 @@ from pathlib import Path
 from .cells import ADAM, SEED, Model
 
 
-def overrides(model: Model, precision: str, cache_dir: Path, device: str = "cpu") -> list[str]:
-    """tptrain's settings for a cell; topology, steps and run directory are left to the caller."""
+def overrides(
+    model: Model, precision: str, cache_dir: Path, device: str = "cpu", directory: Path | None = None
+) -> list[str]:
+    """tptrain's settings for a cell; topology, steps and run directory are left to the caller. With `directory`, the
+    model is the one that lies there, else it is trained from scratch.
+    """
     settings = {
         "model.name": model.name,
         "model.vocab_size": model.vocab,
@@ -17,6 +21,12 @@ def overrides(model: Model, precision: str, cache_dir: Path, device: str = "cpu"
         "model.intermediate_size": model.ffn,
         "model.max_position_embeddings": model.seq_len,
         "model.initializer_range": 0.02,
+    }
+    if model.family == "qwen3":
+        settings["model.qk_norm"] = "true"
+    if directory is not None:
+        settings = {"model": "hf", "model.path": directory, "data.tokenizer": "bytes"}
+    settings |= {
         "data.cache_dir": cache_dir,
         "optim": "constant",
         "optim.warmup_steps": 0,
