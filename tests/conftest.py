@@ -10,7 +10,7 @@ import torch
 
 from tests.commands import kill_what_was_left
 from tptrain.ops.cpu.kernels import kernel_table
-from tptrain.ops.cpu.library import load
+from tptrain.ops.cpu.library import PROCESSORS, load
 from tptrain.ops.table import REFERENCE, Operations
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test waits for a network
@@ -60,8 +60,8 @@ def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def kernels(_compiled: Path) -> Iterator[Operations]:
     """The table of the CPU's own kernels; the number of threads is again as before after the test."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("this processor has no AVX-512")
+    if torch.backends.cpu.get_cpu_capability() not in PROCESSORS:
+        pytest.skip("this processor has neither AVX-512 nor AVX2")
     library = load(_compiled)
     assert library is not None, "the kernels do not compile"
     threads = torch.get_num_threads()

@@ -12,13 +12,20 @@ from tptrain.ops.choose import choose
 from tptrain.ops.table import Operations
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+Mask = tuple[int | None, float | None, float | None]  # window, scale, softcap
+PLAIN: Mask = (None, None, None)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, softcap: float | None) -> Tensor:
     """By the definition, every score at once: (B, T, H, d) and 2 x (B, T, K, d) -> (B, T, H, d)."""
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, 2) for x in (k, v))  # (B, T, H, d)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5  # (B, H, T, T)
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return torch.einsum("bhij,bjhd->bihd", F.softmax(scores.masked_fill(later, -torch.inf), -1), v)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (scale or q.shape[-1] ** -0.5)  # (B, H, T, T)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    back = torch.arange(q.shape[1]).unsqueeze(1) - torch.arange(q.shape[1])  # (T, T): how far a key lies behind
+    hidden = (back < 0) | (back >= (window or q.shape[1]))
+    return torch.einsum("bhij,bjhd->bihd", F.softmax(scores.masked_fill(hidden, -torch.inf), -1), v)
 
 
 # T, H, K, d: within a block of queries and a tile, whole blocks, and beyond them
@@ -41,12 +48,30 @@ def test_results_are_those_of_the_definition(
 ) -> None:
     monkeypatch.setattr("tptrain.ops.cpu.kernels.HAS_MATRIX_UNITS", False)  # our own in bf16, too
     torch.set_num_threads(threads)
+    _check(T, H, K, d, PLAIN, dtype, most, kernels)
+
+
+# A window of less than a tile, of some, of a tile and a key more, of all keys but one; caps that bend most scores.
+MASKS = [(7, None, None), (100, 0.3, None), (33, None, None), (299, None, 3.0), (None, 0.1, 5.0), (64, 0.3, 2.0)]
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_windows_scales_and_soft_caps(
+    mask: Mask, dtype: torch.dtype, most: float, kernels: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tptrain.ops.cpu.kernels.HAS_MATRIX_UNITS", False)
+    _check(300, 4, 2, 32, mask, dtype, most, kernels)
+
+
+def _check(T: int, H: int, K: int, d: int, mask: Mask, dtype: torch.dtype, most: float, kernels: Operations) -> None:
     torch.manual_seed(0)
     operands = [(2 * torch.randn(2, T, heads, d)).to(dtype) for heads in (H, K, K, H)]
     *inputs, grad = operands
     ours = [x.clone().requires_grad_() for x in inputs]
     exact = [x.double().requires_grad_() for x in inputs]
-    y, expected = kernels.attention(*ours), _plain(*exact)
+    y = kernels.attention(*ours) if mask == PLAIN else kernels.masked_attention(*ours, *mask)
+    expected = _plain(*exact, *mask)
     assert "_Attention" in type(y.grad_fn).__name__, "this is to test our own kernels"
     results = [y, *torch.autograd.grad(y, ours, grad)]
     exact_results = [expected, *torch.autograd.grad(expected, exact, grad.double())]
@@ -59,7 +84,7 @@ def test_great_scores_neither_overflow_nor_hide_what_is_no_number(kernels: Opera
     torch.manual_seed(0)
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 64, 1, 32))
     y = kernels.attention(100 * q, 100 * k, v)  # scores in the tens of thousands: all weight on one key
-    assert torch.allclose(y, _plain(100 * q.double(), 100 * k.double(), v.double()).float(), atol=1e-4)
+    assert torch.allclose(y, _plain(100 * q.double(), 100 * k.double(), v.double(), *PLAIN).float(), atol=1e-4)
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(y.sum(), (q, k, v)))
     spoilt = q.detach().clone()
     spoilt[0, 7] = torch.nan
@@ -74,4 +99,4 @@ def test_without_a_compiler_pytorch_s_kernels_are_used(tmp_path: Path, monkeypat
     table = choose("cpu", "auto", tmp_path)
     assert table.backend == "PyTorch"
     q, k, v = torch.randn(3, 2, 9, 2, 16)
-    torch.testing.assert_close(table.attention(q, k, v), _plain(q, k, v))
+    torch.testing.assert_close(table.attention(q, k, v), _plain(q, k, v, *PLAIN))

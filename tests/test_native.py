@@ -71,14 +71,19 @@ def test_gated_activation(width: int, dtype: torch.dtype, kernels: Operations) -
     y = F.silu(exact[:, :width]) * exact[:, width:]
     _close([kernels.gate_product(x, "silu")], [y], MOST[dtype])
     _close([kernels.gate_product_backward(grad, x, "silu")], torch.autograd.grad(y, exact, grad.double()), MOST[dtype])
+    y = F.gelu(exact[:, :width], approximate="tanh") * exact[:, width:]
+    _close([kernels.gate_product(x, "gelu_new")], [y], 2 * MOST[dtype])
+    expected = torch.autograd.grad(y, exact, grad.double())
+    _close([kernels.gate_product_backward(grad, x, "gelu_new")], expected, 2 * MOST[dtype])
     y = F.gelu(exact[:, :width]) * exact[:, width:]
     _close([kernels.gate_product(x, "gelu")], [y], 4 * MOST[dtype])  # not by a kernel
 
 
-def test_gates_far_from_zero_are_open_or_shut(kernels: Operations) -> None:
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+def test_gates_far_from_zero_are_open_or_shut(act: str, kernels: Operations) -> None:
     gate = torch.tensor([-torch.inf, -1e30, -100.0, 100.0, 1e30])
     x = torch.stack([gate[1:], torch.ones(4)]).view(1, 8)
-    y, grad = kernels.gate_product(x, "silu"), kernels.gate_product_backward(torch.ones(1, 4), x, "silu")
+    y, grad = kernels.gate_product(x, act), kernels.gate_product_backward(torch.ones(1, 4), x, act)
     torch.testing.assert_close(y, torch.tensor([[0.0, 0.0, 100.0, 1e30]]), atol=1e-30, rtol=1e-6)
     torch.testing.assert_close(grad[:, :4], torch.tensor([[0.0, 0.0, 1.0, 1.0]]), atol=1e-30, rtol=1e-6)
 

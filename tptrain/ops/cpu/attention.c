@@ -1,9 +1,12 @@
-/* Causal attention on a CPU, forward and backward, in whole tiles of registers; called by ../attention.py.
+/* Causal attention on a CPU, forward and backward, in whole tiles of registers; called by kernels.py.
 
 A problem is one KV head and the G query heads that share it. Its scores exist for BLOCK queries at a time, over the
 keys up to the last of them, and stay in the core's cache; those of the backward pass are computed again, as in flash
 attention (Dao et al. 2022, arXiv:2205.14135). Inputs are packed as float32: d rounded up to whole tiles (D), T to whole
 blocks (N), both filled with zeros. Rows of scores and of transposed inputs are S floats apart.
+
+A score is the product of query and key times `scale`, and with a `cap` other than 0 cap * tanh(that / cap). A query sees
+itself and the window - 1 keys before it.
 
 Tensors: q, y and their gradients (B, T, K, G, d), k, v and theirs (B, T, K, d), float32 or, where `bf16`, bfloat16.
 */
@@ -11,9 +14,8 @@ Tensors: q, y and their gradients (B, T, K, G, d), k, v and theirs (B, T, K, d),
 #include "vector.h"
 
 #include <stdlib.h>
-#include <string.h>
 
-enum { ROWS = 8, COLUMNS = 2 * WIDTH, BLOCK = 32 }; /* a tile: 8 x 32 sums, in 16 of the 32 registers */
+enum { COLUMNS = 2 * WIDTH, BLOCK = 32 }; /* a tile: ROWS x COLUMNS sums; a block is a multiple of both */
 
 /* ------------------------------------------------------------------------------------------------- matrix products */
 
@@ -67,15 +69,31 @@ static void transpose(long N, long D, const float *x, float *y, long S) {
 
 /* ----------------------------------------------------------------------------------------------------- attention */
 
-/* Row i of the scores of queries that begin at `start`: later keys hidden, and the greatest of the others returned. */
-static inline float hide(float *row, long start, long i) {
-    for (long j = 0; j < BLOCK; j += WIDTH) {
-        float *here = row + start + j;
-        store(here, _mm512_mask_blend_ps(first(i - j + 1), all(-INFINITY), load(here)));
+typedef struct {
+    long window;
+    float scale, cap;
+} Scores;
+
+/* The first key that a block of queries may see, rounded down to a whole tile. */
+static long begin(Scores s, long start) { return start < s.window ? 0 : (start - s.window + 1) / COLUMNS * COLUMNS; }
+
+/* Row i of the products of queries that begin at `start` and keys that begin at `from`, one after another, to scores; of
+hidden keys minus infinity. Returns the largest. `slopes`, where there is a cap: the scores' derivatives. */
+static inline float score(Scores s, float *row, long start, long i, long from, float *slopes) {
+    Vector largest = all(-INFINITY);
+    for (long j = from; j < start + BLOCK; j += WIDTH, row += WIDTH) {
+        Vector x = load(row) * s.scale;
+        if (s.cap != 0) {
+            Vector t = hyperbolic_tangent(x / s.cap);
+            if (slopes) store(slopes + j - from, 1 - t * t);
+            x = t * s.cap;
+        }
+        if (j + WIDTH > start) x = choose(first(start + i + 1 - j), x, all(-INFINITY));
+        if (j <= start + i - s.window) x = choose(first(start + i - s.window + 1 - j), all(-INFINITY), x);
+        store(row, x);
+        largest = larger(x, largest);
     }
-    Vector greatest = load(row);
-    for (long j = WIDTH; j < start + BLOCK; j += WIDTH) greatest = _mm512_max_ps(load(row + j), greatest);
-    return _mm512_reduce_max_ps(greatest);
+    return largest_of(largest);
 }
 
 typedef struct {
@@ -93,42 +111,43 @@ static long begins(Sizes z, long problem) { return (problem / z.K * z.T * z.K + 
 /* Memory for one thread, whose rows begin where cache lines do. */
 static float *floats(long count) { return aligned_alloc(64, count * sizeof(float)); }
 
-static void forward(Sizes z, long problem, int bf16, const void *q, const void *k, const void *v, void *y,
+static void forward(Sizes z, Scores s, long problem, int bf16, const void *q, const void *k, const void *v, void *y,
                     float *memory) {
     float *keys = memory, *values = keys + z.N * z.D, *keys_t = values + z.N * z.D, *p = keys_t + z.S * z.D,
-          *mine = p + z.S * BLOCK, *out = mine + BLOCK * z.D, share[BLOCK], scale = 1 / sqrtf(z.d);
+          *mine = p + z.S * BLOCK, *out = mine + BLOCK * z.D, share[BLOCK];
     long kv = begins(z, problem), ld = z.K * z.G * z.d;
     pack(k, kv, z.K * z.d, bf16, z.T, z.N, z.d, keys, z.D);
     pack(v, kv, z.K * z.d, bf16, z.T, z.N, z.d, values, z.D);
     transpose(z.N, z.D, keys, keys_t, z.S);
     for (long start = 0; start < z.T; start += BLOCK)
         for (long g = 0; g < z.G; g++) {
-            long n = start + BLOCK, rows = z.T < n ? z.T - start : BLOCK, at = z.G * kv + g * z.d + start * ld;
+            long from = begin(s, start), n = start + BLOCK - from; /* keys that are seen */
+            long rows = z.T < start + BLOCK ? z.T - start : BLOCK, at = z.G * kv + g * z.d + start * ld;
             pack(q, at, ld, bf16, rows, BLOCK, z.d, mine, z.D);
-            product(BLOCK, n, z.D, mine, z.D, 1, keys_t, z.S, p, z.S, 0);
+            product(BLOCK, n, z.D, mine, z.D, 1, keys_t + from, z.S, p, z.S, 0);
             for (long i = 0; i < BLOCK; i++) {
-                float *row = p + i * z.S, top = hide(row, start, i) * scale;
+                float *row = p + i * z.S, top = score(s, row, start, i, from, NULL);
                 Vector sum = all(0.0f);
                 for (long j = 0; j < n; j += WIDTH) {
-                    Vector e = exponential(load(row + j) * scale - top);
+                    Vector e = exponential(load(row + j) - top);
                     store(row + j, e);
                     sum += e;
                 }
-                share[i] = 1 / _mm512_reduce_add_ps(sum);
+                share[i] = 1 / sum_of(sum);
             }
-            product(BLOCK, z.D, n, p, z.S, 1, values, z.D, out, z.D, 0);
+            product(BLOCK, z.D, n, p, z.S, 1, values + from * z.D, z.D, out, z.D, 0);
             for (long i = 0; i < BLOCK; i++)
                 for (long j = 0; j < z.D; j++) out[i * z.D + j] *= share[i];
             unpack(out, z.D, rows, z.d, y, at, ld, bf16);
         }
 }
 
-static void backward(Sizes z, long problem, int bf16, const void *q, const void *k, const void *v, const void *grad,
+static void backward(Sizes z, Scores s, long problem, int bf16, const void *q, const void *k, const void *v, const void *grad,
                      void *grad_q, void *grad_k, void *grad_v, float *memory) {
     float *keys = memory, *to_keys = keys + z.N * z.D, *to_values = to_keys + z.N * z.D,
           *keys_t = to_values + z.N * z.D, *values_t = keys_t + z.S * z.D, *p = values_t + z.S * z.D,
           *to_scores = p + z.S * BLOCK, *mine = to_scores + z.S * BLOCK, *given = mine + BLOCK * z.D,
-          *to_mine = given + BLOCK * z.D, scale = 1 / sqrtf(z.d);
+          *to_mine = given + BLOCK * z.D, *slopes = to_mine + BLOCK * z.D;
     long kv = begins(z, problem), ld = z.K * z.G * z.d;
     pack(v, kv, z.K * z.d, bf16, z.T, z.N, z.d, keys, z.D);
     transpose(z.N, z.D, keys, values_t, z.S);
@@ -137,30 +156,32 @@ static void backward(Sizes z, long problem, int bf16, const void *q, const void 
     memset(to_keys, 0, 2 * z.N * z.D * sizeof(float)); /* to_values follows */
     for (long start = 0; start < z.T; start += BLOCK)
         for (long g = 0; g < z.G; g++) {
-            long n = start + BLOCK, rows = z.T < n ? z.T - start : BLOCK, at = z.G * kv + g * z.d + start * ld;
+            long from = begin(s, start), n = start + BLOCK - from; /* keys that are seen */
+            long rows = z.T < start + BLOCK ? z.T - start : BLOCK, at = z.G * kv + g * z.d + start * ld;
             pack(q, at, ld, bf16, rows, BLOCK, z.d, mine, z.D);
             pack(grad, at, ld, bf16, rows, BLOCK, z.d, given, z.D);
-            product(BLOCK, n, z.D, mine, z.D, 1, keys_t, z.S, p, z.S, 0);
-            product(BLOCK, n, z.D, given, z.D, 1, values_t, z.S, to_scores, z.S, 0); /* the gradient to p, as yet */
+            product(BLOCK, n, z.D, mine, z.D, 1, keys_t + from, z.S, p, z.S, 0);
+            product(BLOCK, n, z.D, given, z.D, 1, values_t + from, z.S, to_scores, z.S, 0); /* to p, as yet */
             for (long i = 0; i < BLOCK; i++) {
-                float *row = p + i * z.S, *to_row = to_scores + i * z.S, top = hide(row, start, i) * scale;
+                float *row = p + i * z.S, *to_row = to_scores + i * z.S, top = score(s, row, start, i, from, slopes);
                 Vector sum = all(0.0f), weighted = all(0.0f);
                 for (long j = 0; j < n; j += WIDTH) {
-                    Vector e = exponential(load(row + j) * scale - top);
+                    Vector e = exponential(load(row + j) - top);
                     store(row + j, e);
                     sum += e;
                     weighted += e * load(to_row + j);
                 }
-                float share = 1 / _mm512_reduce_add_ps(sum), mean = _mm512_reduce_add_ps(weighted) * share;
+                float share = 1 / sum_of(sum), mean = sum_of(weighted) * share;
                 for (long j = 0; j < n; j += WIDTH) {
-                    Vector weight = load(row + j) * share;
+                    Vector weight = load(row + j) * share, to_score = weight * (load(to_row + j) - mean) * s.scale;
                     store(row + j, weight);
-                    store(to_row + j, weight * (load(to_row + j) - mean) * scale);
+                    if (s.cap != 0) to_score *= load(slopes + j);
+                    store(to_row + j, to_score);
                 }
             }
-            product(n, z.D, BLOCK, p, 1, z.S, given, z.D, to_values, z.D, 1);
-            product(n, z.D, BLOCK, to_scores, 1, z.S, mine, z.D, to_keys, z.D, 1);
-            product(BLOCK, z.D, n, to_scores, z.S, 1, keys, z.D, to_mine, z.D, 0);
+            product(n, z.D, BLOCK, p, 1, z.S, given, z.D, to_values + from * z.D, z.D, 1);
+            product(n, z.D, BLOCK, to_scores, 1, z.S, mine, z.D, to_keys + from * z.D, z.D, 1);
+            product(BLOCK, z.D, n, to_scores, z.S, 1, keys + from * z.D, z.D, to_mine, z.D, 0);
             unpack(to_mine, z.D, rows, z.d, grad_q, at, ld, bf16);
         }
     unpack(to_keys, z.D, z.T, z.d, grad_k, kv, z.K * z.d, bf16);
@@ -169,9 +190,10 @@ static void backward(Sizes z, long problem, int bf16, const void *q, const void 
 
 /* The kernels: B * K problems, shared by the threads. They return 1 where there is no memory. */
 
-int attention_forward(long threads, long problems, long T, long K, long G, long d, long bf16, const void *q,
-                      const void *k, const void *v, void *y) {
+int attention_forward(long threads, long problems, long T, long K, long G, long d, long bf16, long window,
+                      double scale, double cap, const void *q, const void *k, const void *v, void *y) {
     Sizes z = sizes(T, K, G, d);
+    Scores s = {window, scale, cap};
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
@@ -179,23 +201,25 @@ int attention_forward(long threads, long problems, long T, long K, long G, long 
         failed = memory == NULL;
 #pragma omp for schedule(static)
         for (long problem = 0; problem < problems; problem++)
-            if (!failed) forward(z, problem, bf16, q, k, v, y, memory);
+            if (!failed) forward(z, s, problem, bf16, q, k, v, y, memory);
         free(memory);
     }
     return failed;
 }
 
-int attention_backward(long threads, long problems, long T, long K, long G, long d, long bf16, const void *q,
-                       const void *k, const void *v, const void *grad, void *grad_q, void *grad_k, void *grad_v) {
+int attention_backward(long threads, long problems, long T, long K, long G, long d, long bf16, long window,
+                       double scale, double cap, const void *q, const void *k, const void *v, const void *grad,
+                       void *grad_q, void *grad_k, void *grad_v) {
     Sizes z = sizes(T, K, G, d);
+    Scores s = {window, scale, cap};
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        float *memory = floats(3 * z.N * z.D + 2 * z.S * z.D + BLOCK * (2 * z.S + 3 * z.D));
+        float *memory = floats(3 * z.N * z.D + 2 * z.S * z.D + BLOCK * (2 * z.S + 3 * z.D) + z.S);
         failed = memory == NULL;
 #pragma omp for schedule(static)
         for (long problem = 0; problem < problems; problem++)
-            if (!failed) backward(z, problem, bf16, q, k, v, grad, grad_q, grad_k, grad_v, memory);
+            if (!failed) backward(z, s, problem, bf16, q, k, v, grad, grad_q, grad_k, grad_v, memory);
         free(memory);
     }
     return failed;

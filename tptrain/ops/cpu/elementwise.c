@@ -6,8 +6,6 @@ bfloat16; statistics are float32. Rows are shared by the threads, and results do
 
 #include "vector.h"
 
-#include <string.h>
-
 /* A function of one row, made for float32 and for bfloat16. */
 #define EITHER(row, ...) (bf16 ? row(1, __VA_ARGS__) : row(0, __VA_ARGS__))
 
@@ -27,7 +25,7 @@ INLINE void norm_row(int bf16, long D, float eps, long at, const void *x, const 
         Vector v = sum_at(bf16, x, y, at + i, D - i);
         sum += v * v;
     }
-    *squares = _mm512_reduce_add_ps(sum);
+    *squares = sum_of(sum);
     float scale = 1 / sqrtf(*squares / D + eps);
     for (long i = 0; i < D; i += WIDTH) {
         Vector v = sum_at(bf16, x, y, at + i, D - i);
@@ -53,7 +51,7 @@ INLINE void norm_row_backward(int bf16, long D, float eps, long at, const void *
         put(0, grad_weight, i, D - i, get(0, grad_weight, i, D - i) + to_unit * unit);
         sum += to_unit * get(bf16, weight, i, D - i) * unit;
     }
-    float mean = _mm512_reduce_add_ps(sum) / D;
+    float mean = sum_of(sum) / D;
     for (long i = 0; i < D; i += WIDTH) {
         Vector to_unit = get(bf16, grad, at + i, D - i) * get(bf16, weight, i, D - i);
         Vector v = (to_unit - get(bf16, x, at + i, D - i) * scale * mean) * scale;
@@ -75,36 +73,52 @@ void add_rms_norm_backward(long threads, long bf16, long N, long D, long length,
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------------- SwiGLU */
+/* ------------------------------------------------------------------------------------------ gated linear units: act(gate) up */
 
 INLINE Vector sigmoid(Vector x) { return all(1) / (1 + exponential(-x)); }
 
-INLINE void gate_row(int bf16, long F, long row, const void *x, void *y) {
+/* SiLU or, where `gelu`, GELU by tanh (Hendrycks & Gimpel 2016, arXiv:1606.08415); its derivative in `slope`. */
+INLINE Vector activation(int gelu, Vector x, Vector *slope) {
+    if (gelu) {
+        Vector near = smaller(all(20), larger(all(-20), x)), square = near * near; /* beyond, tanh is 1 or -1 */
+        Vector t = hyperbolic_tangent(0.7978845608f * near * (1 + 0.044715f * square));
+        *slope = 0.5f * (1 + t) + 0.5f * near * (1 - t * t) * 0.7978845608f * (1 + 0.134145f * square);
+        return 0.5f * x * (1 + t);
+    }
+    Vector share = sigmoid(x);
+    *slope = share * (1 + x * (1 - share));
+    return x * share;
+}
+
+INLINE void gate_row(int bf16, int gelu, long F, long row, const void *x, void *y) {
     for (long i = 0; i < F; i += WIDTH) {
-        Vector gate = get(bf16, x, 2 * row * F + i, F - i), up = get(bf16, x, (2 * row + 1) * F + i, F - i);
-        put(bf16, y, row * F + i, F - i, gate * up * sigmoid(gate));
+        Vector gate = get(bf16, x, 2 * row * F + i, F - i), up = get(bf16, x, (2 * row + 1) * F + i, F - i), slope;
+        put(bf16, y, row * F + i, F - i, up * activation(gelu, gate, &slope));
     }
 }
 
 /* x (N, 2 F), gate and up; y (N, F). */
-void gate_product(long threads, long bf16, long N, long F, const void *x, void *y) {
+void gate_product(long threads, long bf16, long N, long F, long gelu, const void *x, void *y) {
 #pragma omp parallel for num_threads(threads)
-    for (long row = 0; row < N; row++) EITHER(gate_row, F, row, x, y);
+    for (long row = 0; row < N; row++) gelu ? EITHER(gate_row, 1, F, row, x, y) : EITHER(gate_row, 0, F, row, x, y);
 }
 
-INLINE void gate_row_backward(int bf16, long F, long row, const void *grad, const void *x, void *grad_x) {
+INLINE void gate_row_backward(int bf16, int gelu, long F, long row, const void *grad, const void *x, void *grad_x) {
     for (long i = 0; i < F; i += WIDTH) {
         long at = 2 * row * F + i, n = F - i;
-        Vector gate = get(bf16, x, at, n), up = get(bf16, x, at + F, n), to_y = get(bf16, grad, row * F + i, n);
-        Vector share = sigmoid(gate);
-        put(bf16, grad_x, at, n, to_y * up * share * (1 + gate * (1 - share)));
-        put(bf16, grad_x, at + F, n, to_y * gate * share);
+        Vector gate = get(bf16, x, at, n), up = get(bf16, x, at + F, n), to_y = get(bf16, grad, row * F + i, n), slope;
+        Vector active = activation(gelu, gate, &slope);
+        put(bf16, grad_x, at, n, to_y * up * slope);
+        put(bf16, grad_x, at + F, n, to_y * active);
     }
 }
 
-void gate_product_backward(long threads, long bf16, long N, long F, const void *grad, const void *x, void *grad_x) {
+void gate_product_backward(long threads, long bf16, long N, long F, long gelu, const void *grad, const void *x,
+                           void *grad_x) {
 #pragma omp parallel for num_threads(threads)
-    for (long row = 0; row < N; row++) EITHER(gate_row_backward, F, row, grad, x, grad_x);
+    for (long row = 0; row < N; row++)
+        gelu ? EITHER(gate_row_backward, 1, F, row, grad, x, grad_x)
+             : EITHER(gate_row_backward, 0, F, row, grad, x, grad_x);
 }
 
 /* ------------------------------------------------------------------------------------------------------------- rotary */
@@ -156,11 +170,11 @@ void rotate_qkv(long threads, long bf16, long N, long T, long H, long K, long d,
 INLINE float log_sum_exp(int bf16, long v, long at, const void *logits) {
     Vector top = all(-INFINITY), sum = all(0);
     for (long i = 0; i < v; i += WIDTH)
-        top = _mm512_mask_max_ps(top, first(v - i), get(bf16, logits, at + i, v - i), top);
-    float greatest = _mm512_reduce_max_ps(top);
+        top = choose(first(v - i), larger(get(bf16, logits, at + i, v - i), top), top);
+    float greatest = largest_of(top);
     for (long i = 0; i < v; i += WIDTH)
-        sum = _mm512_mask_add_ps(sum, first(v - i), sum, exponential(get(bf16, logits, at + i, v - i) - greatest));
-    return greatest + logf(_mm512_reduce_add_ps(sum));
+        sum += choose(first(v - i), exponential(get(bf16, logits, at + i, v - i) - greatest), all(0));
+    return greatest + logf(sum_of(sum));
 }
 
 INLINE float one(int bf16, const void *x, long at) { return get(bf16, x, at, 1)[0]; }

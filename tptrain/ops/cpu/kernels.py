@@ -13,6 +13,7 @@ from tptrain.ops import reference
 from tptrain.ops.cpu.library import Library
 from tptrain.ops.table import Operations
 
+GATES = {"silu": False, "gelu_new": True, "gelu_pytorch_tanh": True}  # activations that are computed; whether GELU
 BLOCK = 64  # rows whose gradients to a norm's weight are summed before they are added to those of other rows
 HAS_MATRIX_UNITS = torch.cpu.get_capabilities().get("amx_bf16", False)
 
@@ -21,9 +22,10 @@ def kernel_table(library: Library, others: Operations) -> Operations:
     """`others`, with the kernels in place of what they can do."""
     kernels = Kernels(library, others)
     names = ["rms_norm", "rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "gate_product"]
-    names += ["gate_product_backward", "rotate", "rotate_qkv", "rotate_qkv_backward", "attention", "statistics"]
+    names += ["gate_product_backward", "rotate", "rotate_qkv", "rotate_qkv_backward", "attention", "masked_attention"]
+    names += ["statistics", "logit_gradient_"]
     backend = f"C kernels {library.digest}, else {others.backend}"
-    return replace(others, backend=backend, **{name: getattr(kernels, name) for name in [*names, "logit_gradient_"]})
+    return replace(others, backend=backend, **{name: getattr(kernels, name) for name in names})
 
 
 class Kernels:
@@ -75,19 +77,19 @@ class Kernels:
         return grad_x, grad_weight.sum(0)
 
     def gate_product(self, x: Tensor, act: str) -> Tensor:
-        if act != "silu":
+        if act not in GATES:
             return self.others.gate_product(x, act)
         x = x.contiguous()
         half, N, F = _sizes(x)
         y = x.new_empty(N, F // 2)
-        self.run("gate_product", half, N, F // 2, x, y)
+        self.run("gate_product", half, N, F // 2, GATES[act], x, y)
         return y
 
     def gate_product_backward(self, grad: Tensor, x: Tensor, act: str) -> Tensor:
-        if act != "silu":
+        if act not in GATES:
             return self.others.gate_product_backward(grad, x, act)
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
-        self.run("gate_product_backward", *_sizes(grad), grad, x.contiguous(), grad_x)
+        self.run("gate_product_backward", *_sizes(grad), GATES[act], grad, x.contiguous(), grad_x)
         return grad_x
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -122,7 +124,12 @@ class Kernels:
         self.run("rotate_qkv", half, B * T, T, *heads, d, back, cos.contiguous(), sin.contiguous(), qkv, *parts)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _Attention.apply(q, k, v, self)  # type: ignore[return-value]
+        return _Attention.apply(q, k, v, None, None, None, self)  # type: ignore[return-value]
+
+    def masked_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, softcap: float | None
+    ) -> Tensor:
+        return _Attention.apply(q, k, v, window, scale, softcap, self)  # type: ignore[return-value]
 
     def statistics(self, logits: Tensor, local: Tensor) -> Tensor:
         lse, at_target = both = torch.empty(2, len(logits))
@@ -141,29 +148,46 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernels: Kernels) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float | None,
+        softcap: float | None,
+        kernels: Kernels,
+    ) -> Tensor:
         q, k, v = (x.contiguous() for x in (q, k, v))
         ctx.save_for_backward(q, k, v)
-        ctx.kernels = kernels
-        if q.dtype == torch.bfloat16 and HAS_MATRIX_UNITS:
-            return reference.attention(q, k, v)
+        ctx.kernels, ctx.scores = kernels, (window, scale, softcap)
+        if q.dtype == torch.bfloat16 and HAS_MATRIX_UNITS and softcap is None:
+            return reference.masked_attention(q, k, v, *ctx.scores)
         y = torch.empty_like(q)  # (B, T, H, d)
-        _run_attention(kernels, "attention_forward", q, k, v, y)
+        _run_attention(kernels, "attention_forward", ctx.scores, q, k, v, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
         grads = tuple(torch.empty_like(x) for x in (q, k, v))
-        _run_attention(ctx.kernels, "attention_backward", q, k, v, grad.contiguous(), *grads)
-        return *grads, None
+        _run_attention(ctx.kernels, "attention_backward", ctx.scores, q, k, v, grad.contiguous(), *grads)
+        return *grads, None, None, None, None
 
 
-def _run_attention(kernels: Kernels, name: str, q: Tensor, k: Tensor, *others: Tensor) -> None:
+def _run_attention(
+    kernels: Kernels,
+    name: str,
+    scores: tuple[int | None, float | None, float | None],
+    q: Tensor,
+    k: Tensor,
+    *others: Tensor,
+) -> None:
     """A kernel over all B * K problems. Raises MemoryError."""
     B, T, H, d = q.shape
-    K = k.shape[2]
-    if kernels.run(name, B * K, T, K, H // K, d, q.dtype == torch.bfloat16, q, k, *others):
+    K, (window, scale, softcap) = k.shape[2], scores
+    sizes = B * K, T, K, H // K, d, q.dtype == torch.bfloat16, window or T
+    if kernels.run(name, *sizes, float(scale or d**-0.5), float(softcap or 0), q, k, *others):
         raise MemoryError(name)
 
 

@@ -1,4 +1,4 @@
-"""Kernels of our own for a CPU with AVX-512, in C: compiled on the machine that trains, in about a second, once."""
+"""Kernels of our own for a CPU with AVX-512 or AVX2, in C: compiled on the machine that trains, in seconds, once."""
 
 import ctypes
 import hashlib
@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-FLAGS = ("-O3", "-march=skylake-avx512", "-fno-math-errno", "-fno-strict-aliasing", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-fno-math-errno", "-fno-strict-aliasing", "-fopenmp", "-shared", "-fPIC")
+PROCESSORS = {"AVX512": "-march=skylake-avx512", "AVX2": "-march=haswell"}  # by torch's names
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -36,12 +37,13 @@ def _kind(argument: int | float | Tensor | None) -> type:
 
 
 def load(folder: Path) -> Library | None:
-    """The kernels, compiled into `folder` unless they are there; None without AVX-512 or a C compiler that works."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or compiler is None:
+    """The kernels, compiled into `folder` unless they are there; None on another CPU or without a C compiler."""
+    compiler, processor = shutil.which("gcc") or shutil.which("cc"), torch.backends.cpu.get_cpu_capability()
+    if processor not in PROCESSORS or compiler is None:
         return None
+    flags = (*FLAGS, PROCESSORS[processor])
     sources = sorted(Path(__file__).parent.glob("*.[ch]"))
-    text = " ".join(FLAGS).encode() + b"".join(source.read_bytes() for source in sources)
+    text = " ".join(flags).encode() + b"".join(source.read_bytes() for source in sources)
     digest = hashlib.blake2b(text, digest_size=8).hexdigest()
     library = folder / f"kernels-{digest}.so"
     try:
@@ -50,7 +52,7 @@ def load(folder: Path) -> Library | None:
             with TemporaryDirectory(dir=folder) as place:  # ranks and runs may do this at once
                 fresh = Path(place) / library.name
                 units = [str(source) for source in sources if source.suffix == ".c"]
-                command = [compiler, *FLAGS, *units, "-o", str(fresh), "-lm"]
+                command = [compiler, *flags, *units, "-o", str(fresh), "-lm"]
                 subprocess.run(command, check=True, capture_output=True, timeout=60)
                 fresh.replace(library)
         return Library(library, digest)
