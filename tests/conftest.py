@@ -53,16 +53,16 @@ def slurm() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture
-def kernels(_compiled: Path) -> Iterator[Operations]:
+def kernels(compiled: Path) -> Iterator[Operations]:
     """The table of the CPU's own kernels; the number of threads is again as before after the test."""
     if torch.backends.cpu.get_cpu_capability() not in PROCESSORS:
         pytest.skip("this processor has neither AVX-512 nor AVX2")
-    library = load(_compiled)
+    library = load(compiled)
     assert library is not None, "the kernels do not compile"
     threads = torch.get_num_threads()
     yield kernel_table(library, REFERENCE)

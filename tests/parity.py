@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,8 @@ from tptrain.config.schema import OptimConfig
 from tptrain.models.settings import decoder_spec
 from tptrain.nn import linear
 from tptrain.nn.parameter import Parameter, parameters, sharding, use
+from tptrain.ops.choose import choose
+from tptrain.ops.table import REFERENCE
 from tptrain.optim import reduce, state
 from tptrain.parallel import collectives
 from tptrain.parallel.mesh import Mesh
@@ -33,6 +36,7 @@ class Topology:
     shared: bool = False  # reduce through shared memory
     recompute: str = "none"
     overlap: bool = False
+    kernels: Path | None = None  # compute with the kernels in C that lie or are compiled here, where the CPU has some
 
 
 def distances(
@@ -46,7 +50,8 @@ def distances(
     grid = mesh(where.tp, decoder_spec(case.ours).kv_heads, device, where.shared, where.sequence_parallel)
     with MUTATIONS[mutation]() if mutation else nullcontext():
         settings = OptimConfig(beta1=ref.BETAS[0], beta2=ref.BETAS[1], eps=ref.EPS, weight_decay=ref.DECAY)
-        tiny = training(case.ours, grid, zero=where.zero, recompute=where.recompute, optim=settings)
+        ops = choose(device, "auto", where.kernels) if where.kernels else REFERENCE
+        tiny = training(case.ours, grid, zero=where.zero, recompute=where.recompute, optim=settings, ops=ops)
         model, optimizer = tiny.model, tiny.optimizer
         optimizer.state.initialise(lambda key, p: _slice(reference.weights[key], p))
         share = ref.BATCH // grid.size("dp")

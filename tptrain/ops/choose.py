@@ -13,7 +13,7 @@ from tptrain.ops.table import REFERENCE, Operations
 def choose(device: str, compile_setting: str, folder: Path) -> Operations:
     """The table for `train.compile` on a kind of device; C kernels are compiled into `folder`, once for all runs.
 
-    On a CPU with AVX-512 and a C compiler the kernels in C come first, under `auto` and `elementwise`.
+    On a CPU with AVX-512 or AVX2 and a C compiler the kernels in C come first, under `auto` and `elementwise`.
     """
     table = replace(REFERENCE, device=device)
     if compile_setting == "elementwise" or (compile_setting == "auto" and device == "cuda"):
