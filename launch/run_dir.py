@@ -12,7 +12,7 @@ from typing import Any
 from tptrain.config import Config, UserError, read_config, write_config
 from tptrain.config.load import write_atomically
 from tptrain.config.schema import MODEL_FILES
-from tptrain.models.directory import adopt
+from tptrain.models.directory import PARTIAL, adopt
 from tptrain.records.run_dir import newest_checkpoint, step_folder
 
 
@@ -101,7 +101,7 @@ def _holds_import(run_dir: Path, config: Config) -> bool:
 
 
 def _foreign(run_dir: Path) -> bool:
-    return any(entry.name not in ("logs", ".lock") for entry in run_dir.iterdir())
+    return any(entry.name not in ("logs", ".lock", PARTIAL) for entry in run_dir.iterdir())
 
 
 def _fixed_settings(node: Any, prefix: str = "") -> dict[str, Any]:

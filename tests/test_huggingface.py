@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from launch.run_dir import claim
 from tests.directories import save_model, save_tokenizer
 from tests.distributed import mesh, run_ranks
 from tests.families import FAMILIES
@@ -280,6 +281,28 @@ def test_dropout_can_be_switched_off(model: Path, tmp_path: Path) -> None:
     config = _config(model, tmp_path / "run")
     config.model.dropout = 0.0
     check_model(config)
+
+
+def test_a_field_that_says_nothing_is_no_quantization(model: Path, tmp_path: Path) -> None:
+    _edit_config(quantization_config=None)(model)
+    check_model(_config(model, tmp_path / "run"))
+
+
+def test_a_full_disk_leaves_no_half_of_a_copy(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, full = shutil.copyfile, [True]
+
+    def copyfile(source: Path, target: Path) -> None:
+        copy(source, target)
+        if full:
+            raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    with pytest.raises(UserError, match="No space left on device"):
+        claim(_config(model, tmp_path / "run"))
+    full.clear()
+    (tmp_path / "run" / ".model").mkdir()  # as where a launch was killed within the copy
+    claim(_config(model, tmp_path / "run"))
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["config.yaml", "logs", "model"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.commands import losses, run, tptrain
+from tests.commands import TPTRAIN, losses, run, tptrain
 from tests.corpus import write_corpus
 from tests.directories import save_model, save_tokenizer
 from tests.families import FAMILIES
@@ -160,6 +160,16 @@ def test_an_imported_model_is_exported_as_it_was_and_gone_on_with(folder: Path) 
 @pytest.mark.slurm
 @pytest.mark.usefixtures("slurm")
 def test_on_slurm_it_is_the_same_run(folder: Path, run_dir: Path) -> None:
-    lines = [*_overrides(folder, 3, 2, "slurm"), "cluster=slurm", "cluster.tasks_per_node=2"]
-    assert wait_for_end(submit(*lines)) == "COMPLETED"
-    assert losses(folder / "slurm") == losses(run_dir)[:3]
+    """At tp=2, gone on with at tp=1, evaluated by two ranks under srun, exported."""
+    for steps, tp in ((3, 2), (5, 1)):
+        lines = [*_overrides(folder, steps, tp, "slurm"), "cluster=slurm", f"cluster.tasks_per_node={tp}"]
+        assert wait_for_end(submit(*lines)) == "COMPLETED"
+    slurm = folder / "slurm"
+    assert losses(slurm)[:3] == losses(run_dir)[:3]
+    assert losses(slurm)[3:] == pytest.approx(losses(run_dir)[3:5], rel=1e-5)
+    data = [line for line in _overrides(folder, 5, 1) if line.startswith(("data", "train.device"))]
+    evaluated = run("srun", "-n2", *TPTRAIN, "eval", str(slurm), "parallel.tp=2", *data)
+    (line,) = (line for line in evaluated.stdout.splitlines() if line.startswith("{"))
+    assert tptrain("export", str(slurm), str(folder / "slurm-out")).returncode == 0
+    alone = tptrain("eval", "model=hf", f"model.path={folder}/slurm-out", "train.seq_len=32", *data)
+    assert json.loads(line)["loss"] == pytest.approx(json.loads(alone.stdout.splitlines()[-1])["loss"], rel=1e-5)

@@ -15,6 +15,7 @@ from tptrain.models.settings import decoder_spec, family
 
 TENSORS = "tensors.json"  # in that copy: name, type and file of each tensor, in the order of the files
 DIGEST = "weights.digest"  # in that copy: of the weights that the run began with
+PARTIAL = f".{MODEL_FILES}"  # that copy in a run directory while it is made
 OWN_FILES = (TENSORS, DIGEST)  # which are not the model's
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 FILE_BYTES = 64 * 2**20  # a larger file is not part of a model's description
@@ -60,16 +61,26 @@ def _more(names: list[str]) -> str:
 
 
 def adopt(config: Config) -> None:
-    """Copy the directory's files, but for the weights, into the run directory; the config then names the copies."""
+    """Copy the directory's files, but for the weights, into the run directory, unless an import has done so; the config
+    then names the copies. The copy appears whole or not at all. Raises UserError where there is no room for it.
+    """
     model, target = config.model, Path(config.run.dir) / MODEL_FILES
     assert model.directory is not None
-    source = Path(model.directory)
-    target.mkdir(exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(WEIGHTS) and file.stat().st_size <= FILE_BYTES:
-            shutil.copyfile(file, target / file.name)
-    entries = TensorFiles(source).entries
-    written = {name: [entry.dtype, entry.file.name] for name, entry in entries.items()}
-    write_atomically(target / TENSORS, json.dumps(written, indent=0))
+    source, partial = Path(model.directory), target.with_name(PARTIAL)
+    if not target.exists():
+        shutil.rmtree(partial, ignore_errors=True)  # of a launch that was killed
+        try:
+            partial.mkdir()
+            for file in sorted(source.iterdir()):
+                if file.is_file() and not file.name.endswith(WEIGHTS) and file.stat().st_size <= FILE_BYTES:
+                    shutil.copyfile(file, partial / file.name)
+            entries = TensorFiles(source).entries
+            written = {name: [entry.dtype, entry.file.name] for name, entry in entries.items()}
+            write_atomically(partial / TENSORS, json.dumps(written, indent=0))
+            partial.rename(target)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = f"{error.strerror}: {error.filename}"
+            raise UserError(f"run.dir={config.run.dir}: cannot copy {source} into it ({reason}). Make room.") from error
     if config.data.tokenizer == str(source / "tokenizer.json"):
         config.data.tokenizer = str(target / "tokenizer.json")

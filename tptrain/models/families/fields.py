@@ -23,6 +23,7 @@ IRRELEVANT = {
     "output_hidden_states": "of Transformers' outputs",
     "pad_token_id": "sequences are packed, never padded",
     "problem_type": "of classifiers",
+    "quantization_config": "null here: a model that is quantized was refused before",
     "return_dict": "of Transformers' outputs",
     "torch_dtype": "train.precision decides",
     "transformers_version": "who wrote the file",
