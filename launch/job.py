@@ -66,8 +66,17 @@ def _flight_recorder(config: Config, place: Place) -> FlightRecorder:
 
 def shell_lines(config: Config) -> list[str]:
     """The shell lines to run before the trainer: defaults, exported variables, then the user's own set-up."""
-    compiled = Path(config.data.cache_dir).absolute() / "compiled"  # a restart, on whatever node, finds it again
-    defaults = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TORCHINDUCTOR_CACHE_DIR": str(compiled)}
-    lines = [f"export {name}=${{{name}:-{shlex.quote(value)}}}" for name, value in defaults.items()]
+    defaults = {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        # On the node itself: on a network file system the caches break (pytorch#173679, triton#11512).
+        "TORCHINDUCTOR_CACHE_DIR": "${TMPDIR:-/tmp}/tptrain-$(id -u)/inductor",
+    }
+    if config.train.device != "cpu":
+        defaults |= {
+            "PYTORCH_ALLOC_CONF": "${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}",  # against fragmentation
+            # Kernels start in the order of their launch: an all-reduce before the product that is to hide it.
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        }
+    lines = [f"export {name}=${{{name}:-{value}}}" for name, value in defaults.items()]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in config.cluster.env.items()]
     return lines + list(config.cluster.setup)

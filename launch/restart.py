@@ -8,6 +8,7 @@ number, a full disk, and an error that came twice at the same step are not.
 """
 
 import os
+import re
 import signal
 import sys
 import time
@@ -74,11 +75,19 @@ def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
     return end
 
 
+def attempt_name(run_dir: Path, job: str, restart: str) -> str:
+    """The ranks' name of the attempt, after their Slurm step: not the first where set-up lines have started some."""
+    names = {event["attempt"] for event in events(run_dir)}
+    names |= {folder.name.removeprefix("attempt-") for folder in (run_dir / "logs").glob("attempt-*")}
+    parts = [re.fullmatch(rf"{re.escape(job)}\.(\d+)-{restart}", name) for name in names]
+    return f"{job}.{max((int(part[1]) for part in parts if part), default=0)}-{restart}"
+
+
 def main(run_dir: Path, code: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue begins with it, and it must not cut off what follows
     config = read_config(run_dir / "config.yaml")
     job, name, restart = os.environ["SLURM_JOB_ID"], slurm_name(), os.environ.get("SLURM_RESTART_COUNT", "0")
-    attempt = f"{job}.0-{restart}"
+    attempt = attempt_name(run_dir, job, restart)
     ended = how_it_ended(run_dir, attempt, code)
     shown = slurm.show_job(name)
     if ended["kind"] in (Outcome.INFRA, Outcome.STOPPED, Outcome.GONE) and shown.get("Reason") == "TimeLimit":

@@ -5,7 +5,9 @@ the caller decides what that means.
 """
 
 import os
+import re
 import subprocess
+from dataclasses import dataclass
 
 from tptrain.config import UserError
 
@@ -80,6 +82,31 @@ def _jobs(jobs: set[str]) -> str:
 
 def partitions() -> set[str]:
     return set(ask("sinfo", "--noheader", "--format=%R").split())
+
+
+@dataclass(frozen=True)
+class NodeShape:
+    """The least that any node of a partition has."""
+
+    cpus: int
+    memory_mb: int
+    gpus: int
+
+
+def node_shape(partition: str | None) -> NodeShape | None:
+    """Of the nodes with GPUs in these partitions (None: in the default one); None where there are none."""
+    rows = ask("sinfo", "--noheader", "--Node", "--format=%P|%c|%m|%G").splitlines()
+    wanted = None if partition is None else set(partition.split(","))
+    shapes = []
+    for name, cpus, memory, resources in (row.strip().split("|") for row in rows):
+        if name.endswith("*") if wanted is None else name.rstrip("*") in wanted:
+            # "gpu:8", "gpu:h100:8(S:0-1),gpu:t4:2"
+            gpus = sum(int(count) for count in re.findall(r"\bgpu:(?:[^:,()]+:)?(\d+)", resources))
+            shapes.append(NodeShape(int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus))
+    shapes = [shape for shape in shapes if shape.gpus]
+    if not shapes:
+        return None
+    return NodeShape(*(min(getattr(shape, name) for shape in shapes) for name in ("cpus", "memory_mb", "gpus")))
 
 
 def hostnames(names: str) -> list[str]:

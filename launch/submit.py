@@ -16,10 +16,11 @@ from launch import slurm
 from launch.job import Entry, command_time, run_rank, shell_lines
 from launch.run_dir import record_job
 from tptrain.config import Config, UserError
+from tptrain.config.schema import CPUS_OF_GPU
 
 
-def check(config: Config) -> None:
-    """Whether Slurm is here and knows the partition. Raises UserError."""
+def prepare(configs: list[Config]) -> None:
+    """Whether Slurm is here and knows the partition, and what it is to give the job. Raises UserError."""
     if shutil.which("sbatch") is None:
         raise UserError(
             "cluster=slurm: `sbatch` was not found. Run this on a login node of the cluster, or use cluster=local."
@@ -28,9 +29,28 @@ def check(config: Config) -> None:
         partitions = slurm.partitions()
     except slurm.SlurmError as error:
         raise UserError(f"cluster=slurm: Slurm does not answer: {error}.") from error
-    wanted = config.cluster.partition
+    wanted = configs[0].cluster.partition
     if wanted is not None and not set(wanted.split(",")) <= partitions:
         raise UserError(f"cluster.partition={wanted}: unknown to Slurm. Known: {', '.join(sorted(partitions))}.")
+    for config in configs:
+        ask_for_share(config)
+
+
+def ask_for_share(config: Config) -> None:
+    """Set `cluster.cpus_per_task` and `cluster.mem` of a job with GPUs, where the user has not: the part of a node that
+    its GPUs are. Slurm's own default is one core, and some memory that the site chose.
+    """
+    cluster = config.cluster
+    if not cluster.gpus_per_node or (cluster.cpus_per_task and cluster.mem):
+        return
+    node, tasks = slurm.node_shape(cluster.partition), cluster.tasks_per_node or 1
+    if node is None:
+        cluster.cpus_per_task = cluster.cpus_per_task or CPUS_OF_GPU
+        return
+    whole = max(cluster.gpus_per_node, node.gpus)
+    share = node.cpus * cluster.gpus_per_node // whole // tasks
+    cluster.cpus_per_task = cluster.cpus_per_task or max(1, min(max(share, CPUS_OF_GPU), node.cpus // tasks))
+    cluster.mem = cluster.mem or f"{node.memory_mb * cluster.gpus_per_node // whole}M"
 
 
 def submit(configs: list[Config], base: Path, entry: Entry) -> str:

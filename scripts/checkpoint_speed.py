@@ -24,11 +24,12 @@ from tptrain.checkpoint.save import Saver
 from tptrain.config import load_config
 from tptrain.nn.decoder import CHECKPOINT_BYTES, parameter_count
 from tptrain.ops.choose import choose
+from tptrain.ops.node_cache import node_cache
 from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import tp_grid
 from tptrain.records.run_dir import step_folder
 from tptrain.train.schedule import plain
-from tptrain.train.trainer import build, compiled_folder
+from tptrain.train.trainer import build
 
 ROUNDS = 5
 
@@ -37,7 +38,7 @@ def main(folder: Path, model: str) -> None:
     small = ["train.micro_batch_size=1", "train.global_batch_size=1", "train.seq_len=256"]
     config = load_config([f"model={model}", f"run.dir={folder}", "checkpoint.keep=1", *small])
     mesh = connect(tp_grid(1, 1, 1), torch.device("cpu"))
-    trainer = build(config, mesh, choose("cpu", config.train.compile, compiled_folder(config)))
+    trainer = build(config, mesh, choose("cpu", config.train.compile, node_cache()))
     for block in trainer.optimizer.state.blocks:
         for tensor in block.moments.values():
             tensor.normal_()  # zeros would be written faster on some file systems

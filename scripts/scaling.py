@@ -22,10 +22,11 @@ import torch
 
 from tptrain.config import load_config
 from tptrain.ops.choose import choose
+from tptrain.ops.node_cache import node_cache
 from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import tp_grid
 from tptrain.plan.dry_run import dry_run
-from tptrain.train.trainer import Trainer, build, compiled_folder
+from tptrain.train.trainer import Trainer, build
 
 BASE = {"num_hidden_layers": 4, "hidden_size": 256, "seq_len": 256, "micro_batch_size": 4}
 VARIED = {
@@ -49,7 +50,7 @@ def trainer(sizes: dict[str, int], folder: str) -> Trainer:
     ]
     settings += [f"train.global_batch_size={sizes['micro_batch_size']}", f"run.dir={folder}", "train.device=cpu"]
     config = load_config(settings)
-    ops = choose("cpu", config.train.compile, compiled_folder(config))
+    ops = choose("cpu", config.train.compile, node_cache())
     return build(config, connect(tp_grid(1, 1, 1), torch.device("cpu")), ops)
 
 

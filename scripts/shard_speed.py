@@ -19,10 +19,11 @@ import torch
 from tptrain.config import UserError, load_config
 from tptrain.models.settings import decoder_spec
 from tptrain.ops.choose import choose
+from tptrain.ops.node_cache import node_cache
 from tptrain.parallel.mesh import Mesh, tp_grid
 from tptrain.plan.report import tp_degrees
 from tptrain.train.metrics import memory_gb, peak_flops
-from tptrain.train.trainer import build, compiled_folder
+from tptrain.train.trainer import build
 
 WARMUP, STEPS = 3, 10
 GPU = ["model=llama3_1b", "train.seq_len=4096", "train.precision=bf16"]
@@ -40,7 +41,7 @@ def main(overrides: list[str]) -> None:
     print("no communication between ranks: what one rank computes, and no more")
     peak, alone = peak_flops(device, train.precision), 0.0
     flops = decoder_spec(config.model).flops_per_token(train.seq_len) * tokens
-    ops = choose(device.type, train.compile, compiled_folder(config))
+    ops = choose(device.type, train.compile, node_cache())
     for tp in tp_degrees(decoder_spec(config.model))[0]:
         if tp > 8:
             break

@@ -29,6 +29,7 @@ from torch import Tensor
 from tptrain.config import UserError, load_config
 from tptrain.config.schema import kv_heads
 from tptrain.ops.choose import choose
+from tptrain.ops.node_cache import node_cache
 from tptrain.ops.table import Operations
 from tptrain.optim.adamw import Optimizer
 from tptrain.optim.reduce import Reducer
@@ -36,7 +37,7 @@ from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import tp_grid
 from tptrain.parallel.shared_memory import SharedMemory
 from tptrain.run.device import pick_device
-from tptrain.train.trainer import build, compiled_folder
+from tptrain.train.trainer import build
 
 WARMUP, STEPS = 6, 15
 
@@ -121,7 +122,7 @@ def main(model_name: str, precision: str, *changes: str) -> None:
     config = load_config([*cell, f"parallel.tp={tp}", *changes])
     device = pick_device(config, int(os.environ["LOCAL_RANK"]), tp)
     mesh = connect(tp_grid(tp, tp, kv_heads(config.model)), device, shared=True)
-    ops = time_the_parts(choose("cpu", config.train.compile, compiled_folder(config)))
+    ops = time_the_parts(choose("cpu", config.train.compile, node_cache()))
     trainer = build(config, mesh, ops)
     steps: list[dict[str, float]] = []
     for step in range(1, WARMUP + STEPS + 1):

@@ -78,6 +78,17 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path / "checkpoints")
 
 
+def test_what_was_saved_on_cpus_is_gone_on_with_on_gpus(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's random state is wanted and not there; a stand-in, as no GPU is here."""
+    run.save(5)
+    before, of_gpu = torch.get_rng_state(), torch.zeros(16, dtype=torch.uint8)
+    torch.rand(3)
+    state = {"rng/0/cpu": torch.get_rng_state(), "rng/0/cuda": of_gpu}
+    monkeypatch.setattr("tptrain.checkpoint.load.rng_state", lambda mesh: state)
+    assert run.load() == 5
+    assert (torch.get_rng_state() == before).all()
+
+
 def test_the_newest_are_kept_and_the_newest_is_loaded(run: Run) -> None:
     assert run.load() is None
     for step in (5, 10, 15):

@@ -18,7 +18,9 @@ from tptrain.config.validate import minutes
 MODELS = {  # parameters in millions, of the models' own cards
     "gpt2": 124.4,
     "llama3_1b": 1235.8,
+    "llama3_3b": 3212.7,
     "llama3_8b": 8030.3,
+    "llama3_70b": 70553.7,
     "qwen3_8b": 8190.7,
     "qwen3_32b": 32762.1,
 }

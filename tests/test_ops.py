@@ -1,5 +1,7 @@
 """The table of operations: every backend has every name, and every name a rule for the meta device."""
 
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -9,8 +11,10 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tptrain.config import UserError
 from tptrain.ops.choose import choose
 from tptrain.ops.meta import meta_table
+from tptrain.ops.node_cache import node_cache
 from tptrain.ops.table import REFERENCE, Operations
 
 N, D, F, B, T, H, K, d, c, v = 6, 8, 4, 2, 3, 4, 2, 4, 5, 7
@@ -74,3 +78,25 @@ def test_the_logit_gradient_takes_the_place_of_the_logits() -> None:
 def test_the_table_says_what_computes(tmp_path: Path, device: str, setting: str, backend: str) -> None:
     table = choose(device, setting, tmp_path)
     assert (table.backend, table.device) == (backend, device)
+
+
+def test_a_node_without_a_compiler_goes_on_without_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    table = choose("cuda", "auto", tmp_path)
+    assert table.backend == "PyTorch: torch.compile finds no C compiler"
+    assert table.rms_norm is REFERENCE.rms_norm
+    with pytest.raises(UserError, match=r"train.compile=elementwise: .* has none of cc, gcc, clang"):
+        choose("cuda", "elementwise", tmp_path)
+
+
+def test_compiled_code_lies_on_the_node_where_nobody_else_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = node_cache()
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert node_cache() == folder
+    folder.chmod(0o777)
+    with pytest.raises(UserError, match="can be written by others"):
+        node_cache()

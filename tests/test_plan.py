@@ -38,7 +38,9 @@ DEGREES = [(name, tp) for name, model in MODELS.items() for tp in tp_degrees(dec
     [
         ("gpt2", 124_439_808 + (50304 - 50257) * 768),  # and the padding of its vocabulary
         ("llama3_1b", 1_235_814_400),
+        ("llama3_3b", 3_212_749_824),
         ("llama3_8b", 8_030_261_248),
+        ("llama3_70b", 70_553_706_496),
         ("qwen3_8b", 8_190_735_360),
         ("qwen3_32b", 32_762_123_264),
     ],

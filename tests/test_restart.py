@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launch.restart import decide, how_it_ended
+from launch.restart import attempt_name, decide, how_it_ended
 from tests.test_verdict import KILLED, STEP, report
 from tptrain.config import Config
 from tptrain.watch.outcome import Outcome
@@ -160,6 +160,14 @@ def test_another_attempts_reports_are_not_this_ones(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the same error again
+
+
+def test_the_attempt_is_that_of_the_ranks_step_whatever_steps_ran_before_it(tmp_path: Path) -> None:
+    assert attempt_name(tmp_path, "7", "1") == "7.0-1", "nothing is there yet"
+    write(tmp_path, [report(0, STEP, "bug", world=1)], attempt="7.2-1")  # two lines of cluster.setup call srun
+    write(tmp_path, [report(0, STEP, "bug", world=1)], attempt="7.3-0")
+    write(tmp_path, [], {"event": "start", "nodes": ["a"]}, attempt="71.9-1")
+    assert attempt_name(tmp_path, "7", "1") == "7.2-1"
 
 
 def attempt_with_error(run_dir: Path, attempt: str, first: int, step: int, message: str) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 from launch import slurm
 from launch.run_dir import record_job
 from launch.runs import check_not_running
-from tptrain.config import UserError
+from launch.submit import ask_for_share
+from tptrain.config import UserError, load_config
 from tptrain.records.run_dir import add_event
 
 Fake = Callable[[str, str], None]
@@ -94,3 +95,33 @@ def test_a_run_that_has_stopped_may_be_launched_again(
     fake("sacct", f"echo '7|{word}'")
     with pytest.raises(UserError, match="its job 7 is stopped") if refused else nullcontext():
         check_not_running(run_dir)
+
+
+NODES = """\
+cat <<'ROWS'
+cpu*|128|515000|(null)
+gpu|96|1031000|gpu:h100:8(S:0-1)
+gpu|112|2063000+|gpu:h100:8(S:0-1)
+mixed|64|500000|gpu:a100:4,gpu:t4:2
+ROWS"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "cpus", "mem"),
+    [
+        (["cluster.partition=gpu", "cluster.gpus_per_node=8"], 12, "1031000M"),  # of the smaller kind of node
+        (["cluster.partition=gpu", "cluster.gpus_per_node=2"], 12, "257750M"),
+        (["cluster.partition=gpu", "cluster.gpus_per_node=8", "cluster.cpus_per_task=6"], 6, "1031000M"),
+        (["cluster.partition=gpu", "cluster.gpus_per_node=8", "cluster.mem=900G"], 12, "900G"),
+        (["cluster.partition=mixed", "cluster.gpus_per_node=6"], 10, "500000M"),
+        (["cluster.gpus_per_node=8"], 4, None),  # the default partition tells of no GPU: the site decides on memory
+        (["cluster.partition=gpu", "cluster.tasks_per_node=8"], None, None),  # a job without GPUs
+    ],
+)
+def test_a_job_with_gpus_asks_for_its_share_of_cores_and_memory(
+    fake: Fake, tmp_path: Path, lines: list[str], cpus: int | None, mem: str | None
+) -> None:
+    fake("sinfo", NODES)
+    config = load_config(["cluster=slurm", f"run.dir={tmp_path / 'run'}", *lines])
+    ask_for_share(config)
+    assert (config.cluster.cpus_per_task, config.cluster.mem) == (cpus, mem)

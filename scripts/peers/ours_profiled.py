@@ -18,11 +18,11 @@ class Ours:
     def __init__(self, job: Job) -> None:
         from tptrain.config import load_config
         from tptrain.ops.choose import choose
+        from tptrain.ops.node_cache import node_cache
         from tptrain.parallel.connect import connect
         from tptrain.parallel.mesh import tp_grid
         from tptrain.parallel.shared_memory import SharedMemory
         from tptrain.train.trainer import build as build_trainer
-        from tptrain.train.trainer import compiled_folder
 
         config = load_config([*job.overrides, f"parallel.tp={job.machine.ranks}"])
         mesh = connect(
@@ -33,7 +33,7 @@ class Ours:
         )
         for name in OPERATIONS:
             setattr(SharedMemory, name, _seen(getattr(SharedMemory, name)))
-        self.trainer = build_trainer(config, mesh, choose("cpu", config.train.compile, compiled_folder(config)))
+        self.trainer = build_trainer(config, mesh, choose("cpu", config.train.compile, node_cache()))
         self.done = 0
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:

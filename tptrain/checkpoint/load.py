@@ -44,17 +44,21 @@ def load_newest(folder: Path, optimizer: Optimizer, mesh: Mesh, say: Callable[[s
 
 def _read(path: Path, optimizer: Optimizer, mesh: Mesh, commit: Commit) -> None:
     same_ranks = commit.world == mesh.world
-    rng = rng_state(mesh) if same_ranks else {}
+    index = Index(path)
+    rng = {name: state for name, state in rng_state(mesh).items() if same_ranks and name in index.tensors}
     state = training_state(optimizer.state, flat(optimizer.state))
     if not commit.optimizer:
         state, same_ranks, rng = {name: part for name, part in state.items() if name.startswith("model/")}, False, {}
-    Index(path).load({**state, **rng})
+    index.load({**state, **rng})
     optimizer.updates = commit.updates
     optimizer.publish()
-    if same_ranks:  # at another world size there is no such thing as "the" state of a rank: keep the seeded one
-        torch.set_rng_state(rng[f"rng/{mesh.rank}/cpu"])
-        if mesh.device.type == "cuda":
-            torch.cuda.set_rng_state(rng[f"rng/{mesh.rank}/cuda"], mesh.device)
+    # At another world size there is no such thing as "the" state of a rank, and a run on CPUs has none of a GPU: the
+    # seeded one stays.
+    for name, value in rng.items():
+        if name.endswith("/cuda"):
+            torch.cuda.set_rng_state(value, mesh.device)
+        else:
+            torch.set_rng_state(value)
 
 
 def load_weights(path: Path, store: Store) -> None:

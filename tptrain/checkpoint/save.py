@@ -78,6 +78,8 @@ class Saver:
 
     def _work(self, commit: Commit, rng: dict[str, Tensor], stream: torch.cuda.Stream | None, exports: bool) -> None:
         began = time.perf_counter()
+        if stream is not None:
+            torch.cuda.set_device(self.mesh.device)  # a thread begins with the first GPU, whichever is the rank's
         try:
             try:
                 with torch.cuda.stream(stream):

@@ -179,14 +179,14 @@ class ClusterConfig:
     nodes: int = size(1)
     tasks_per_node: int | None = size(None)  # ranks; None: gpus_per_node, else parallel.tp on one node
     gpus_per_node: int | None = size(None)
-    cpus_per_task: int | None = size(None)
+    cpus_per_task: int | None = size(None)  # None, with GPUs on Slurm: the part of a node's that its GPUs are
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
     time: str | None = None  # minutes, [D-]HH:MM[:SS] or MM:SS, as sbatch reads it; None: the partition's default
-    mem: str | None = None  # a node's memory, e.g. 200G
-    setup: list[str] = field(default_factory=list)  # shell lines before the trainer starts (module load ...)
+    mem: str | None = None  # a node's memory, e.g. 200G; None, with GPUs: as for cpus_per_task
+    setup: list[str] = field(default_factory=list)  # shell lines before the trainer starts (torch has its own CUDA)
     env: dict[str, str] = field(default_factory=dict)  # environment variables of every rank; no secrets
     max_restarts: int = number(3, least=0)  # in a row without a new checkpoint, after preemption, time limit or failure
     grace_s: int = number(120, least=1)  # before the time limit at which Slurm's signal asks for a stop
@@ -210,6 +210,7 @@ class Config:
 
 
 MODEL_FILES = "model"  # below a run directory: the files of a Hugging Face directory, without the weights
+CPUS_OF_GPU = 4  # that a rank with a GPU needs: trainer, autograd, NCCL, data and saver
 VOCAB_MULTIPLE = 128
 
 

@@ -35,6 +35,8 @@ def meta_table(table: Operations) -> Operations:
         "statistics": lambda logits, local: logits.new_empty((1, 2, len(logits)), dtype=torch.float32),
         "logit_gradient_": lambda logits, lse, local, at_target, scale: logits,
     }
+    if table.device == "cpu":
+        rules["masked_attention"] = lambda q, k, v, *mask: _kernel_attention(q, k, v)
     return replace(table, **rules)
 
 

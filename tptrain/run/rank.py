@@ -90,15 +90,44 @@ def run(
                 Outcome.DISK, f"no space left on the device: {error.filename or folder}. Free some and launch again"
             )
         return fail(Outcome.DISK if full else Outcome.BUG, f"{error}")
-    except RuntimeError as error:  # a collective failed, as it does when another rank is gone
-        text = str(error)
-        if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:
-            return fail(Outcome.INFRA, f"lost another rank: {text.split('] ', 1)[-1].split('. ')[0]}")
-        if any(word in text for word in ("uncorrectable ECC", "CUDA error: unspecified launch", "bus error")):
-            return fail(Outcome.INFRA, f"the device failed: {text.splitlines()[0]}")
-        return _bug(error, box)
+    except (RuntimeError, MemoryError) as error:
+        cause = _cause(error, config, box.state.step)
+        return fail(*cause) if cause is not None else _bug(error, box)
     except Exception as error:
         return _bug(error, box)
+
+
+def _cause(error: Exception, config: Config, step: int) -> tuple[Outcome, str] | None:
+    """What is known to raise such an error; None where it is a bug."""
+    import torch
+    import torch.distributed as dist
+
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return Outcome.USER, out_of_memory(config, text, step)
+    if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:  # as where another rank is gone
+        return Outcome.INFRA, f"lost another rank: {text.split('] ', 1)[-1].split('. ')[0]}"
+    if any(word in text for word in ("uncorrectable ECC", "CUDA error: unspecified launch", "bus error")):
+        return Outcome.INFRA, f"the device failed: {text.splitlines()[0]}"
+    return None
+
+
+def out_of_memory(config: Config, text: str, step: int) -> str:
+    """What a rank's message that memory is short comes to: torch's figures, and what would need less."""
+    # "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total capacity of ...", then processes by their ids.
+    figures = [part for part in text.split("\n")[0].split(". ")[1:] if not part.startswith("Process ")][:4]
+    train, changes = config.train, []
+    if train.micro_batch_size > 1:
+        changes.append(f"train.micro_batch_size={train.micro_batch_size // 2}")
+    if train.recompute != "full":
+        changes.append("train.recompute=" + ("selective" if train.recompute == "none" else "full"))
+    if not config.parallel.sequence_parallel and config.parallel.tp > 1 and not config.parallel.overlap:
+        changes.append("parallel.sequence_parallel=true")
+    changes.append(f"a parallel.tp above {config.parallel.tp}")
+    return (
+        f"out of memory after step {step}{': ' if figures else ''}{'. '.join(figures)}. It would not fit the next time "
+        f"either. What needs less: {', or '.join(changes)}. `python -m tptrain plan` with these settings says how much."
+    )
 
 
 def _bug(error: Exception, box: BlackBox) -> int:

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from tptrain.config import Config, UserError, check_topology
 from tptrain.models.settings import decoder_spec
 from tptrain.ops.choose import choose
+from tptrain.ops.node_cache import node_cache
 from tptrain.ops.table import Operations
 from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import Mesh, tp_grid
 from tptrain.run import preflight
 from tptrain.run.device import pick_device
-from tptrain.train.trainer import compiled_folder
 from tptrain.watch.black_box import BlackBox
 
 
@@ -47,7 +47,7 @@ def meet(config: Config, box: BlackBox) -> Rendezvous:
     check_topology(config, world)
     device = pick_device(config, local_rank, int(env["LOCAL_WORLD_SIZE"]))
     backend = _backend(config, device)
-    ops = choose(device.type, config.train.compile, compiled_folder(config))
+    ops = choose(device.type, config.train.compile, node_cache())
     name = "cpu" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
     report = preflight.Report(rank, env["TPTRAIN_NODE"], local_rank, name, config.run.dir, ops.backend)
     patience, hosted = config.watchdog.rendezvous_s, env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -13,13 +13,14 @@ from tptrain.config.load import write_atomically
 from tptrain.config.schema import MODEL_FILES
 from tptrain.models.directory import DIGEST
 from tptrain.ops.choose import choose
+from tptrain.ops.node_cache import node_cache
 from tptrain.ops.table import Operations
 from tptrain.parallel.collectives import all_reduce_
 from tptrain.parallel.mesh import Mesh
 from tptrain.records.run_dir import step_folder
 from tptrain.train.metrics import Recorder, Row, memory_gb, peak_flops
 from tptrain.train.stop import Agreement, Stop
-from tptrain.train.trainer import Trainer, build, compiled_folder, parameter_counts
+from tptrain.train.trainer import Trainer, build, parameter_counts
 
 
 class Diverged(Exception):
@@ -33,7 +34,7 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None, ops: Operations 
     the same step. Raises UserError for data that cannot be trained on, CheckpointError and Diverged.
     """
     say = _printer(mesh)
-    ops = ops or choose(mesh.device.type, config.train.compile, compiled_folder(config))
+    ops = ops or choose(mesh.device.type, config.train.compile, node_cache())
     trainer = build(config, mesh, ops, say)
     say(_introduction(trainer))
     say(f"computing with {ops.backend}")

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -138,11 +137,6 @@ def build(config: Config, mesh: Mesh, ops: Operations, say: Callable[[str], None
         optimizer.state.initialise(lambda name, p: initial_values(name, p, config.train.seed))
     loss = cross_entropy(model, ops)
     return Trainer(config, mesh, data, model, optimizer, loss)
-
-
-def compiled_folder(config: Config) -> Path:
-    """Where C kernels are kept for all runs."""
-    return Path(config.data.cache_dir) / "compiled"
 
 
 def parameter_counts(model: Decoder) -> tuple[int, int]:

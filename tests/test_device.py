@@ -1,0 +1,107 @@
+"""A rank's device: what was asked for, or an error that says why it cannot be had; memory that is too small."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import tptrain
+from tests.corpus import overrides, write_corpus
+from tptrain.config import Config, UserError
+from tptrain.run import rank, rendezvous
+from tptrain.run.device import check_cores, gpu_request, near_cores, pick_device
+from tptrain.watch.black_box import BlackBox
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def _asking(gpus: int | None) -> Config:
+    config = Config()
+    config.cluster.gpus_per_node = gpus
+    return config
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "expected"),
+    [
+        (None, {}, None),
+        (2, {}, "cluster.gpus_per_node=2"),
+        (None, {"SLURM_GPUS_ON_NODE": "4"}, "SLURM_GPUS_ON_NODE=4"),
+        (None, {"SLURM_JOB_GPUS": "0,1"}, "SLURM_JOB_GPUS=0,1"),
+        (None, {"SLURM_GPUS_ON_NODE": "0"}, None),
+    ],
+)
+def test_who_asks_for_gpus(gpus: int | None, environment: dict[str, str], expected: str | None) -> None:
+    assert gpu_request(_asking(gpus), environment) == expected
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_gpus_that_are_not_there_are_no_reason_to_train_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UserError, match=r"gpus_per_node=2 asks for GPUs, and torch sees none on .*built without CUDA"):
+        pick_device(_asking(2), 0, 1)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError, match=r"its driver is older than torch .* built for CUDA 13.0"):
+        pick_device(_asking(2), 0, 1)
+    config = _asking(None)
+    config.train.device = "cuda"
+    with pytest.raises(UserError, match=r"train.device=cuda: torch sees no GPU"):
+        pick_device(config, 0, 1)
+
+
+def test_launch_says_so(tmp_path: Path) -> None:
+    """Whole: no GPU is here, or as many as two are not."""
+    write_corpus(tmp_path)
+    lines = [line for line in overrides(tmp_path, "gpus") if line != "train.device=cpu"]
+    result = tptrain("launch", *lines, "parallel.tp=2", "cluster.gpus_per_node=2", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 2, result.stdout
+    assert result.stdout.count("cluster.gpus_per_node=2 asks for GPUs") == 1, result.stdout
+    assert "Traceback" not in result.stdout
+    lines = [*overrides(tmp_path, "cpu"), "parallel.tp=2", "cluster.gpus_per_node=2", "train.steps=1"]
+    result = tptrain("launch", *lines)
+    assert result.returncode == 0, result.stdout
+    assert "training on the CPU, as train.device=cpu says" in result.stdout
+
+
+def test_a_rank_with_a_gpu_needs_cores() -> None:
+    check_cores(Config(), 4)
+    with pytest.raises(UserError, match=r"may use 1 cores, and needs 4 .* Set cluster.cpus_per_task=4"):
+        check_cores(Config(), 1)
+    config = Config()
+    config.cluster.cpus_per_task = 2  # the user's word
+    check_cores(config, 2)
+
+
+@pytest.mark.parametrize(
+    ("local", "expected"),
+    [("0-3,8-11\n", {2, 3, 8}), ("40-47\n", {2, 3, 4, 8}), ("\n", {2, 3, 4, 8}), (None, {2, 3, 4, 8})],
+)
+def test_a_rank_keeps_to_cores_near_its_gpu(tmp_path: Path, local: str | None, expected: set[int]) -> None:
+    (tmp_path / "0000:1b:00.0").mkdir()
+    if local is not None:
+        (tmp_path / "0000:1b:00.0" / "local_cpulist").write_text(local)
+    assert near_cores("0000:1b:00.0", {2, 3, 4, 8}, tmp_path) == expected
+
+
+TEXT = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB of which 1.25 GiB is free. "
+    "Process 4711 has 3.00 GiB memory in use. Including non-PyTorch memory, this process has 74.80 GiB memory in use."
+)
+
+
+def test_out_of_memory_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def meet(config: Config, box: BlackBox) -> None:
+        raise torch.OutOfMemoryError(TEXT)
+
+    monkeypatch.setattr(rendezvous, "meet", meet)
+    config, box = Config(), BlackBox()
+    config.parallel.tp = 2
+    assert rank.run(config, box, None, "a") == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: out of memory after step 0: Tried to allocate 2.00 GiB. GPU 0 has a total")
+    assert "4711" not in message, "it would never be the same error twice"
+    for change in ("train.micro_batch_size=4", "train.recompute=selective", "parallel.sequence_parallel=true"):
+        assert change in message

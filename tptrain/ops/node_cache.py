@@ -1,0 +1,17 @@
+"""Where compiled code lies: a folder of the user's own on each node, as caches on network file systems break."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from tptrain.config import UserError
+
+
+def node_cache() -> Path:
+    """The folder, in the temporary files' (TMPDIR). Raises UserError where another user could have put code there."""
+    folder = Path(tempfile.gettempdir()) / f"tptrain-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or folder.is_symlink() or status.st_mode & 0o022:
+        raise UserError(f"TMPDIR: {folder} can be written by others, and code would be run from it. Remove it.")
+    return folder
