@@ -9,6 +9,8 @@ import sys
 import time
 import zlib
 
+import psutil
+
 from launch import slurm
 from tptrain.config import UserError
 from tptrain.watch.place import Place
@@ -61,16 +63,33 @@ def _take_slurm_variables(attempt: str) -> None:
             f"RANK={env_rank} WORLD_SIZE={env_world}: so says the environment, and Slurm says that this is rank "
             f"{rank} of {world}. Unset RANK and WORLD_SIZE (in your shell, cluster.env or cluster.setup)."
         )
+    nodes = slurm.hostnames(env["SLURM_STEP_NODELIST"])
+    if len(nodes) > 1 and "GLOO_SOCKET_IFNAME" not in env:
+        # gloo would take the interface of the host's own name, which may be the loopback.
+        name = interface_towards(nodes[0] if env.get("SLURM_NODEID") != "0" else nodes[1])
+        env |= {} if name is None else {"GLOO_SOCKET_IFNAME": name}
     tasks = env["SLURM_STEP_TASKS_PER_NODE"].replace("(", ",").split(",")  # "4(x2)" or "2,1"
     env |= {
         "RANK": rank,
         "WORLD_SIZE": world,
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": tasks[0],
-        "MASTER_ADDR": slurm.hostnames(env["SLURM_STEP_NODELIST"])[0],
+        "MASTER_ADDR": nodes[0],
         # A restarted job keeps its id, and a dead attempt may still hold its port: the restart count moves it.
         "MASTER_PORT": str(20000 + zlib.crc32(attempt.encode()) % 12000),
     }
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface that the route to a host goes through; None where there is none."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, addresses in interfaces if any(each.address == own for each in addresses)), None)
 
 
 def _check_alone() -> None:

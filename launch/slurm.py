@@ -4,6 +4,7 @@
 the caller decides what that means.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -110,8 +111,19 @@ def node_shape(partition: str | None) -> NodeShape | None:
 
 
 def hostnames(names: str) -> list[str]:
-    """The nodes that a Slurm list such as n[1-3] stands for."""
-    return ask("scontrol", "show", "hostnames", names).split()
+    """The nodes that a Slurm list such as n[08-10,12],m1 stands for; without scontrol, which containers lack."""
+    nodes: list[str] = []
+    for name in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", names):
+        parts = re.split(r"\[([^\]]*)\]", name)  # every second one is a list of numbers
+        choices = [_numbers(part) if i % 2 else [part] for i, part in enumerate(parts)]
+        nodes += ["".join(choice) for choice in itertools.product(*choices)]
+    return nodes
+
+
+def _numbers(ranges: str) -> list[str]:
+    """Of 08-10,12: 08, 09, 10 and 12."""
+    ends = [each.partition("-") for each in ranges.split(",")]
+    return [f"{n:0{len(low)}}" for low, _, high in ends for n in range(int(low), int(high or low) + 1)]
 
 
 def nodes_up(partition: str) -> set[str]:

@@ -29,7 +29,7 @@ from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import tp_grid
 from tptrain.records.run_dir import step_folder
 from tptrain.train.schedule import plain
-from tptrain.train.trainer import build
+from tptrain.train.trainer import build, initialise
 
 ROUNDS = 5
 
@@ -39,6 +39,7 @@ def main(folder: Path, model: str) -> None:
     config = load_config([f"model={model}", f"run.dir={folder}", "checkpoint.keep=1", *small])
     mesh = connect(tp_grid(1, 1, 1), torch.device("cpu"))
     trainer = build(config, mesh, choose("cpu", config.train.compile, node_cache()))
+    initialise(trainer)
     for block in trainer.optimizer.state.blocks:
         for tensor in block.moments.values():
             tensor.normal_()  # zeros would be written faster on some file systems

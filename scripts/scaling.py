@@ -26,7 +26,7 @@ from tptrain.ops.node_cache import node_cache
 from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import tp_grid
 from tptrain.plan.dry_run import dry_run
-from tptrain.train.trainer import Trainer, build
+from tptrain.train.trainer import Trainer, build, initialise
 
 BASE = {"num_hidden_layers": 4, "hidden_size": 256, "seq_len": 256, "micro_batch_size": 4}
 VARIED = {
@@ -51,7 +51,9 @@ def trainer(sizes: dict[str, int], folder: str) -> Trainer:
     settings += [f"train.global_batch_size={sizes['micro_batch_size']}", f"run.dir={folder}", "train.device=cpu"]
     config = load_config(settings)
     ops = choose("cpu", config.train.compile, node_cache())
-    return build(config, connect(tp_grid(1, 1, 1), torch.device("cpu")), ops)
+    trainer = build(config, connect(tp_grid(1, 1, 1), torch.device("cpu")), ops)
+    initialise(trainer)
+    return trainer
 
 
 def seconds(subject: Trainer, steps: int = 5) -> float:

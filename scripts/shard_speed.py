@@ -23,7 +23,7 @@ from tptrain.ops.node_cache import node_cache
 from tptrain.parallel.mesh import Mesh, tp_grid
 from tptrain.plan.report import tp_degrees
 from tptrain.train.metrics import memory_gb, peak_flops
-from tptrain.train.trainer import build
+from tptrain.train.trainer import build, initialise
 
 WARMUP, STEPS = 3, 10
 GPU = ["model=llama3_1b", "train.seq_len=4096", "train.precision=bf16"]
@@ -48,6 +48,7 @@ def main(overrides: list[str]) -> None:
         group = replace(config, parallel=replace(config.parallel, tp=tp))
         # The first rank of a grid without groups: it communicates with nobody.
         trainer = build(group, Mesh(tp_grid(tp, tp, decoder_spec(config.model).kv_heads), 0, device), ops)
+        initialise(trainer)
         seconds = []
         for step in range(1, WARMUP + STEPS + 1):
             began = time.perf_counter()

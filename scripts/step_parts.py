@@ -37,7 +37,7 @@ from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import tp_grid
 from tptrain.parallel.shared_memory import SharedMemory
 from tptrain.run.device import pick_device
-from tptrain.train.trainer import build
+from tptrain.train.trainer import build, initialise
 
 WARMUP, STEPS = 6, 15
 
@@ -124,6 +124,7 @@ def main(model_name: str, precision: str, *changes: str) -> None:
     mesh = connect(tp_grid(tp, tp, kv_heads(config.model)), device, shared=True)
     ops = time_the_parts(choose("cpu", config.train.compile, node_cache()))
     trainer = build(config, mesh, ops)
+    initialise(trainer)
     steps: list[dict[str, float]] = []
     for step in range(1, WARMUP + STEPS + 1):
         taken.clear()

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 
 from tptrain.config import Config
-from tptrain.config.schema import head_dim, kv_heads, padded_vocab_size
+from tptrain.config.schema import head_dim, kv_heads, micro_batch_size, padded_vocab_size
 
 FLOAT, ID = 4, 8  # bytes
 LOGITS_BYTES = 256 * 2**20  # of a chunk of logits in float32 on a GPU
@@ -24,7 +24,8 @@ class ClosedForm:
         self.h, self.k = model.num_attention_heads // tp, max(1, kv_heads(model) // tp)
         self.f, self.v = model.intermediate_size // tp, padded_vocab_size(model.vocab_size) // tp
         self.tables = 1 if model.tie_word_embeddings else 2  # of the vocabulary
-        self.N = train.micro_batch_size * train.seq_len
+        self.b = micro_batch_size(config, dp)
+        self.N = self.b * train.seq_len
         self.n = self.N // tp if self.sp else self.N
 
     @property
@@ -77,7 +78,7 @@ class ClosedForm:
     def calls(self) -> Counter[tuple[str, str, int]]:
         """Collectives of an optimizer step: (operation, axis, bytes of the whole tensor) -> how often."""
         train, tp, dp = self.config.train, self.tp, self.dp
-        batches = train.global_batch_size // dp // train.micro_batch_size
+        batches = train.global_batch_size // dp // self.b
         calls: Counter[tuple[str, str, int]] = Counter()
         if tp > 1:
             parts = 2 if self.config.parallel.overlap else 1

@@ -7,6 +7,8 @@ import gc
 import os
 import signal
 import time
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +26,10 @@ from tptrain.nn.store import Store
 from tptrain.optim.adamw import Optimizer
 from tptrain.parallel import shared_memory
 from tptrain.parallel.collectives import all_gather, all_reduce, all_reduce_, buffer, reduce_scatter
-from tptrain.parallel.communicators import GATHER, SCATTER
+from tptrain.parallel.communicators import GATHER, SCATTER, ProcessGroup
+from tptrain.parallel.connect import connect
+from tptrain.parallel.mesh import tp_grid
+from tptrain.parallel.process_groups import own_group
 from tptrain.parallel.shared_memory import SharedMemory
 from tptrain.train.schedule import overlapped, plain
 
@@ -289,3 +294,45 @@ def _busy_while_waiting() -> float:
 
 def test_a_rank_that_waits_leaves_its_core_to_others() -> None:
     assert run_ranks(2, _busy_while_waiting)[0] < 0.5
+
+
+class _Default:
+    """A stand-in for NCCL's default group: a device is bound to it, and its communicator can be split."""
+
+    bound_device_id: torch.device | None = torch.device("cuda", 2)
+
+    def _get_backend(self, device: torch.device) -> Any:
+        return SimpleNamespace(supports_splitting=True)
+
+
+def test_groups_are_split_off_where_the_backend_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    default, calls = _Default(), []
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=default))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_rank", lambda: 2)
+    monkeypatch.setattr(dist, "split_group", lambda **options: calls.append(("split", options)))
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **options: calls.append((ranks, options)))
+    device, timeout = torch.device("cuda", 2), timedelta(seconds=77)
+    assert own_group([[0, 1, 2, 3]], device, timeout) is default  # and not one more of the same ranks
+    assert own_group([[0], [1], [2], [3]], device, timeout) is None
+    assert calls == []
+    own_group([[0, 2], [1, 3]], device, timeout)
+    assert calls == [("split", {"split_ranks": [[0, 2], [1, 3]], "timeout": timeout})]
+    calls.clear()
+    default.bound_device_id = None
+    own_group([[0, 2], [1, 3]], device, timeout)
+    assert calls == [([0, 2], {"timeout": timeout}), ([1, 3], {"timeout": timeout})]
+
+
+def _timeouts() -> list[timedelta]:
+    grid = connect(tp_grid(4, 2, 2), torch.device("cpu"), timeout=timedelta(seconds=77))
+    groups = [*grid.groups.values(), grid.control.group, grid.saving.group]
+    made = [group.communicator.group for group in groups if group and isinstance(group.communicator, ProcessGroup)]
+    backends = [each._get_backend(torch.device("cpu")) for each in made if each != dist.group.WORLD]
+    return [backend.options._timeout for backend in backends]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_every_group_has_the_run_s_time_out() -> None:
+    for timeouts in run_ranks(4, _timeouts):
+        assert set(timeouts) == {timedelta(seconds=77)}
+        assert len(timeouts) >= 4

@@ -10,9 +10,9 @@ import pytest
 
 from tests.corpus import write_corpus
 from tptrain.__main__ import main
-from tptrain.config import UserError, load_config, read_config, validate, write_config
+from tptrain.config import UserError, check_cluster, load_config, read_config, validate, write_config
 from tptrain.config.load import known_keys
-from tptrain.config.schema import Config, padded_vocab_size
+from tptrain.config.schema import Config, micro_batch_size, padded_vocab_size
 from tptrain.config.validate import minutes
 
 MODELS = {  # parameters in millions, of the models' own cards
@@ -36,6 +36,24 @@ def test_model_configs_have_the_published_size(model: str) -> None:
     copies = 1 if config.tie_word_embeddings else 2
     padding = (padded_vocab_size(config.vocab_size) - config.vocab_size) * config.hidden_size * copies
     assert (count - padding) / 1e6 == pytest.approx(MODELS[model], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("lines", "dp", "size"),
+    [
+        ([], 1, 8),
+        ([], 2, 4),
+        (["train.global_batch_size=6"], 2, 3),
+        (["train.global_batch_size=22"], 1, 2),
+        (["train.global_batch_size=12", "parallel.overlap=true"], 2, 6),
+        (["train.global_batch_size=12", "train.micro_batch_size=1"], 2, 1),
+    ],
+)
+def test_micro_batches_fit_by_themselves(lines: list[str], dp: int, size: int) -> None:
+    config = load_config([*lines, "parallel.tp=2", f"cluster.tasks_per_node={2 * dp}", "run.name=x"])
+    validate(config)
+    check_cluster(config)
+    assert micro_batch_size(config, dp) == size
 
 
 def test_snapshot_reads_back_as_it_was(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def _peaks(tp: int) -> list[tuple[int, int]]:
     for recompute in RECOMPUTE:
         config = load_config([*lines, f"parallel.tp={tp}", f"train.recompute={recompute}"])
         grid = mesh(tp, kv_heads(config.model))
-        ids = torch.zeros(config.train.micro_batch_size, config.train.seq_len + 1, dtype=torch.long)
+        ids = torch.zeros(4, config.train.seq_len + 1, dtype=torch.long)
         with LiveBytes() as live:
             tiny = training(config.model, grid, dtype=torch.bfloat16, recompute=recompute)
             tiny.backward(ids, 1.0)

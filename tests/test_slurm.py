@@ -12,6 +12,7 @@ import pytest
 
 from tests.commands import TIMEOUT_S, TPTRAIN, losses, run, tptrain, wait_until
 from tests.corpus import overrides
+from tests.test_slurm_client import HOSTLISTS
 from tests.wandb_files import wandb_rows
 from tptrain.records.run_dir import committed
 
@@ -147,7 +148,7 @@ def test_options_set_up_lines_and_variables_reach_the_job(folder: Path) -> None:
         "cluster.partition=high",
         "cluster.grace_s=77",
         "cluster.env.GREETING='two words'",
-        "cluster.setup=['echo set-up says $GREETING on $(hostname)']",
+        "cluster.setup=['echo set-up says $GREETING on $(hostname)','srun -n1 true']",  # a step before the ranks'
         "cluster.sbatch.nodelist=n2",
         "cluster.sbatch.comment=hello",
     ]
@@ -161,8 +162,12 @@ def test_options_set_up_lines_and_variables_reach_the_job(folder: Path) -> None:
     log = (folder / "options" / "logs" / f"{job}_0_log.out").read_text()
     assert "set-up says two words on" in log
     shown = ask("scontrol", "show", "job", job)
-    for word in ("Partition=high", "NodeList=n2", "TresPerNode=gres:gpu:2", "Comment=hello", "Requeue=1"):
+    # A node here has 8 cores, 20,000 MB and 8 GPUs: of these the job asks for two.
+    words = "Partition=high", "NodeList=n2", "TresPerNode=gres:gpu:2", "Comment=hello", "Requeue=1", "CPUs/Task=4"
+    for word in (*words, "MinMemoryNode=5000M"):
         assert word in shown
+    (end,) = events(folder / "options", "end")
+    assert (end["attempt"], end["kind"]) == (f"{job}.1-0", "done")
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(folder: Path) -> None:
@@ -179,6 +184,11 @@ def test_a_refused_resume_leaves_the_run_as_it_was(folder: Path) -> None:
     assert refused.returncode == 2
     assert "Slurm refuses" in refused.stdout
     assert snapshot.read_text() == before
+
+
+@pytest.mark.parametrize("names", HOSTLISTS)
+def test_lists_of_nodes_are_read_as_slurm_reads_them(names: str) -> None:
+    assert ask("scontrol", "show", "hostnames", names).split() == HOSTLISTS[names]
 
 
 def test_a_failing_set_up_line_ends_the_job(folder: Path) -> None:

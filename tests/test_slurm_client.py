@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
+from launch.place import interface_towards
 from launch.run_dir import record_job
 from launch.runs import check_not_running
 from launch.submit import ask_for_share
@@ -125,3 +126,23 @@ def test_a_job_with_gpus_asks_for_its_share_of_cores_and_memory(
     config = load_config(["cluster=slurm", f"run.dir={tmp_path / 'run'}", *lines])
     ask_for_share(config)
     assert (config.cluster.cpus_per_task, config.cluster.mem) == (cpus, mem)
+
+
+HOSTLISTS = {
+    "n1": ["n1"],
+    "n[1-3]": ["n1", "n2", "n3"],
+    "n[08-10,12],m1": ["n08", "n09", "n10", "n12", "m1"],
+    "r[1-2]c[0,3]": ["r1c0", "r1c3", "r2c0", "r2c3"],
+    "gpu-a-[098-101]": ["gpu-a-098", "gpu-a-099", "gpu-a-100", "gpu-a-101"],
+}
+
+
+@pytest.mark.parametrize("names", HOSTLISTS)
+def test_lists_of_nodes(names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm.hostnames(names) == HOSTLISTS[names]
+
+
+def test_the_interface_towards_a_host() -> None:
+    assert interface_towards("127.0.0.1") == "lo"
+    assert interface_towards("no.such.host.invalid") is None

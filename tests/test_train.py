@@ -1,8 +1,11 @@
 """Whole runs of the trainer on real ranks: the topology does not change the loss, nor does a resume."""
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,13 +18,14 @@ from tests.corpus import overrides
 from tests.distributed import gather_global, mesh, run_ranks
 from tptrain.config import load_config
 from tptrain.config.schema import kv_heads
-from tptrain.nn.parameter import parameters
+from tptrain.nn.parameter import initial_values, parameter, parameters, sharding
 from tptrain.ops.compiled import compile_table
 from tptrain.ops.table import REFERENCE, Operations
+from tptrain.train import loop
 from tptrain.train.loop import train
 from tptrain.train.metrics import read_rows
 from tptrain.train.stop import Stop
-from tptrain.train.trainer import Trainer, build
+from tptrain.train.trainer import Trainer, build, initialise
 
 FROZEN = Path(__file__).parent / "frozen"
 TOLERANCE = 2e-5  # nats, over 50 float32 steps, against losses recorded on another machine
@@ -64,6 +68,7 @@ def step_0_digest(lines: list[str], tp: int) -> dict[str, str]:
     config = load_config([*lines, f"parallel.tp={tp}"])
     grid = mesh(tp, kv_heads(config.model), shared=True)
     trainer = build(config, grid, REFERENCE)
+    initialise(trainer)
     whole = {name: gather_global(p.detach(), p.sharding, grid) for name, p in parameters(trainer.model)}
     return {name: xxhash.xxh3_128(tensor.numpy().tobytes()).hexdigest() for name, tensor in whole.items()}
 
@@ -118,6 +123,7 @@ def _bf16(folder: str) -> list[dict[str, torch.dtype]]:
         lines = [*overrides(Path(folder), name), "train.precision=bf16", "model.qk_norm=true"]
         run_here(lines, tp)
         trainer = build(load_config([*lines, f"parallel.tp={tp}"]), mesh(tp, 2), REFERENCE)
+        initialise(trainer)
         block = trainer.optimizer.state.blocks[0]
         kept = {"weight": block.weights, "gradient": block.grads, "master": block.master}
         kept |= {"moment": block.moments["exp_avg"], "logits": _logits(trainer)}
@@ -129,6 +135,32 @@ def _bf16(folder: str) -> list[dict[str, torch.dtype]]:
 def _logits(trainer: Trainer) -> torch.Tensor:
     inputs, _ = trainer.to_device(trainer.data.samples(0, 2))
     return trainer.model.logits(trainer.model(inputs))
+
+
+class _Cycle:
+    """Only the collector frees it."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+def test_garbage_is_collected_after_the_same_steps_on_all_ranks() -> None:
+    gone: list[int] = []
+    with closing(loop._collecting_garbage(range(1, 250))) as steps:
+        for step in steps:
+            assert not gc.isenabled()
+            for number in [step] if step in (40, 150) else []:
+                weakref.finalize(_Cycle(), gone.append, number)
+            assert gone == [40] * (step > 100) + [150] * (step > 200)
+    assert gc.isenabled()
+
+
+def test_weights_do_not_depend_on_how_many_threads_draw_them() -> None:
+    grid = mesh(1, 1)
+    p = parameter(grid, sharding(grid, (1300, 1100)), std=0.02)
+    drawn = initial_values("w", p, 3)
+    assert torch.equal(initial_values("w", p, 3, threads=4), drawn)
+    assert not torch.equal(drawn[:512, :512], drawn[512:1024, :512]), "each tile has numbers of its own"
 
 
 def test_bf16_computes_in_bf16_and_keeps_float32_masters(tmp_path: Path) -> None:

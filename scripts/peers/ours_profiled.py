@@ -23,6 +23,7 @@ class Ours:
         from tptrain.parallel.mesh import tp_grid
         from tptrain.parallel.shared_memory import SharedMemory
         from tptrain.train.trainer import build as build_trainer
+        from tptrain.train.trainer import initialise
 
         config = load_config([*job.overrides, f"parallel.tp={job.machine.ranks}"])
         mesh = connect(
@@ -34,6 +35,7 @@ class Ours:
         for name in OPERATIONS:
             setattr(SharedMemory, name, _seen(getattr(SharedMemory, name)))
         self.trainer = build_trainer(config, mesh, choose("cpu", config.train.compile, node_cache()))
+        initialise(self.trainer)
         self.done = 0
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:

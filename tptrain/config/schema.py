@@ -127,7 +127,8 @@ class TrainConfig:
     steps: int = size(400, may_change=True)  # but not to fewer
     seq_len: int = size(256)
     global_batch_size: int = size(8)
-    micro_batch_size: int = size(8, may_change=True)  # sequences a rank runs at once
+    # Sequences that a rank runs at once; None: as many as divide its part of a batch, up to 8
+    micro_batch_size: int | None = size(None, may_change=True)
     precision: str = choice("fp32", "fp32", "bf16")
     seed: int = number(0, least=0, most=2**63 - 1)
     device: str = choice("auto", "auto", "cpu", "cuda", may_change=True)
@@ -211,12 +212,22 @@ class Config:
 
 MODEL_FILES = "model"  # below a run directory: the files of a Hugging Face directory, without the weights
 CPUS_OF_GPU = 4  # that a rank with a GPU needs: trainer, autograd, NCCL, data and saver
+MOST_AT_ONCE = 8  # sequences, where train.micro_batch_size does not say
 VOCAB_MULTIPLE = 128
 
 
 def padded_vocab_size(vocab_size: int) -> int:
     """Rows of the embedding: rounded up to a fixed multiple, so that the shape never depends on the TP degree."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def micro_batch_size(config: "Config", dp: int) -> int:
+    """Sequences that a rank runs at once, with so many data-parallel ranks."""
+    train, step = config.train, 2 if config.parallel.overlap else 1
+    if train.micro_batch_size is not None:
+        return train.micro_batch_size
+    part = train.global_batch_size // dp
+    return max((size for size in range(step, MOST_AT_ONCE + 1, step) if part % size == 0), default=step)
 
 
 def kv_heads(model: ModelConfig) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tptrain.config.errors import UserError
-from tptrain.config.schema import Config, DataConfig, OptimConfig
+from tptrain.config.schema import Config, DataConfig, OptimConfig, micro_batch_size
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "mem", "cpus_per_task", "sbatch")
@@ -96,10 +96,16 @@ def check_topology(config: Config, world: int) -> None:
             "(cluster.nodes x cluster.tasks_per_node). Use a multiple of parallel.tp ranks."
         )
     dp = world // tp
-    if train.global_batch_size % (train.micro_batch_size * dp):
+    size = micro_batch_size(config, dp)
+    if train.global_batch_size % (size * dp):
         raise UserError(
             f"train.global_batch_size={train.global_batch_size}: not divisible by train.micro_batch_size x the "
-            f"data-parallel degree = {train.micro_batch_size} x {dp}. Change one of the batch sizes."
+            f"data-parallel degree = {size} x {dp}. Change one of the batch sizes."
+        )
+    if config.parallel.sequence_parallel and size * train.seq_len % tp:
+        raise UserError(
+            f"parallel.sequence_parallel: parallel.tp={tp} does not divide the {size * train.seq_len} tokens of a "
+            f"micro-batch (train.micro_batch_size={size} x train.seq_len={train.seq_len}). Change one of them."
         )
 
 
@@ -123,22 +129,15 @@ def _check_bounds(node: Any, prefix: str) -> None:
 
 
 def _check_train(config: Config) -> None:
-    train = config.train
-    tokens, tp = train.micro_batch_size * train.seq_len, config.parallel.tp
-    if config.parallel.sequence_parallel and tokens % tp:
-        raise UserError(
-            f"parallel.sequence_parallel: parallel.tp={tp} does not divide the {tokens} tokens of a micro-batch "
-            f"(train.micro_batch_size={train.micro_batch_size} x train.seq_len={train.seq_len}). Change one of them."
-        )
     if config.parallel.overlap:
         _check_overlap(config)
-    if config.parallel.backend == "nccl" and train.device == "cpu":
+    if config.parallel.backend == "nccl" and config.train.device == "cpu":
         raise UserError("parallel.backend=nccl: needs train.device=cuda. Use parallel.backend=gloo on the cpu.")
 
 
 def _check_overlap(config: Config) -> None:
     size = config.train.micro_batch_size
-    if size % 2:
+    if size is not None and size % 2:
         raise UserError(f"parallel.overlap: train.micro_batch_size={size} has no two halves. Make it even.")
     if config.parallel.sequence_parallel:
         raise UserError("parallel.overlap: not with parallel.sequence_parallel=true. Choose one of them.")

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,23 +114,25 @@ def _tile_seed(seed: int, name: str, tile: tuple[int, ...]) -> int:
 
 
 @torch.no_grad()
-def initial_values(name: str, p: Parameter, seed: int) -> Tensor:
+def initial_values(name: str, p: Parameter, seed: int, threads: int = 1) -> Tensor:
     """The slice that a rank starts with, float32 on the cpu: the same numbers on every mesh.
 
     Values are drawn in tiles over the last two dims, each from its own generator seeded by (seed, name, tile). A rank
-    draws only the tiles that its slice touches.
+    draws only the tiles that its slice touches, so many at a time.
     """
     layout = p.sharding
     if p.init_constant is not None:
         return torch.full(layout.local_shape, p.init_constant)
-    values, generator = torch.empty(layout.local_shape), torch.Generator()
+    values = torch.empty(layout.local_shape)
     sides = [_TILE if dim >= len(layout.shape) - 2 else 1 for dim in range(len(layout.shape))]
     slices = [(first, first + length) for first, length in zip(layout.offsets, layout.local_shape, strict=True)]
     touched = [range(low // side, -(-high // side)) for (low, high), side in zip(slices, sides, strict=True)]
-    for tile in itertools.product(*touched):
+
+    def draw(tile: tuple[int, ...]) -> None:
+        generator = torch.Generator().manual_seed(_tile_seed(seed, name, tile))
         origin = [place * side for place, side in zip(tile, sides, strict=True)]
         extent = [min(side, n - start) for side, n, start in zip(sides, layout.shape, origin, strict=True)]
-        numbers = torch.randn(extent, generator=generator.manual_seed(_tile_seed(seed, name, tile)))
+        numbers = torch.randn(extent, generator=generator)
         # The part of the tile that is the slice's, counted from the tile's origin and from the slice's.
         bounds = [
             (max(low, start), min(high, start + length))
@@ -138,4 +141,8 @@ def initial_values(name: str, p: Parameter, seed: int) -> Tensor:
         in_tile = tuple(slice(a - start, b - start) for (a, b), start in zip(bounds, origin, strict=True))
         in_slice = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(bounds, slices, strict=True))
         torch.mul(numbers[in_tile], p.init_std, out=values[in_slice])
+
+    with ThreadPoolExecutor(threads) as pool:  # torch's functions leave Python's lock to others
+        for _ in pool.map(draw, itertools.product(*touched)):
+            pass
     return values

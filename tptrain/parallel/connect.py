@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import cast
 
 import torch
@@ -12,6 +13,7 @@ from tptrain.parallel.communicators import ProcessGroup
 from tptrain.parallel.control import Control
 from tptrain.parallel.group import Group
 from tptrain.parallel.mesh import Grid, Mesh
+from tptrain.parallel.process_groups import own_group
 from tptrain.watch.black_box import BlackBox
 
 
@@ -24,10 +26,12 @@ def connect(
     nodes: Sequence[str] | None = None,
     shared: bool = False,
     sequence_parallel: bool = False,
+    timeout: timedelta | None = None,
 ) -> Mesh:
     """This rank's mesh over the process group that is there (or over none: a single rank).
 
-    `shared`: ranks on one node (all of them, where no nodes are given) communicate through its memory where they can.
+    `shared`: ranks on one node (all of them, where no nodes are given) communicate through its memory where they can;
+    `timeout`: of every group's collectives.
     """
     box = box or BlackBox()
     if not dist.is_initialized():
@@ -39,12 +43,12 @@ def connect(
 
     def group(axis: str, partition: list[list[int]]) -> Group | None:
         """This rank's group, whose ranks meet in shared memory where they can."""
-        own = None
-        for ranks in partition:  # every rank creates every group, in the same order
-            created = dist.new_group(ranks) if len(ranks) > 1 else None
-            if created is not None and rank in ranks:
-                own = Group(axis, tuple(ranks), ProcessGroup(cast(dist.ProcessGroup, created)), box)
-        if own is None or not shared or len({nodes[member] for member in own.ranks} if nodes else ()) > 1:
+        created = own_group(partition, device, timeout, urgent=axis == "tp" and dist.get_backend() == "nccl")
+        if created is None:
+            return None
+        (ranks,) = (ranks for ranks in partition if rank in ranks)
+        own = Group(axis, tuple(ranks), ProcessGroup(created), box)
+        if not shared or len({nodes[member] for member in ranks} if nodes else ()) > 1:
             return own
         memory = shared_memory.connect(own.ranks.index(rank), Control(own, rank).gather, own.communicator)
         return own if memory is None else replace(own, communicator=memory)
@@ -63,7 +67,7 @@ def connect(
             Group(
                 axis,
                 tuple(everyone),
-                ProcessGroup(cast(dist.ProcessGroup, dist.new_group(everyone, backend="gloo"))),
+                ProcessGroup(cast(dist.ProcessGroup, dist.new_group(everyone, timeout=timeout, backend="gloo"))),
                 note,
             ),
             rank,

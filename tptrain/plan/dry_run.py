@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tptrain.config import Config
+from tptrain.config.schema import micro_batch_size
 from tptrain.models.settings import decoder_spec
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.ops.meta import meta_table
@@ -70,12 +71,12 @@ def dry_run(config: Config, tp: int, dp: int, table: Operations) -> DryRun:
         loss.live = live
         runner = Runner(model, loss, optimizer.reducer, train.recompute)
         parts, schedule = micro_batches(config, mesh)
-        size = train.micro_batch_size // parts
-        ids = torch.zeros(size, train.seq_len + 1, dtype=torch.long, device="meta")
+        size = micro_batch_size(config, dp)
+        ids = torch.zeros(size // parts, train.seq_len + 1, dtype=torch.long, device="meta")
         actions = [action for action in schedule(parts, runner.units) if not isinstance(action, Reduce)]
         runner.run(actions, lambda _: (ids[:, :-1], ids[:, 1:].flatten()), 1.0)  # one micro-batch
         for call in calls:
-            calls[call] *= train.global_batch_size // dp // train.micro_batch_size
+            calls[call] *= train.global_batch_size // dp // size
         peak = live.peak
         optimizer.reducer.finish()
         optimizer.reducer.norm_and_flags()

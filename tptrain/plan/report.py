@@ -12,6 +12,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from tptrain.config import Config, UserError, check_topology
+from tptrain.config.schema import MOST_AT_ONCE, micro_batch_size
 from tptrain.models.check import check_tp, checked_spec
 from tptrain.models.settings import decoder_spec
 from tptrain.models.spec import DecoderSpec
@@ -107,7 +108,7 @@ def _step(config: Config, tp: int, ranks: int, run: DryRun) -> Step:
     tp_bytes = sum(reduced(call) * count for call, count in over_tp.items())
     return Step(
         dp=dp,
-        micro_batches=train.global_batch_size // dp // train.micro_batch_size,
+        micro_batches=train.global_batch_size // dp // micro_batch_size(config, dp),
         flops=_step_flops(config) / ranks,
         calls=sum(over_tp.values()),
         tp_bytes=tp_bytes,
@@ -153,7 +154,8 @@ def _heading(config: Config) -> str:
         f"{model.name}: {parameters / 1e6:,.1f} M parameters; "
         f"a checkpoint has {CHECKPOINT_BYTES * parameters / scale:,.2f} {unit}\n"
         f"an optimizer step: {train.global_batch_size:,} sequences of {train.seq_len:,} tokens, "
-        f"{_step_flops(config):.3g} FLOPs; micro-batches of {train.micro_batch_size} in {train.precision}\n"
+        f"{_step_flops(config):.3g} FLOPs; micro-batches of "
+        f"{train.micro_batch_size or f'up to {MOST_AT_ONCE}'} in {train.precision}\n"
         f"ranks: {where}"
     )
 

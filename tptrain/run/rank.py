@@ -12,6 +12,7 @@ import filelock
 
 from tptrain.config import Config, UserError
 from tptrain.config.load import write_atomically
+from tptrain.config.schema import MOST_AT_ONCE
 from tptrain.records.run_dir import add_event
 from tptrain.watch.black_box import BlackBox
 from tptrain.watch.outcome import Outcome
@@ -117,8 +118,8 @@ def out_of_memory(config: Config, text: str, step: int) -> str:
     # "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total capacity of ...", then processes by their ids.
     figures = [part for part in text.split("\n")[0].split(". ")[1:] if not part.startswith("Process ")][:4]
     train, changes = config.train, []
-    if train.micro_batch_size > 1:
-        changes.append(f"train.micro_batch_size={train.micro_batch_size // 2}")
+    if (size := train.micro_batch_size or MOST_AT_ONCE) > 1:
+        changes.append(f"train.micro_batch_size={size // 2}")
     if train.recompute != "full":
         changes.append("train.recompute=" + ("selective" if train.recompute == "none" else "full"))
     if not config.parallel.sequence_parallel and config.parallel.tp > 1 and not config.parallel.overlap:

@@ -60,13 +60,13 @@ def meet(config: Config, box: BlackBox) -> Rendezvous:
 def connect_ranks(config: Config, box: BlackBox, rendezvous: Rendezvous) -> Mesh:
     """The mesh of ranks that have met. Every rank calls it."""
     meeting, backend = rendezvous.meeting, rendezvous.backend
-    longest = max(vars(config.watchdog).values())
+    timeout = timedelta(seconds=max(vars(config.watchdog).values()) + 60)  # the watchdog speaks first
     dist.init_process_group(
         backend,
         store=meeting.store,
         rank=meeting.report.rank,
         world_size=meeting.world,
-        timeout=timedelta(seconds=longest + 60),  # the watchdog speaks first
+        timeout=timeout,
         device_id=rendezvous.device if backend == "nccl" else None,
     )
     box.touch("build")
@@ -78,6 +78,7 @@ def connect_ranks(config: Config, box: BlackBox, rendezvous: Rendezvous) -> Mesh
         nodes=rendezvous.nodes,
         shared=config.parallel.backend == "auto" and rendezvous.device.type == "cpu",
         sequence_parallel=config.parallel.sequence_parallel,
+        timeout=timeout,
     )
 
 

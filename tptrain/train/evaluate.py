@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from tptrain.config import Config
+from tptrain.config.schema import MOST_AT_ONCE
 from tptrain.data.packing import packed_tokens, prepare
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.nn.decoder import Decoder
@@ -31,7 +32,7 @@ def evaluate(config: Config, model: Decoder, loss: CrossEntropy) -> Evaluation:
     Every rank calls it and gets the same; the windows are divided over dp. Raises UserError for data that cannot be
     read.
     """
-    mesh, length, size = model.mesh, config.train.seq_len, config.train.micro_batch_size
+    mesh, length, size = model.mesh, config.train.seq_len, config.train.micro_batch_size or MOST_AT_ONCE
     data = replace(config.data, validation_fraction=0.0)
     folder = mesh.control.main_first(lambda: prepare(data, lambda _: None, mesh.box.touch))
     tokens = packed_tokens(folder)

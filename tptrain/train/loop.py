@@ -1,8 +1,10 @@
 """The training loop: build everything, resume, and step until done or told to stop."""
 
+import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from pathlib import Path
 
 from tptrain.checkpoint.huggingface import load_pretrained
@@ -20,7 +22,9 @@ from tptrain.parallel.mesh import Mesh
 from tptrain.records.run_dir import step_folder
 from tptrain.train.metrics import Recorder, Row, memory_gb, peak_flops
 from tptrain.train.stop import Agreement, Stop
-from tptrain.train.trainer import Trainer, build, parameter_counts
+from tptrain.train.trainer import Trainer, build, initialise, parameter_counts
+
+GARBAGE_STEPS = 100  # between two collections of Python's young objects
 
 
 class Diverged(Exception):
@@ -43,6 +47,8 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None, ops: Operations 
     start = mesh.box.state.step = loaded.step if loaded else 0
     if loaded is None and config.model.path is not None:
         start_from(trainer, say)
+    elif loaded is None:
+        initialise(trainer)
     if loaded and loaded.data not in ("", trainer.data.digest):  # a model that was imported has seen no data
         raise UserError(
             f"run.dir={config.run.dir}: its data has changed since it was checkpointed (other texts or another "
@@ -57,7 +63,8 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None, ops: Operations 
     saver = Saver(folder, trainer.optimizer, config, trainer.data.digest, mesh)
     mesh.box.touch("first_step")
     try:
-        agreed = _loop(trainer, start, saver, stop or Stop(mesh), recorder)
+        with closing(_collecting_garbage(range(start + 1, config.train.steps + 1))) as steps:
+            agreed = _loop(trainer, start, steps, saver, stop or Stop(mesh), recorder)
         if agreed is None or agreed.save:
             mesh.box.touch("checkpoint")
             saver.finish()
@@ -98,11 +105,30 @@ def start_from(trainer: Trainer, say: Callable[[str], None]) -> None:
     mesh.control.main_first(compare)
 
 
-def _loop(trainer: Trainer, start: int, saver: Saver, stop: Stop, recorder: Recorder | None) -> Agreement | None:
-    """Run steps start + 1 and on, to the last or to the one after which all agreed to stop."""
+def _collecting_garbage(steps: Iterable[int]) -> Generator[int]:
+    """The steps, with Python's garbage collected after the same ones on all ranks: a rank that stops for it alone makes
+    the others wait.
+    """
+    gc.collect()
+    gc.freeze()  # what is there now stays
+    gc.disable()
+    try:
+        for step in steps:
+            yield step
+            if step % GARBAGE_STEPS == 0:
+                gc.collect(1)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def _loop(
+    trainer: Trainer, start: int, numbers: Iterable[int], saver: Saver, stop: Stop, recorder: Recorder | None
+) -> Agreement | None:
+    """Run the steps of these numbers, start + 1 and on, to the last or to the one after which all agreed to stop."""
     config, mesh = trainer.config, trainer.mesh
     steps, since, began = config.train.steps, start, time.perf_counter()
-    for step in range(start + 1, steps + 1):
+    for step in numbers:
         started = time.perf_counter()
         loss, norm = trainer.step(step, stop.wanted, saver.wait_for_copy)
         norm_value, stopping = stop.read(norm)

@@ -1,6 +1,7 @@
 """A rank's model, data and optimizer, and one step of them."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tptrain.config import Config
+from tptrain.config.schema import micro_batch_size
 from tptrain.data.order import TokenData
 from tptrain.data.packing import prepare
 from tptrain.models.settings import decoder_spec
@@ -41,7 +43,7 @@ def cross_entropy(model: Decoder, ops: Operations) -> CrossEntropy:
 
 
 def micro_batches(config: Config, mesh: Mesh) -> tuple[int, Schedule]:
-    """Into how many parts `train.micro_batch_size` is cut, and the schedule that runs them."""
+    """Into how many parts a micro-batch is cut, and the schedule that runs them."""
     return (2, overlapped) if config.parallel.overlap and mesh.size("tp") > 1 else (1, plain)
 
 
@@ -58,11 +60,15 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.parts, self.schedule = micro_batches(self.config, self.mesh)
+        self.size = micro_batch_size(self.config, self.mesh.size("dp"))  # sequences of a micro-batch
         self.runner = Runner(self.model, self.loss, self.optimizer.reducer, self.config.train.recompute)
 
     def to_device(self, tokens: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """(b, T + 1) ids -> inputs (b, T) and targets (b*T,), on the device."""
-        ids = torch.from_numpy(tokens).to(self.mesh.device, non_blocking=True)
+        ids = torch.from_numpy(tokens)
+        if self.mesh.device.type == "cuda":  # from other memory the copy would wait for the GPU
+            ids = ids.pin_memory()
+        ids = ids.to(self.mesh.device, non_blocking=True)
         return ids[:, :-1], ids[:, 1:].flatten()
 
     def step(
@@ -76,7 +82,7 @@ class Trainer:
         train, optimizer, reducer = self.config.train, self.optimizer, self.optimizer.reducer
         optimizer.state.zero_grad()
         share = train.global_batch_size // self.mesh.size("dp")
-        size = train.micro_batch_size // self.parts
+        size = self.size // self.parts
         actions = self.schedule(share // size, self.runner.units)
         tokens_in_step = train.global_batch_size * train.seq_len
         total = self.runner.run(actions, self._batches(step, share, size), 1 / tokens_in_step)
@@ -112,8 +118,8 @@ class Trainer:
         total = torch.zeros((), device=self.mesh.device)
         first = self.mesh.index("dp")
         own = range(first, first + -(-count // dp) * dp, dp)  # as many on every rank
-        for start in range(0, len(own), train.micro_batch_size):
-            indices = own[start : start + train.micro_batch_size]
+        for start in range(0, len(own), self.size):
+            indices = own[start : start + self.size]
             tokens = np.stack([held_out.sequence(min(index, count - 1)) for index in indices])
             inputs, targets = self.to_device(tokens)
             losses = self.loss.losses(self.model(inputs), targets)
@@ -124,7 +130,7 @@ class Trainer:
 
 
 def build(config: Config, mesh: Mesh, ops: Operations, say: Callable[[str], None] = print) -> Trainer:
-    """Data, model, gradients and optimizer; with the weights of step 0, unless these are a Hugging Face model's.
+    """Data, model, gradients and optimizer, without values of the weights.
 
     Raises UserError for data that cannot be trained on.
     """
@@ -133,10 +139,14 @@ def build(config: Config, mesh: Mesh, ops: Operations, say: Callable[[str], None
     torch.manual_seed(config.train.seed)
     model, store = build_model(config, mesh, ops)
     optimizer = Optimizer(store, config.optim, mesh, config.parallel.zero == 1)
-    if config.model.path is None:
-        optimizer.state.initialise(lambda name, p: initial_values(name, p, config.train.seed))
     loss = cross_entropy(model, ops)
     return Trainer(config, mesh, data, model, optimizer, loss)
+
+
+def initialise(trainer: Trainer) -> None:
+    """Set the weights of step 0, drawn on all of this rank's cores."""
+    seed, cores = trainer.config.train.seed, len(os.sched_getaffinity(0))
+    trainer.optimizer.state.initialise(lambda name, p: initial_values(name, p, seed, cores))
 
 
 def parameter_counts(model: Decoder) -> tuple[int, int]:
