@@ -66,11 +66,7 @@ def _flight_recorder(config: Config, place: Place) -> FlightRecorder:
 
 def shell_lines(config: Config) -> list[str]:
     """The shell lines to run before the trainer: defaults, exported variables, then the user's own set-up."""
-    defaults = {
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        # On the node itself: on a network file system the caches break (pytorch#173679, triton#11512).
-        "TORCHINDUCTOR_CACHE_DIR": "${TMPDIR:-/tmp}/tptrain-$(id -u)/inductor",
-    }
+    defaults = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     if config.train.device != "cpu":
         defaults |= {
             "PYTORCH_ALLOC_CONF": "${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}",  # against fragmentation

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def prepare(configs: list[Config]) -> None:
     wanted = configs[0].cluster.partition
     if wanted is not None and not set(wanted.split(",")) <= partitions:
         raise UserError(f"cluster.partition={wanted}: unknown to Slurm. Known: {', '.join(sorted(partitions))}.")
-    for config in configs:
-        ask_for_share(config)
+    ask_for_share(configs[0])
+    for config in configs[1:]:  # of a sweep, which is one job array
+        config.cluster = replace(configs[0].cluster)
 
 
 def ask_for_share(config: Config) -> None:

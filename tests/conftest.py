@@ -1,6 +1,7 @@
 """The Slurm sandbox for the tests that need it, and a developer's own accounts kept out of all of them."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from tptrain.ops.cpu.library import PROCESSORS, load
 from tptrain.ops.table import REFERENCE, Operations
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported: no test waits for a network
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background job: commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SANDBOX = Path(__file__).parent.parent / "scripts" / "slurm-sandbox"
 

@@ -326,9 +326,9 @@ def test_groups_are_split_off_where_the_backend_can(monkeypatch: pytest.MonkeyPa
 
 def _timeouts() -> list[timedelta]:
     grid = connect(tp_grid(4, 2, 2), torch.device("cpu"), timeout=timedelta(seconds=77))
-    groups = [*grid.groups.values(), grid.control.group, grid.saving.group]
-    made = [group.communicator.group for group in groups if group and isinstance(group.communicator, ProcessGroup)]
-    backends = [each._get_backend(torch.device("cpu")) for each in made if each != dist.group.WORLD]
+    everything = [*grid.groups.values(), grid.control.group, grid.saving.group]
+    groups = [each.communicator.group for each in everything if each and isinstance(each.communicator, ProcessGroup)]
+    backends = [group._get_backend(torch.device("cpu")) for group in groups if group != dist.group.WORLD]
     return [backend.options._timeout for backend in backends]  # pyright: ignore[reportAttributeAccessIssue]
 
 

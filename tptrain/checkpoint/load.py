@@ -48,7 +48,7 @@ def _read(path: Path, optimizer: Optimizer, mesh: Mesh, commit: Commit) -> None:
     rng = {name: state for name, state in rng_state(mesh).items() if same_ranks and name in index.tensors}
     state = training_state(optimizer.state, flat(optimizer.state))
     if not commit.optimizer:
-        state, same_ranks, rng = {name: part for name, part in state.items() if name.startswith("model/")}, False, {}
+        state, rng = {name: part for name, part in state.items() if name.startswith("model/")}, {}
     index.load({**state, **rng})
     optimizer.updates = commit.updates
     optimizer.publish()

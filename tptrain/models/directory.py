@@ -62,25 +62,30 @@ def _more(names: list[str]) -> str:
 
 def adopt(config: Config) -> None:
     """Copy the directory's files, but for the weights, into the run directory, unless an import has done so; the config
-    then names the copies. The copy appears whole or not at all. Raises UserError where there is no room for it.
+    then names the copies. Raises UserError where they cannot be written.
     """
     model, target = config.model, Path(config.run.dir) / MODEL_FILES
     assert model.directory is not None
-    source, partial = Path(model.directory), target.with_name(PARTIAL)
+    source = Path(model.directory)
     if not target.exists():
-        shutil.rmtree(partial, ignore_errors=True)  # of a launch that was killed
-        try:
-            partial.mkdir()
-            for file in sorted(source.iterdir()):
-                if file.is_file() and not file.name.endswith(WEIGHTS) and file.stat().st_size <= FILE_BYTES:
-                    shutil.copyfile(file, partial / file.name)
-            entries = TensorFiles(source).entries
-            written = {name: [entry.dtype, entry.file.name] for name, entry in entries.items()}
-            write_atomically(partial / TENSORS, json.dumps(written, indent=0))
-            partial.rename(target)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            reason = f"{error.strerror}: {error.filename}"
-            raise UserError(f"run.dir={config.run.dir}: cannot copy {source} into it ({reason}). Make room.") from error
+        _copy(source, target)
     if config.data.tokenizer == str(source / "tokenizer.json"):
         config.data.tokenizer = str(target / "tokenizer.json")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A model's files, but for the weights, and TENSORS: `target` appears whole or not at all."""
+    partial = target.with_name(PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)  # of a launch that was killed
+    try:
+        partial.mkdir()
+        for file in sorted(source.iterdir()):
+            if file.is_file() and not file.name.endswith(WEIGHTS) and file.stat().st_size <= FILE_BYTES:
+                shutil.copyfile(file, partial / file.name)
+        written = {name: [entry.dtype, entry.file.name] for name, entry in TensorFiles(source).entries.items()}
+        write_atomically(partial / TENSORS, json.dumps(written, indent=0))
+        partial.rename(target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = f"{error.strerror}: {error.filename}"
+        raise UserError(f"run.dir={target.parent}: cannot copy {source} into it ({reason}). Make room.") from error

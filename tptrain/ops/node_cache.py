@@ -1,4 +1,6 @@
-"""Where compiled code lies: a folder of the user's own on each node, as caches on network file systems break."""
+"""Where the kernels in C lie: a folder of the user's own on each node. On network file systems compilers' caches break
+(pytorch#173679, triton#11512); torch keeps its own on the node, too.
+"""
 
 import os
 import tempfile

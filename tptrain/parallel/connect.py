@@ -43,11 +43,11 @@ def connect(
 
     def group(axis: str, partition: list[list[int]]) -> Group | None:
         """This rank's group, whose ranks meet in shared memory where they can."""
-        created = own_group(partition, device, timeout, urgent=axis == "tp" and dist.get_backend() == "nccl")
-        if created is None:
+        process_group = own_group(partition, device, timeout, urgent=axis == "tp" and dist.get_backend() == "nccl")
+        if process_group is None:
             return None
         (ranks,) = (ranks for ranks in partition if rank in ranks)
-        own = Group(axis, tuple(ranks), ProcessGroup(created), box)
+        own = Group(axis, tuple(ranks), ProcessGroup(process_group), box)
         if not shared or len({nodes[member] for member in ranks} if nodes else ()) > 1:
             return own
         memory = shared_memory.connect(own.ranks.index(rank), Control(own, rank).gather, own.communicator)

@@ -13,30 +13,30 @@ def own_group(
     """This rank's group out of a partition of all ranks; None where it is alone in it. Every rank calls it.
 
     `timeout`: `new_group` does not take over the default group's. `urgent`: its kernels go before others (NCCL only).
-    All ranks in one group are the default group. Other groups are split off its communicator, all in one call, where it
-    is NCCL's with a bound device: torch's split_group knows no other backend.
+    Unless it is urgent, a group of all ranks is the default group. Others are split off the default group's
+    communicator, all in one call, where that can be: see `can_split`.
     """
     partition = [ranks for ranks in partition if len(ranks) > 1]
     if partition == [list(range(dist.get_world_size()))] and not urgent:
         return dist.group.WORLD
     if not partition:
         return None
-    further: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
+    options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
     if urgent:
-        options = dist.ProcessGroupNCCL.Options()  # pyright: ignore[reportPrivateImportUsage]
-        options.is_high_priority_stream = True
-        further["pg_options"] = options
+        nccl = dist.ProcessGroupNCCL.Options()  # pyright: ignore[reportPrivateImportUsage]
+        nccl.is_high_priority_stream = True
+        options["pg_options"] = nccl
     if can_split(device):
-        return dist.split_group(split_ranks=partition, **further)
+        return dist.split_group(split_ranks=partition, **options)
     own = None
-    for ranks in partition:  # every rank makes every group, in the same order
-        made = dist.new_group(ranks, **further)
-        own = cast(dist.ProcessGroup, made) if dist.get_rank() in ranks else own
+    for ranks in partition:  # every rank creates every group, in the same order
+        group = dist.new_group(ranks, **options)
+        own = cast(dist.ProcessGroup, group) if dist.get_rank() in ranks else own
     return own
 
 
 def can_split(device: torch.device) -> bool:
-    """Whether the default group's communicator can be split: NCCL's, with a bound device."""
+    """Whether the default group's communicator can be split: NCCL's with a bound device (torch splits no other)."""
     default = dist.group.WORLD
     if device.type != "cuda" or default is None or default.bound_device_id is None:
         return False

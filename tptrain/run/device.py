@@ -56,7 +56,7 @@ def gpu_request(config: Config, environment: Mapping[str, str]) -> str | None:
     if config.cluster.gpus_per_node:
         return f"cluster.gpus_per_node={config.cluster.gpus_per_node}"
     names = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK", "SLURM_JOB_GPUS")
-    return next((f"{name}={environment[name]}" for name in names if environment.get(name, "0") != "0"), None)
+    return next((f"{name}={environment[name]}" for name in names if environment.get(name, "") not in ("", "0")), None)
 
 
 def _why_no_gpu() -> str:

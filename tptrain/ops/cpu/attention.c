@@ -5,8 +5,8 @@ keys up to the last of them, and stay in the core's cache; those of the backward
 attention (Dao et al. 2022, arXiv:2205.14135). Inputs are packed as float32: d rounded up to whole tiles (D), T to whole
 blocks (N), both filled with zeros. Rows of scores and of transposed inputs are S floats apart.
 
-A score is the product of query and key times `scale`, and with a `cap` other than 0 cap * tanh(that / cap). A query sees
-itself and the window - 1 keys before it.
+A score is the product of query and key times `scale`, and with a `cap` other than 0 cap * tanh(that / cap). A query
+sees itself and the window - 1 keys before it.
 
 Tensors: q, y and their gradients (B, T, K, G, d), k, v and theirs (B, T, K, d), float32 or, where `bf16`, bfloat16.
 */
@@ -77,8 +77,8 @@ typedef struct {
 /* The first key that a block of queries may see, rounded down to a whole tile. */
 static long begin(Scores s, long start) { return start < s.window ? 0 : (start - s.window + 1) / COLUMNS * COLUMNS; }
 
-/* Row i of the products of queries that begin at `start` and keys that begin at `from`, one after another, to scores; of
-hidden keys minus infinity. Returns the largest. `slopes`, where there is a cap: the scores' derivatives. */
+/* Row i of the products of queries that begin at `start` and keys that begin at `from`, one after another, to scores;
+of hidden keys minus infinity. Returns the largest. `slopes`, where there is a cap: the scores' derivatives. */
 static inline float score(Scores s, float *row, long start, long i, long from, float *slopes) {
     Vector largest = all(-INFINITY);
     for (long j = from; j < start + BLOCK; j += WIDTH, row += WIDTH) {
@@ -114,7 +114,7 @@ static float *floats(long count) { return aligned_alloc(64, count * sizeof(float
 static void forward(Sizes z, Scores s, long problem, int bf16, const void *q, const void *k, const void *v, void *y,
                     float *memory) {
     float *keys = memory, *values = keys + z.N * z.D, *keys_t = values + z.N * z.D, *p = keys_t + z.S * z.D,
-          *mine = p + z.S * BLOCK, *out = mine + BLOCK * z.D, share[BLOCK];
+          *queries = p + z.S * BLOCK, *out = queries + BLOCK * z.D, share[BLOCK];
     long kv = begins(z, problem), ld = z.K * z.G * z.d;
     pack(k, kv, z.K * z.d, bf16, z.T, z.N, z.d, keys, z.D);
     pack(v, kv, z.K * z.d, bf16, z.T, z.N, z.d, values, z.D);
@@ -123,8 +123,8 @@ static void forward(Sizes z, Scores s, long problem, int bf16, const void *q, co
         for (long g = 0; g < z.G; g++) {
             long from = begin(s, start), n = start + BLOCK - from; /* keys that are seen */
             long rows = z.T < start + BLOCK ? z.T - start : BLOCK, at = z.G * kv + g * z.d + start * ld;
-            pack(q, at, ld, bf16, rows, BLOCK, z.d, mine, z.D);
-            product(BLOCK, n, z.D, mine, z.D, 1, keys_t + from, z.S, p, z.S, 0);
+            pack(q, at, ld, bf16, rows, BLOCK, z.d, queries, z.D);
+            product(BLOCK, n, z.D, queries, z.D, 1, keys_t + from, z.S, p, z.S, 0);
             for (long i = 0; i < BLOCK; i++) {
                 float *row = p + i * z.S, top = score(s, row, start, i, from, NULL);
                 Vector sum = all(0.0f);
@@ -142,12 +142,12 @@ static void forward(Sizes z, Scores s, long problem, int bf16, const void *q, co
         }
 }
 
-static void backward(Sizes z, Scores s, long problem, int bf16, const void *q, const void *k, const void *v, const void *grad,
-                     void *grad_q, void *grad_k, void *grad_v, float *memory) {
+static void backward(Sizes z, Scores s, long problem, int bf16, const void *q, const void *k, const void *v,
+                     const void *grad, void *grad_q, void *grad_k, void *grad_v, float *memory) {
     float *keys = memory, *to_keys = keys + z.N * z.D, *to_values = to_keys + z.N * z.D,
           *keys_t = to_values + z.N * z.D, *values_t = keys_t + z.S * z.D, *p = values_t + z.S * z.D,
-          *to_scores = p + z.S * BLOCK, *mine = to_scores + z.S * BLOCK, *given = mine + BLOCK * z.D,
-          *to_mine = given + BLOCK * z.D, *slopes = to_mine + BLOCK * z.D;
+          *to_scores = p + z.S * BLOCK, *queries = to_scores + z.S * BLOCK, *to_output = queries + BLOCK * z.D,
+          *to_queries = to_output + BLOCK * z.D, *slopes = to_queries + BLOCK * z.D;
     long kv = begins(z, problem), ld = z.K * z.G * z.d;
     pack(v, kv, z.K * z.d, bf16, z.T, z.N, z.d, keys, z.D);
     transpose(z.N, z.D, keys, values_t, z.S);
@@ -158,10 +158,10 @@ static void backward(Sizes z, Scores s, long problem, int bf16, const void *q, c
         for (long g = 0; g < z.G; g++) {
             long from = begin(s, start), n = start + BLOCK - from; /* keys that are seen */
             long rows = z.T < start + BLOCK ? z.T - start : BLOCK, at = z.G * kv + g * z.d + start * ld;
-            pack(q, at, ld, bf16, rows, BLOCK, z.d, mine, z.D);
-            pack(grad, at, ld, bf16, rows, BLOCK, z.d, given, z.D);
-            product(BLOCK, n, z.D, mine, z.D, 1, keys_t + from, z.S, p, z.S, 0);
-            product(BLOCK, n, z.D, given, z.D, 1, values_t + from, z.S, to_scores, z.S, 0); /* to p, as yet */
+            pack(q, at, ld, bf16, rows, BLOCK, z.d, queries, z.D);
+            pack(grad, at, ld, bf16, rows, BLOCK, z.d, to_output, z.D);
+            product(BLOCK, n, z.D, queries, z.D, 1, keys_t + from, z.S, p, z.S, 0);
+            product(BLOCK, n, z.D, to_output, z.D, 1, values_t + from, z.S, to_scores, z.S, 0); /* to p, as yet */
             for (long i = 0; i < BLOCK; i++) {
                 float *row = p + i * z.S, *to_row = to_scores + i * z.S, top = score(s, row, start, i, from, slopes);
                 Vector sum = all(0.0f), weighted = all(0.0f);
@@ -179,10 +179,10 @@ static void backward(Sizes z, Scores s, long problem, int bf16, const void *q, c
                     store(to_row + j, to_score);
                 }
             }
-            product(n, z.D, BLOCK, p, 1, z.S, given, z.D, to_values + from * z.D, z.D, 1);
-            product(n, z.D, BLOCK, to_scores, 1, z.S, mine, z.D, to_keys + from * z.D, z.D, 1);
-            product(BLOCK, z.D, n, to_scores, z.S, 1, keys + from * z.D, z.D, to_mine, z.D, 0);
-            unpack(to_mine, z.D, rows, z.d, grad_q, at, ld, bf16);
+            product(n, z.D, BLOCK, p, 1, z.S, to_output, z.D, to_values + from * z.D, z.D, 1);
+            product(n, z.D, BLOCK, to_scores, 1, z.S, queries, z.D, to_keys + from * z.D, z.D, 1);
+            product(BLOCK, z.D, n, to_scores, z.S, 1, keys + from * z.D, z.D, to_queries, z.D, 0);
+            unpack(to_queries, z.D, rows, z.d, grad_q, at, ld, bf16);
         }
     unpack(to_keys, z.D, z.T, z.d, grad_k, kv, z.K * z.d, bf16);
     unpack(to_values, z.D, z.T, z.d, grad_v, kv, z.K * z.d, bf16);

@@ -73,7 +73,7 @@ void add_rms_norm_backward(long threads, long bf16, long N, long D, long length,
     }
 }
 
-/* ------------------------------------------------------------------------------------------ gated linear units: act(gate) up */
+/* ------------------------------------------------------------------------------------ gated linear units: act(gate) up */
 
 INLINE Vector sigmoid(Vector x) { return all(1) / (1 + exponential(-x)); }
 

@@ -1,4 +1,4 @@
-/* Float32 numbers by the vector, 16 in AVX-512 and 8 in AVX2; read from and written to float32 or, where `bf16`, bfloat16.
+/* Float32 by the vector, 16 in AVX-512 and 8 in AVX2; read from and written to float32 or, where `bf16`, bfloat16.
 
 Both halves have the same functions. `first(n)` is a mask of the first n places; n may be negative, or beyond the last.
 */
