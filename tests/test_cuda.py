@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import commands
 from tests import reference as ref
@@ -10,6 +11,7 @@ from tests.commands import tptrain
 from tests.corpus import overrides
 from tests.distributed import run_ranks
 from tests.parity import Distances, Topology, distances, worst
+from tptrain.parallel.device_clock import DeviceClock
 
 pytestmark = pytest.mark.cuda
 TOLERANCE = 1e-5  # relative, as on the cpu
@@ -48,3 +50,15 @@ def test_a_run_on_the_gpu_has_the_losses_of_the_cpu_and_resumes(tmp_path: Path, 
     launch("resumed", "train.device=cuda", "optim=constant")
     launch("whole", "train.device=cuda", "optim=constant")
     assert losses("resumed") == losses("whole")
+
+
+def test_the_device_clock_follows_the_stream_and_does_not_wait_for_it() -> None:
+    clock, passed = DeviceClock(torch.cuda.Event), []
+    clock.note(passed.append, 1)
+    torch.cuda._sleep(10**9)  # cycles: half a second or so
+    clock.note(passed.append, 2)
+    clock.poll()
+    assert 2 not in passed
+    torch.cuda.synchronize()
+    clock.poll()
+    assert passed == [1, 2]

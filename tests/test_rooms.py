@@ -211,7 +211,8 @@ def test_a_verdict_counts_a_toy_axis_by_itself() -> None:
         calls = [("tp", column, n) for n in range(1, tp + 1)] + [("toy", row, n) for n in range(1, toy + 1)]
         entries = [
             {"number": i, "number_in_group": n, "op": "all_reduce", "shape": "(4,)", "dtype": "float32", "axis": axis}
-            | {"ranks": ranks, "site": f"{axis}.py:1 f", "background": False, "left": rank == 2 or i < len(calls)}
+            | {"ranks": ranks, "site": f"{axis}.py:1 f", "left": rank == 2 or i < len(calls)}
+            | {"background": False, "enqueued": False}
             for i, (axis, ranks, n) in enumerate(calls, 1)
         ]
         groups = [{"axis": "tp", "ranks": column, "entered": tp}, {"axis": "toy", "ranks": row, "entered": toy}]

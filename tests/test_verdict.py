@@ -60,7 +60,8 @@ def report_of(
         call = {"number": number, "number_in_group": counts[axis, tuple(ranks)], "axis": axis, "ranks": ranks}
         background = letter.endswith("*")
         left = not background and (number < len(calls) or not inside)
-        call |= {"op": op, "shape": shape, "dtype": "float32", "site": site, "left": left, "background": background}
+        call |= {"op": op, "shape": shape, "dtype": "float32", "site": site}
+        call |= {"left": left, "background": background, "enqueued": False}
         noted.append(call)
     return {
         "rank": rank,

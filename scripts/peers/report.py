@@ -78,7 +78,7 @@ def cells_of(cell: Cell, row: Row) -> tuple[str, ...]:
     def percent(share: float | None) -> str:
         return "-" if share is None else f"{share:.0%}"
 
-    losses = f"{'agree' if cell.agrees(row) else 'DIFFER'} ({row.worst or 0.0:.0e})"
+    losses = "-" if row.worst is None else f"{'agree' if cell.agrees(row) else 'DIFFER'} ({row.worst:.0e})"
     if row.failure:
         losses += f"; {len(row.rounds)} rounds only: {one_line(row.failure)}"
     return (

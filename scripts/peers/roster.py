@@ -15,6 +15,7 @@ class Entry:
     options: dict[str, bool] = field(default_factory=dict)  # of a peer
     overrides: tuple[str, ...] = ()  # of tptrain
     package: str = "torch"  # whose version is told
+    own_weights: bool = False  # it begins with other weights than the rest: its losses are not compared
 
 
 TPTRAIN = Entry("tptrain", "tptrain", "ours", package="tptrain")
@@ -30,7 +31,7 @@ ENTRIES = (
     Entry("titan", "torchtitan", "peer", "titan", package="torchtitan"),
     Entry("titan-spmd", "torchtitan, spmd_types", "peer", "titan", {"spmd_types": True}, package="torchtitan"),
     Entry("titan-compile", "torchtitan, compiled", "peer", "titan", {"compile": True}, package="torchtitan"),
-    Entry("scratch", "tptrain, the same model from scratch", "ours", package="tptrain"),
+    Entry("scratch", "tptrain, the same model from scratch", "ours", package="tptrain", own_weights=True),
     Entry("threads", "tptrain, 1 process x 2 threads", "reference", package="tptrain"),
 )
 

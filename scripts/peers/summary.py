@@ -20,7 +20,7 @@ class Row:
     communication: float | None = None  # share of a step
     speeds: list[float] = field(default_factory=list)  # tokens/s of each round
     busy: list[float] = field(default_factory=list)  # share of the cores that others used just before each round's run
-    worst: float | None = None  # largest relative distance of a checked loss from the baseline's
+    worst: float | None = None  # largest relative distance of a checked loss from the baseline's; None: not compared
 
     @property
     def speed(self) -> float | None:
@@ -53,7 +53,7 @@ class Cell:
             return
         self.baseline = complete[0].entry.label
         reference = complete[0].rounds[0]["losses"][:CHECKED_STEPS]
-        for row in complete:
+        for row in (row for row in complete if not row.entry.own_weights):
             row.worst = max(
                 float("inf") if own != own else abs(own / theirs - 1)
                 for one in row.rounds

@@ -19,14 +19,14 @@ class Work:
         """`number`: by which the black box knows the collective, which now runs in the background."""
         self.finish, self.group, self.number = finish, group, number
         if group is not None:
-            group.box.run_on(number)
+            group.run_on(number)
 
     def wait(self) -> None:
         if self.group is None:
             return
-        self.group.box.wait(self.number)
+        self.group.wait(self.number)
         self.finish()
-        self.group.box.leave(self.number)
+        self.group.leave(self.number)
 
 
 NOTHING = Work(lambda: None)  # where there is nobody to wait for

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from tptrain.parallel import shared_memory
 from tptrain.parallel.communicators import ProcessGroup
 from tptrain.parallel.control import Control
+from tptrain.parallel.device_clock import device_clock
 from tptrain.parallel.group import Group
 from tptrain.parallel.mesh import Grid, Mesh
 from tptrain.parallel.process_groups import own_group
@@ -39,7 +40,7 @@ def connect(
         return Mesh(grid, 0, device, control=Control(None, 0), saving=Control(None, 0), box=box)
     rank = dist.get_rank()
     assert grid.world == dist.get_world_size(), grid
-    everyone = list(range(grid.world))
+    everyone, clock = list(range(grid.world)), device_clock(device)
 
     def group(axis: str, partition: list[list[int]]) -> Group | None:
         """This rank's group, whose ranks meet in shared memory where they can."""
@@ -47,7 +48,7 @@ def connect(
         if process_group is None:
             return None
         (ranks,) = (ranks for ranks in partition if rank in ranks)
-        own = Group(axis, tuple(ranks), ProcessGroup(process_group), box)
+        own = Group(axis, tuple(ranks), ProcessGroup(process_group), box, clock)
         if not shared or len({nodes[member] for member in ranks} if nodes else ()) > 1:
             return own
         memory = shared_memory.connect(own.ranks.index(rank), Control(own, rank).gather, own.communicator)

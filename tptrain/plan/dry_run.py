@@ -108,7 +108,9 @@ def meta_mesh(grid: Grid, calls: Calls, sequence_parallel: bool = False) -> Mesh
 class _NoBox(BlackBox):
     """Nobody supervises a dry run."""
 
-    def enter(self, op: str, shape: tuple[int, ...], dtype: Any, axis: str, ranks: Sequence[int]) -> int:
+    def enter(
+        self, op: str, shape: tuple[int, ...], dtype: Any, axis: str, ranks: Sequence[int], state: int = 0
+    ) -> int:
         return 0
 
     def leave(self, number: int) -> None:

@@ -17,7 +17,9 @@ from tptrain.watch.outcome import Outcome
 
 PHASES = ("rendezvous", "build", "first_step", "step", "checkpoint", "end")
 SLOTS, SLOT_BYTES = 4096, 256  # the last collectives: some steps of a deep model, 1 MiB
-INSIDE, LEFT, BACKGROUND = range(3)  # state of a collective: the host is inside it, it has returned, the host runs on
+# State of a collective: the host is inside it, it has returned, the host runs on, the host has handed it to the device.
+# The first three are of the device where there is one, as far as is known (parallel/device_clock.py).
+INSIDE, LEFT, BACKGROUND, ENQUEUED = range(4)
 GROUPS, GROUP_BYTES = 64, 4096  # the groups of a rank; the kernel gives memory only to those that are in use
 TEXT_BYTES = 2000
 SAME_SIGNAL_S = 3  # Slurm signals every process of a rank, some of them twice: within this time it is one signal
@@ -114,7 +116,15 @@ class BlackBox:
 
     # ------------------------------------------------------------------------------------------------- collectives
 
-    def enter(self, op: str, shape: tuple[int, ...], dtype: Any, axis: str, ranks: tuple[int, ...] | range) -> int:
+    def enter(
+        self,
+        op: str,
+        shape: tuple[int, ...],
+        dtype: Any,
+        axis: str,
+        ranks: tuple[int, ...] | range,
+        state: int = INSIDE,
+    ) -> int:
         """Note that a collective of the group (axis and ranks) is entered; returns its number in the order of this
         rank's collectives, the first being 1, which `leave` takes. All members of a group enter the same collectives,
         from the same places, in the same order; their collectives in other groups are their own.
@@ -135,7 +145,7 @@ class BlackBox:
         text = b"%d\t%d\t%b" % (number, in_group, call_text)
         text = text[: SLOT_BYTES - 3]
         start = self.slots + number % SLOTS * SLOT_BYTES
-        self.memory[start : start + 3 + len(text)] = b"\0" + len(text).to_bytes(2, "big") + text
+        self.memory[start : start + 3 + len(text)] = bytes((state,)) + len(text).to_bytes(2, "big") + text
         self.state.entered = number
         group.entered = in_group
         self.touch()
@@ -143,16 +153,20 @@ class BlackBox:
 
     def run_on(self, number: int) -> None:
         """The collective goes on in the background; this rank does other things until it waits for it."""
-        self.memory[self.slots + number % SLOTS * SLOT_BYTES] = BACKGROUND
+        self._set(number, BACKGROUND)
 
     def wait(self, number: int) -> None:
         """This rank does nothing else from now on until the collective has returned."""
-        self.memory[self.slots + number % SLOTS * SLOT_BYTES] = INSIDE
+        self._set(number, INSIDE)
 
     def leave(self, number: int) -> None:
-        """The collective has returned (over NCCL: has been handed to the device)."""
-        self.memory[self.slots + number % SLOTS * SLOT_BYTES] = LEFT
+        """The collective has returned."""
+        self._set(number, LEFT)
         self.touch()
+
+    def _set(self, number: int, state: int) -> None:
+        if self.state.entered - number < SLOTS - 1:  # else the slot is another's by now
+            self.memory[self.slots + number % SLOTS * SLOT_BYTES] = state
 
     def _add_group(self, axis: str, ranks: tuple[int, ...] | range) -> tuple[int, _Group]:
         """A new entry of the table. Its name is whole before `state.groups` shows it to the reader."""
@@ -183,18 +197,21 @@ class BlackBox:
                 call = {"number": number, "number_in_group": int(fields[1]), **names[int(fields[2])]}
                 call |= dict(zip(("op", "shape", "dtype", "site"), fields[3:], strict=True))
                 state = self.memory[start]
-                calls.append(call | {"left": state == LEFT, "background": state == BACKGROUND})
+                states = {"left": LEFT, "background": BACKGROUND, "enqueued": ENQUEUED}
+                calls.append(call | {name: state == value for name, value in states.items()})
         return calls
 
     def group_counts(self) -> list[dict[str, Any]]:
-        """How many collectives this rank has entered in each of its groups."""
+        """How many collectives of each group this rank has entered; on a GPU, how many its device has come to."""
         counts = [
             name | {"entered": group.entered} for name, group in zip(self._group_names(), self.table, strict=False)
         ]
-        for call in self.collectives()[-1:]:  # it may be published and not yet counted
-            for count in counts:
-                if (count["axis"], count["ranks"]) == (call["axis"], call["ranks"]):
-                    count["entered"] = max(count["entered"], call["number_in_group"])
+        calls = self.collectives()
+        for count in counts:
+            own = [call for call in calls if (call["axis"], call["ranks"]) == (count["axis"], count["ranks"])]
+            if own:  # the last may be published and not yet counted
+                count["entered"] = max(count["entered"], own[-1]["number_in_group"])
+            count["entered"] -= sum(call["enqueued"] for call in own)
         return counts
 
     def _group_names(self) -> list[dict[str, Any]]:

@@ -157,7 +157,10 @@ def _never_entered(own: History, histories: dict[int, History]) -> str:
         _, group = min(ahead)
         waiters = waiters_of(own.rank, waits_of(histories))
         clause = f", while {_ranks(waiters)} waited" if waiters else ""
-        return f"never entered {_nth(group, own.count(group) + 1, histories)}{clause}"
+        number = own.count(group) + 1
+        enqueued = own.calls.get(group, {}).get(number)
+        how = "never entered" if enqueued is None else "enqueued, and its device never came to,"
+        return f"{how} {_nth(group, number, histories)}{clause}"
     calls = own.report["collectives"]
     return f"entered no collective after {_describe(calls[-1])}" if calls else "never entered a collective"
 

@@ -1,8 +1,9 @@
 """Who waits for whom, out of the collectives that each rank has entered in each of its groups.
 
 A rank inside the n-th collective of a group waits for the members that have entered fewer than n in that group. What it
-leaves to run in the background it does not wait for. Over NCCL a collective that has been left is only handed to the
-device: where a member has not entered it, the device waits, and so will the rank.
+leaves to run in the background it does not wait for. On a GPU all of this is said of the device, in which the ranks'
+collectives are done one after another: the host has handed it some that it has not come to yet (`enqueued`), and these
+count as not entered.
 """
 
 from typing import Any
@@ -27,9 +28,9 @@ class History:
         return self.counts.get(group, 0)
 
     def inside(self) -> Call | None:
-        """The collective in which the host is, if it is in one."""
+        """The collective in which host or device is, if it is in one."""
         calls = reversed(self.report["collectives"])
-        return next((call for call in calls if not call["left"] and not call["background"]), None)
+        return next((call for call in calls if not (call["left"] or call["background"] or call["enqueued"])), None)
 
     def has_left(self, group: Group, number: int) -> bool:
         """Whether a collective that it entered has returned; so have those whose record the ring has dropped."""

@@ -1,0 +1,222 @@
+"""What a GPU's collectives look like to the black box and to the verdict.
+
+There is no GPU here: the events are stand-ins that a test lets complete. Everything else is the real code: the
+collectives of real groups, the black box, the waits and the verdict.
+"""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from tptrain.parallel.collectives import Work, all_reduce_
+from tptrain.parallel.communicators import Nobody
+from tptrain.parallel.device_clock import DeviceClock
+from tptrain.parallel.group import Group
+from tptrain.watch.black_box import SLOTS, BlackBox
+from tptrain.watch.verdict import Report, Verdict, judge
+
+
+class Device:
+    """A stand-in for a GPU: one stream, in which `done` events have completed."""
+
+    def __init__(self) -> None:
+        self.recorded = self.done = self.events = 0
+
+    def event(self) -> "StandIn":
+        self.events += 1
+        return StandIn(self)
+
+
+class StandIn:
+    def __init__(self, device: Device) -> None:
+        self.device, self.place = device, 0
+
+    def record(self) -> None:
+        self.device.recorded += 1
+        self.place = self.device.recorded
+
+    def query(self) -> bool:
+        return self.place <= self.device.done
+
+
+class Rank:
+    """One of the ranks on a tp axis, with a device of its own."""
+
+    def __init__(self, rank: int, world: int = 2) -> None:
+        self.rank, self.world, self.device, self.box = rank, world, Device(), BlackBox()
+        self.clock = DeviceClock(self.device.event)
+        self.tp = Group("tp", tuple(range(world)), Nobody(), self.box, self.clock)
+
+    def begin(self) -> Work:
+        return all_reduce_(torch.zeros(4), self.tp)
+
+    def finish(self, count: int = 1) -> None:
+        """Enqueue so many collectives, each waited for at once: three events for each."""
+        for _ in range(count):
+            self.begin().wait()
+
+    def come_to(self, events: int) -> None:
+        self.device.done = events
+        self.clock.poll()
+
+    def report(self, kind: str = "hang") -> Report:
+        cause = {"kind": kind, "message": "silent for 9 s in the phase `step`"}
+        return {
+            "rank": self.rank,
+            "world": self.world,
+            "node": f"n{self.rank}",
+            "time": 100.0,
+            "phase": "step",
+            "step": 3,
+            "entered": self.box.state.entered,
+            "cause": cause,
+            "top": "",
+            "groups": self.box.group_counts(),
+            "collectives": self.box.collectives(),
+        }
+
+
+def judged(ranks: list[Rank]) -> Verdict:
+    reports = {rank.rank: rank.report() for rank in ranks}
+    verdict = judge(reports, len(ranks), [])
+    assert judge(dict(reversed(reports.items())), len(ranks), []) == verdict
+    return verdict
+
+
+STATES = ("enqueued", "background", "left")
+
+
+def states(box: BlackBox) -> list[str]:
+    """Of each collective, in a word."""
+    return [next((name for name in STATES if call[name]), "inside") for call in box.collectives()]
+
+
+def test_a_collective_is_where_the_device_is_and_not_where_the_host_is() -> None:
+    rank = Rank(0)
+    work = rank.begin()
+    assert (states(rank.box), rank.box.group_counts()[0]["entered"]) == (["enqueued"], 0)
+    work.wait()
+    assert states(rank.box) == ["enqueued"]
+    for events, state in ((1, "background"), (2, "inside"), (3, "left")):
+        rank.come_to(events)
+        assert (states(rank.box), rank.box.group_counts()[0]["entered"]) == ([state], 1)
+
+
+@pytest.mark.parametrize("stuck", [0, 1, 2])
+def test_the_rank_whose_device_does_not_come_to_a_collective_is_to_blame(stuck: int) -> None:
+    """All hosts have enqueued the same: by their own word, no rank is behind another."""
+    ranks = [Rank(rank, 3) for rank in range(3)]
+    for rank in ranks:
+        rank.finish(5)
+        rank.come_to(6 if rank.rank == stuck else 8)  # two done; the others are inside the third
+    verdict = judged(ranks)
+    assert (verdict.kind, verdict.rank, verdict.node) == ("hang", stuck, f"n{stuck}")
+    others = ", ".join(str(rank) for rank in range(3) if rank != stuck)
+    assert "enqueued, and its device never came to, collective 3, all_reduce of (4,) float32" in verdict.text
+    assert f"while ranks {others} waited" in verdict.text
+
+
+def test_a_rank_whose_host_is_behind_is_named_as_on_a_cpu() -> None:
+    ranks = [Rank(0), Rank(1)]
+    for rank, count in zip(ranks, (5, 2), strict=True):
+        rank.finish(count)
+        rank.come_to(8 - 2 * rank.rank)
+    verdict = judged(ranks)
+    assert (verdict.rank, verdict.node) == (1, "n1")
+    assert "never entered collective 3" in verdict.text
+
+
+@pytest.mark.parametrize("events", [0, 6, 8, 15], ids=["none", "between", "inside", "all"])
+def test_equal_evidence_blames_nobody(events: int) -> None:
+    ranks = [Rank(0), Rank(1)]
+    for rank in ranks:
+        rank.finish(5)
+        rank.come_to(events)
+    verdict = judged(ranks)
+    assert (verdict.kind, verdict.rank, verdict.node) == ("hang", None, None)
+    assert ("the network between them" in verdict.text) == (events == 8)
+
+
+def test_a_device_that_computes_while_a_collective_travels_does_not_wait_for_it() -> None:
+    """Rank 1 began a collective in the background, and its device hangs before the wait: the others went on."""
+    ranks = [Rank(0), Rank(1)]
+    for rank in ranks:
+        work = rank.begin()
+        work.wait()
+        rank.finish()
+    ranks[0].come_to(5)  # inside the second
+    ranks[1].come_to(1)  # the first travels, and the device has not come to its end
+    verdict = judged(ranks)
+    assert (verdict.rank, verdict.node) == (1, "n1")
+
+
+def test_a_late_rank_catches_up() -> None:
+    late = Rank(0)
+    late.finish(3)
+    for events in range(10):
+        late.come_to(events)
+        assert states(late.box).count("left") == events // 3
+
+
+def test_a_poll_returns_while_the_device_hangs_and_the_host_goes_on() -> None:
+    """The trainer enqueues from its own thread while another polls a device that never answers."""
+    rank = Rank(0)
+    polls, done = [0], threading.Event()
+
+    def poll() -> None:
+        while not done.is_set():
+            rank.clock.poll()
+            polls[0] += 1
+
+    poller = threading.Thread(target=poll)
+    poller.start()
+    try:
+        rank.finish(200)
+        before = polls[0]
+        while polls[0] < before + 10:  # polls go on, and take nothing away
+            done.wait(0.001)
+        assert (states(rank.box), len(rank.clock.notes)) == (["enqueued"] * 200, 600)
+        rank.device.done = rank.device.recorded
+        while rank.clock.notes:
+            done.wait(0.001)
+    finally:
+        done.set()
+        poller.join()
+    assert states(rank.box) == ["left"] * 200
+
+
+def test_events_are_used_again() -> None:
+    rank = Rank(0)
+    for _ in range(10):
+        rank.finish(2)
+        rank.come_to(rank.device.recorded)
+    assert rank.device.events == 6
+
+
+def test_a_note_that_comes_after_the_ring_has_wrapped_harms_no_other() -> None:
+    rank = Rank(0)
+    rank.finish(SLOTS + 5)
+    rank.come_to(6)  # the records of the first two have been overwritten
+    assert set(states(rank.box)) == {"enqueued"}
+
+
+def test_a_device_that_fails_ends_the_polling_and_keeps_what_is_known() -> None:
+    rank = Rank(0)
+    rank.finish(2)
+    rank.come_to(3)
+
+    def query(event: Any) -> bool:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    rank.clock.notes[0] = (Mute(query), *rank.clock.notes[0][1:])
+    rank.clock._run()  # returns
+    assert states(rank.box) == ["left", "enqueued"]
+
+
+class Mute:
+    def __init__(self, query: Any) -> None:
+        self.query = lambda: query(self)
+
+    def record(self) -> None: ...
