@@ -1,7 +1,9 @@
 """What runs on a node: one rank, under its supervisor."""
 
+import ctypes
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +39,8 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None], launc
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+    if "SUBMITIT_LOCAL_JOB_ID" in os.environ:
+        end_with(int(os.environ["SUBMITIT_LOCAL_JOB_ID"]))
     try:
         code = supervised(entry, read_config(Path(run_dir) / "config.yaml"), launched=launched)
     except UserError as error:
@@ -45,6 +49,13 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None], launc
     if code and os.environ.get("SUBMITIT_EXECUTOR") != "local":
         sys.exit(code)
     return code
+
+
+def end_with(controller: int) -> None:
+    """Have this process get a SIGTERM when submitit's controller, its parent, ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if not psutil.pid_exists(controller):  # it ended before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def supervised(entry: Entry, config: Config, launched: float = 0.0) -> int:

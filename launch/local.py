@@ -88,8 +88,9 @@ class Follower:
     def __init__(self, config: Config, job: submitit.Job[int], presses: list[float]) -> None:
         self.run_dir = Path(config.run.dir)
         self.ranks = config.cluster.tasks_per_node or 1
-        self.prefix = str(self.run_dir / "logs" / job.job_id)
-        self.controller = psutil.Process(int(job.job_id))
+        self.job = job.job_id  # the pid of the controller
+        self.prefix = str(self.run_dir / "logs" / self.job)
+        self.controller = psutil.Process(int(self.job))
         self.steps = config.train.steps
         self.log = Tail(Path(f"{self.prefix}_0_log.out"))
         self.metrics = Tail(self.run_dir / "metrics.jsonl")
@@ -97,6 +98,7 @@ class Follower:
         self.row_lines: set[str] = set()  # lines that the log will have for rows that the bar has shown
         self.presses = presses  # of Ctrl-C, see `interrupts`
         self.verdict_shown = False  # in rank 0's log
+        self.lost_at = 0.0  # when the controller was seen to be gone before its ranks, by the monotonic clock
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, unit="step", desc=config.run.name, dynamic_ncols=True)
@@ -114,28 +116,40 @@ class Follower:
                 if handled > 1:
                     self._kill()
             if handled and len(signalled) < self.ranks:
-                ask_to_stop(self.controller, signalled)
+                ask_to_stop(self.job, signalled)
             now = time.monotonic()
             if now - checked_at > 1:  # not each time: it reads all of /proc, on cores that the ranks want
                 checked_at = now
                 short_since = (short_since or now) if len(self._running()) < self.ranks else 0.0
-            if (short_since and now - short_since > GRACE_S) or (self.presses and now - self.presses[0] > STOP_S):
+            asked = self.presses[:1] + ([self.lost_at] if self.lost_at else [])
+            if (short_since and now - short_since > GRACE_S) or (asked and now - min(asked) > STOP_S):
                 self._kill()
             time.sleep(0.1)
         self._show()
         if self.bar is not None:
             self.bar.close()
-        code = self._exit_code()
+        code = 1 if self.lost_at or self.presses else self._exit_code()
         if code not in (0, 2) and not self.presses:
             self._explain()
-        return 1 if self.presses else code
+        return code
 
     def _alive(self) -> bool:
-        return self.controller.is_running() and self.controller.status() != psutil.STATUS_ZOMBIE
+        """Whether the controller lives; or ranks, where it was killed: each of them then gets a SIGTERM."""
+        if not self.lost_at:
+            if self.controller.is_running() and self.controller.status() != psutil.STATUS_ZOMBIE:
+                return True
+            if not self._running():
+                return False
+            self.lost_at = time.monotonic()
+            self._say(f"{self._lost()}: the ranks stop after this step, with a checkpoint")
+        return bool(self._running())
+
+    def _lost(self) -> str:
+        return f"the process that started the ranks (pid {self.job}) was killed"
 
     def _running(self) -> list[psutil.Process]:
         """The ranks that live, by their supervisors."""
-        return supervisors(self.controller)
+        return supervisors(self.job)
 
     def _kill(self) -> None:
         for rank in self._running():
@@ -186,6 +200,8 @@ class Follower:
         ]
         if self.verdict_shown:
             pass
+        elif self.lost_at:
+            _complain(self._lost())
         elif reports:
             _complain(verdict.judge(reports, self.ranks, []).text)
         elif raised:
@@ -207,23 +223,29 @@ def _complain(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def supervisors(controller: psutil.Process) -> list[psutil.Process]:
-    """Of the ranks that live: the processes that submitit's controller started, not the trainers below them."""
-    entry, ranks, children = "submitit.core._submit", [], []
-    with contextlib.suppress(psutil.Error):
-        children = controller.children(recursive=True)
-    for child in children:
-        with contextlib.suppress(psutil.Error):  # it ends while we look
-            if child.status() != psutil.STATUS_ZOMBIE and entry in child.cmdline():
-                parent = child.parent()
-                if parent is not None and entry not in parent.cmdline():
-                    ranks.append(child)
+def supervisors(job: str) -> list[psutil.Process]:
+    """Of the ranks that live: the processes that submitit's controller started, not the trainers below them. They are
+    known by their environment, for they may outlive the controller.
+    """
+    ranks = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it ends while we look, or is another user's
+            if _is_rank(process, job) and not ((parent := process.parent()) and _is_rank(parent, job)):
+                ranks.append(process)
     return ranks
 
 
-def ask_to_stop(controller: psutil.Process, signalled: set[int]) -> None:
+def _is_rank(process: psutil.Process, job: str) -> bool:
+    return (
+        "submitit.core._submit" in process.cmdline()
+        and process.environ().get("SUBMITIT_LOCAL_JOB_ID") == job
+        and process.status() != psutil.STATUS_ZOMBIE
+    )
+
+
+def ask_to_stop(job: str, signalled: set[int]) -> None:
     """SIGTERM to the ranks that are there and whose pids are not yet in `signalled`. Others may only be starting."""
-    for rank in supervisors(controller):
+    for rank in supervisors(job):
         if rank.pid not in signalled:
             with contextlib.suppress(psutil.Error):
                 rank.terminate()

@@ -109,7 +109,8 @@ def _state(run: Path, job: dict[str, Any], by_slurm: dict[str, State]) -> State:
         if (controller := _controller(job)) is not None:
             return State("running", f"process {controller.pid}", alive=True)
         if not ended or ended[-1]["attempt"] != job.get("attempt"):  # it had no time to say how it ended
-            return State("failed", "killed")
+            alive = bool(supervisors(job["id"]))
+            return State("running", "stopping", alive=True) if alive else State("failed", "killed")
     if outcome is None:
         return State("unknown" if job else "not launched")
     if outcome == Outcome.DONE:
@@ -243,18 +244,21 @@ def _cancel_slurm(job: str, run: Path) -> None:
 
 
 def _cancel_local(job: dict[str, Any]) -> None:
-    controller = _controller(job)
-    if controller is None:
+    """Ask the ranks to stop, and wait for them and for their controller, which may be gone already."""
+
+    def alive() -> list[psutil.Process]:
+        return [*supervisors(job["id"]), *filter(None, [_controller(job)])]
+
+    if not alive():
         return
-    print(f"asking process {controller.pid} to save and stop ...", flush=True)
+    print(f"asking process {job['id']} to save and stop ...", flush=True)
     signalled: set[int] = set()
     deadline = time.monotonic() + 2 * CANCEL_S
-    with contextlib.suppress(psutil.NoSuchProcess):
-        alive = True
-        while alive and time.monotonic() < deadline:
-            ask_to_stop(controller, signalled)
-            alive = bool(psutil.wait_procs([controller], timeout=0.5)[1])
-        if alive:
-            print("they did not; killing them", flush=True)
-            for process in [*supervisors(controller), controller]:
+    while (processes := alive()) and time.monotonic() < deadline:
+        ask_to_stop(job["id"], signalled)
+        psutil.wait_procs(processes, timeout=0.5)
+    if processes:
+        print("they did not; killing them", flush=True)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

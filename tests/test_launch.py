@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.commands import (
@@ -27,7 +28,7 @@ from tests.commands import (
 from tests.corpus import overrides
 from tests.wandb_files import wandb_rows
 from tptrain.checkpoint.commit import damage, read_commit
-from tptrain.records.run_dir import COMMIT, committed
+from tptrain.records.run_dir import COMMIT, committed, step_of
 from tptrain.train.metrics import read_rows
 
 TP2 = ["parallel.tp=2", "checkpoint.every=5"]
@@ -186,6 +187,30 @@ def test_a_killed_rank_ends_the_run_and_the_rerun_goes_on(finished: Path, rank: 
     assert again.returncode == 0, again.stdout
     assert f"resuming from {newest}" in again.stdout
     assert losses(run_dir) == losses(finished / "run")
+
+
+@pytest.mark.parametrize("moment", ["training", "start-up"])
+def test_ranks_whose_controller_is_killed_stop_as_on_a_sigterm(finished: Path, moment: str) -> None:
+    run_dir = finished / f"orphans-{moment}"
+    lines = launch_lines(finished, "train.steps=5000", "checkpoint.every=1000", name=run_dir.name)
+    launch = start_launch(*lines)
+    if moment == "training":
+        wait_until(lambda: rows_in(run_dir) >= 3, "three steps", launch)
+    else:
+        wait_until(lambda: len(ranks_of(launch)) == 2, "two ranks", launch)
+    (controller,) = psutil.Process(launch.pid).children()
+    ranks = controller.children(recursive=True)
+    controller.send_signal(signal.SIGKILL if moment == "training" else signal.SIGUSR2)
+    output = finish(launch)
+    assert launch.returncode == 1, output
+    assert f"error: the process that started the ranks (pid {controller.pid}) was killed" in output
+    assert not psutil.wait_procs(ranks, timeout=5)[1], "ranks are left"
+    if moment == "training":
+        newest = committed(run_dir / "checkpoints")[-1].name
+        assert f"the newest committed checkpoint is {newest}" in output
+        assert step_of(run_dir / "checkpoints" / newest) == len(losses(run_dir))
+    else:
+        assert "before the first step: nothing was trained" in output
 
 
 @pytest.mark.parametrize("harm", ["truncated", "bit-flipped", "no marker"])
