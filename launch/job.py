@@ -54,7 +54,11 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None], launc
 def end_with(controller: int) -> None:
     """Have this process get a SIGTERM when submitit's controller, its parent, ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if not psutil.pid_exists(controller):  # it ended before
+    try:
+        alive = psutil.Process(controller).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        alive = False
+    if not alive:  # it ended before
         os.kill(os.getpid(), signal.SIGTERM)
 
 
