@@ -1,15 +1,17 @@
-"""Signals at random moments on single ranks of a run on this machine, until it has had enough; then it must be whole.
+"""Signals at random moments to single processes of a run on this machine; in the end it must be whole.
 
     python -m tests.soak FOLDER --ranks 4 --signals 50
 
-Each round launches (or resumes) the run, signals one process of one rank at a random moment of its start-up, training,
-saving or validation, and waits for the launch to end by itself. Nothing may hang, no committed step may be lost, no
-process may stay. At the end the losses must be those of a run that nothing disturbed, bit for bit.
+Each round launches (or resumes) the run, signals one process (a rank's supervisor or trainer, or the controller that
+started the ranks) at a random moment of its start-up, training, saving or validation, and waits for the launch to end
+by itself. Nothing may hang, no committed step may be lost, no process may stay, and after a SIGKILL the launch must name
+who was killed. At the end the losses must be those of a run that nothing disturbed, bit for bit.
 """
 
 import argparse
 import contextlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from tests.commands import finish, losses, ranks_of, start_launch, tptrain, trai
 from tests.corpus import overrides
 from tptrain.records.run_dir import committed, step_of
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGHUP)  # a local rank ignores SIGINT
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGHUP)  # a local rank ignores SIGINT
 LONGEST_S = 90  # that a launch may take to end after its signal
 
 
@@ -62,9 +64,9 @@ def soak(folder: Path, ranks: int, signals: int, steps: int, seed: int = 0, star
         moment = time.monotonic() + draw.uniform(0.5, 2 * start_up_s)
         while time.monotonic() < moment and launch.poll() is None:
             time.sleep(0.01)
-        what = None
+        what, name = None, ""
         while what is None and launch.poll() is None:  # there may be no rank yet
-            what = _signal_one(launch, draw, ranks)
+            what, name = _signal_one(launch, draw)
         signalled = time.monotonic()
         everybody = psutil.Process(launch.pid).children(recursive=True) if launch.poll() is None else []
         try:
@@ -77,6 +79,8 @@ def soak(folder: Path, ranks: int, signals: int, steps: int, seed: int = 0, star
         _, alive = psutil.wait_procs(everybody, timeout=5)
         assert not alive, f"{what}: left behind {alive}"
         assert "Traceback" not in output, f"{what}:\n{output}"
+        if what is not None and name and "finished: step" not in output:
+            assert re.search(name, output), f"{what}:\n{output}"
         saved = [step_of(path) for path in committed(run_dir / "checkpoints")]
         assert max(saved, default=0) >= newest, f"{what}: lost step {newest}, has {saved}"
         newest = max(saved, default=0)
@@ -91,16 +95,23 @@ def soak(folder: Path, ranks: int, signals: int, steps: int, seed: int = 0, star
     return tally
 
 
-def _signal_one(launch, draw: random.Random, ranks: int) -> str | None:
-    """Signal the supervisor or the trainer of one rank; None where there was no rank yet or any more."""
-    with contextlib.suppress(psutil.Error, IndexError, KeyError):
-        rank, number = draw.randrange(ranks), draw.choice(SIGNALS)
-        supervisor = ranks_of(launch)[rank]
-        process = draw.choice([supervisor, trainer_of(supervisor)])
+def _signal_one(launch: subprocess.Popen[str], draw: random.Random) -> tuple[str | None, str]:
+    """Signal one of the run's processes; returns which, None where there was none yet or any more, and the pattern of
+    the launch's answer, where it must name somebody.
+    """
+    with contextlib.suppress(psutil.Error, IndexError, KeyError, ValueError):
+        number = draw.choice(SIGNALS)
+        (controller,) = psutil.Process(launch.pid).children()
+        rank = draw.randrange(-1, len(supervisors := ranks_of(launch)))
+        if rank < 0:
+            process, who, pattern = controller, "the controller", rf"\(pid {controller.pid}\) was killed"
+        else:
+            process, pattern = draw.choice([supervisors[rank], trainer_of(supervisors[rank])]), rf": rank {rank} "
+            who = f"rank {rank} ({'supervisor' if process == supervisors[rank] else 'trainer'})"
         process.send_signal(number)
-        return f"{number.name} to rank {rank} ({'trainer' if process != supervisor else 'supervisor'})"
+        return f"{number.name} to {who}", pattern if number == signal.SIGKILL else ""
     time.sleep(0.01)
-    return None
+    return None, ""
 
 
 def _how(output: str) -> str:

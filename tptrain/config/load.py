@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from tptrain.config.errors import UserError
 from tptrain.config.pretrained import CONFIG_BYTES, directory, read_json, tokenizer_rules
-from tptrain.config.schema import MODEL_FILES, Config, kv_heads
+from tptrain.config.schema import MODEL_FILES, SMALL_VOCABULARY, Config, kv_heads
 
 FREE_MAPPINGS = ("cluster.env", "cluster.sbatch")  # any key may stand below these
 WITH_HF = ("model.path", "model.revision", "model.name", "model.dropout")
@@ -209,15 +209,22 @@ def _fill_in(config: Config) -> None:
     config.data.files = [_absolute(file) for file in config.data.files]
     if config.model.path is not None:
         _fill_in_pretrained(config)
-    if config.data.tokenizer != "bytes":
-        config.data.tokenizer = _absolute(config.data.tokenizer)
-    if config.data.name and Path(config.data.name).is_dir():
-        config.data.name = _absolute(config.data.name)
-    if config.data.source == "stdlib" and config.data.name is None:  # another Python has another text
-        config.data.name = f"python-{sys.version_info.major}.{sys.version_info.minor}"
+    _fill_in_data(config)
     cluster = config.cluster
     if cluster.tasks_per_node is None:
         cluster.tasks_per_node = cluster.gpus_per_node or (config.parallel.tp if cluster.nodes == 1 else None)
+
+
+def _fill_in_data(config: Config) -> None:
+    data, tokens = config.data, config.model.source.get("vocab_size", config.model.vocab_size)
+    if not isinstance(tokens, int) or tokens < SMALL_VOCABULARY:  # else `check_data` wants them named
+        data.source, data.tokenizer = data.source or "stdlib", data.tokenizer or "bytes"
+    if data.tokenizer not in ("", "bytes"):
+        data.tokenizer = _absolute(data.tokenizer)
+    if data.name and Path(data.name).is_dir():
+        data.name = _absolute(data.name)
+    if data.source == "stdlib" and data.name is None:  # another Python has another text
+        data.name = f"python-{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def _fill_in_pretrained(config: Config) -> None:

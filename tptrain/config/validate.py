@@ -198,6 +198,11 @@ def _check_data(config: Config) -> None:
 
 def vocabulary(data: DataConfig) -> tuple[int, int]:
     """The number of token ids, and the id of the end-of-document token. Raises UserError where there is none."""
+    if not data.tokenizer:
+        raise UserError(
+            "data.tokenizer: not set, and the model has too large a vocabulary for bytes. Give the path of its "
+            "tokenizer.json (or data.tokenizer=bytes, to try it)."
+        )
     if data.tokenizer == "bytes":
         return 257, 256
     path = Path(data.tokenizer)

@@ -12,7 +12,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from tptrain.config import Config, UserError, check_topology
-from tptrain.config.schema import MOST_AT_ONCE, micro_batch_size
+from tptrain.config.schema import MOST_AT_ONCE, checkpoint_every, micro_batch_size
 from tptrain.models.check import check_tp, checked_spec
 from tptrain.models.settings import decoder_spec
 from tptrain.models.spec import DecoderSpec
@@ -152,12 +152,18 @@ def _heading(config: Config) -> str:
     unit, scale = _unit([CHECKPOINT_BYTES * parameters], BINARY)
     return (
         f"{model.name}: {parameters / 1e6:,.1f} M parameters; "
-        f"a checkpoint has {CHECKPOINT_BYTES * parameters / scale:,.2f} {unit}\n"
+        f"a checkpoint has {CHECKPOINT_BYTES * parameters / scale:,.2f} {unit}, {_how_often(config, parameters)}\n"
         f"an optimizer step: {train.global_batch_size:,} sequences of {train.seq_len:,} tokens, "
         f"{_step_flops(config):.3g} FLOPs; micro-batches of "
         f"{train.micro_batch_size or f'up to {MOST_AT_ONCE}'} in {train.precision}\n"
         f"ranks: {where}"
     )
+
+
+def _how_often(config: Config, parameters: int) -> str:
+    every = checkpoint_every(config, CHECKPOINT_BYTES * parameters)
+    when = f"one every {every:,} steps" if every else "one after the last step"
+    return f"{when}, the newest {config.checkpoint.keep} kept"
 
 
 def _memory_table(runs: dict[int, DryRun]) -> str:
