@@ -5,7 +5,7 @@ host's Python, which needs no torch.
 """
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,13 @@ import launch
 from launch import slurm
 from tptrain.config import Config, UserError
 from tptrain.config.schema import ClusterConfig
-from tptrain.config.validate import data_files
-
-PYXIS = "container-image", "container-name"  # either of them has pyxis run the ranks in a container
+from tptrain.config.validate import PYXIS, data_files
 
 
 def checkout() -> Path | None:
     """The folder of this checkout; None where tptrain is an installed package, and the container needs its own."""
     folder = Path(launch.__file__).absolute().parents[1]
     return folder if (folder / "pyproject.toml").exists() else None
-
-
-def in_container(cluster: ClusterConfig) -> bool:
-    return bool(cluster.python) or _by_pyxis(slurm.options(cluster.srun))
 
 
 def srun_options(configs: list[Config], base: Path) -> dict[str, Any]:
@@ -48,8 +42,8 @@ def srun_options(configs: list[Config], base: Path) -> dict[str, Any]:
 
 
 def shell_lines(cluster: ClusterConfig) -> list[str]:
-    """The line of the job script that lets the interpreter in a container import this checkout."""
-    if not in_container(cluster) or checkout() is None:
+    """The line of the job script that lets another Python than this one import this checkout."""
+    if cluster.python is None or checkout() is None:
         return []
     return [f"export PYTHONPATH={shlex.quote(str(checkout()))}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
@@ -57,14 +51,14 @@ def shell_lines(cluster: ClusterConfig) -> list[str]:
 def make_folders(configs: list[Config]) -> None:
     """What is mounted must be there. The run directories are."""
     for config in configs:
-        if in_container(config.cluster):
+        if config.cluster.python is not None:
             Path(config.data.cache_dir).mkdir(parents=True, exist_ok=True)
 
 
 def notice(configs: list[Config], base: Path) -> str | None:
     """One line for the user: which mounts were added, or which paths another runtime than pyxis must show inside."""
     cluster = configs[0].cluster
-    if not in_container(cluster):
+    if cluster.python is None:
         return None
     if _by_pyxis(slurm.options(cluster.srun)):
         added = _added_mounts(configs, base)
@@ -96,8 +90,8 @@ def _needed(configs: list[Config], base: Path) -> dict[Path, bool]:
             paths[Path(data.tokenizer)] = False
         if data.source == "hub" and data.name and Path(data.name).is_dir():
             paths[Path(data.name)] = False
-        if model.directory is not None:
-            directory = Path(model.directory)
+        directory = Path(model.directory or "")
+        if model.directory is not None and directory.is_dir():  # once a run has a checkpoint, it may be gone
             paths |= {directory: False} | _targets(directory.iterdir())
         paths[Path(data.cache_dir)] = True
     return paths | {base: True}
@@ -114,15 +108,15 @@ def _targets(files: Iterable[Path]) -> dict[Path, bool]:
     return {file.resolve().parent: False for file in files if file.is_symlink()}
 
 
-def _outermost(paths: dict[Path, bool]) -> list[Path]:
-    """Without those that lie below another one."""
+def _outermost(paths: Collection[Path]) -> list[Path]:
+    """The paths without those that lie below another one."""
     return [path for path in paths if not any(path != other and path.is_relative_to(other) for other in paths)]
 
 
 def _added_mounts(configs: list[Config], base: Path) -> list[Path]:
     """The paths that the user's own mounts do not show at the same place, or not so that they can be written."""
     mounts = [_mount(text) for text in _listed(slurm.options(configs[0].cluster.srun), "container-mounts")]
-    missing = {}
+    missing: list[Path] = []
     for path, written in _needed(configs, base).items():
         for source, target, _ in mounts:
             if target == path and source != path:
@@ -134,7 +128,7 @@ def _added_mounts(configs: list[Config], base: Path) -> list[Path]:
             path.is_relative_to(source) and source == target and not (written and "ro" in flags)
             for source, target, flags in mounts
         ):
-            missing[path] = written
+            missing.append(path)
     for path in missing:
         if "," in str(path) or ":" in str(path):
             raise UserError(f"{path}: pyxis mounts no path with `:` or `,` in its name. Choose another one.")

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import site
 import subprocess
 import sys
@@ -83,6 +84,9 @@ def test_links_are_mounted_with_what_they_lead_to(tmp_path: Path) -> None:
     (texts / "a.jsonl").symlink_to(blobs / "1")
     lines = ["model=hf", f"model.path={model}", f"data.files=['{texts}/*.jsonl']", "data.tokenizer=bytes"]
     assert mounts(tmp_path, *lines) == same_place(ROOT, texts, blobs, model, tmp_path / "data", tmp_path / "run")
+    loaded = config(tmp_path, *IMAGE, *lines)
+    shutil.rmtree(model)  # a run that has a checkpoint no longer needs it
+    assert str(model) not in container.srun_options([loaded], tmp_path / "run")["container-mounts"]
 
 
 def test_the_images_variables_do_not_replace_the_users(tmp_path: Path) -> None:
@@ -98,7 +102,7 @@ def test_another_runtime_is_told_what_must_be_visible(tmp_path: Path) -> None:
     assert container.srun_options([loaded], tmp_path / "run") == {}
     (export,) = container.shell_lines(loaded.cluster)
     shown = subprocess.run(
-        ["bash", "-c", f"cd /; {export}; {sys.executable} -c 'import launch; print(launch.__file__)'"],
+        ["bash", "-c", f"cd /; {export}; {sys.executable} -S -c 'import launch; print(launch.__file__)'"],
         env=os.environ | {"PYTHONPATH": "/elsewhere"},
         capture_output=True,
         text=True,

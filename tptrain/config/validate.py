@@ -23,6 +23,7 @@ FIXED |= {"requeue": "cluster.max_restarts", "no-requeue": "cluster.max_restarts
 FIXED |= {name: "" for name in ("array", "chdir", "error", "job-name", "open-mode", "output", "signal", "wrap")}
 FIXED_BY_SRUN = FIXED | {"export": "cluster.env"}
 FIXED_BY_SRUN |= {name: "" for name in ("kill-on-bad-exit", "label", "multi-prog", "test-only", "unbuffered")}
+PYXIS = ("container-image", "container-name")  # either option has pyxis run the ranks in a container
 # Whole words of a name: TOKEN, but not TOKENIZERS.
 SECRET_NAME = re.compile(
     r"(^|_)(\w*KEY(?<!MONKEY)|TOKEN|SECRETS?|PASS|PASSWD|PASSWORD|PASSPHRASE|PWD|PAT|AUTH|CREDENTIALS?)($|_)",
@@ -96,7 +97,7 @@ def _check_options(command: str, options: dict[str, Any], fixed: dict[str, str])
 
 def _check_container(cluster: ClusterConfig) -> None:
     if cluster.python is None:
-        keys = (key for key in cluster.srun if key.replace("_", "-") in ("container-image", "container-name"))
+        keys = (key for key in cluster.srun if key.replace("_", "-") in PYXIS)
         if image := next((key for key in keys if cluster.srun[key]), None):
             raise UserError(
                 f"cluster.python: not set, and cluster.srun.{image} has the ranks run in a container. Name the Python "
