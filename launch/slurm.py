@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 from dataclasses import dataclass
+from typing import Any
 
 from tptrain.config import UserError
 
@@ -34,6 +35,20 @@ def ask(*command: str, timeout_s: float = ANSWER_S, ignored_error: str | None = 
     if done.returncode and not (ignored_error and ignored_error in done.stderr):
         raise SlurmError(f"`{' '.join(command)}`: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def options(settings: dict[str, Any]) -> dict[str, Any]:
+    """The options of a command, by name without the leading dashes: a value, or True for a flag."""
+    return {
+        key.replace("_", "-"): ",".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in settings.items()
+        if value is not None and value is not False
+    }
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """The same as words of a command line."""
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
 
 
 # ---------------------------------------------------------------------------------------------------- questions on jobs
@@ -79,6 +94,12 @@ def _jobs(jobs: set[str]) -> str:
 
 
 # ----------------------------------------------------------------------------------------- questions on nodes and site
+
+
+def check_srun(settings: dict[str, Any]) -> None:
+    """Raises SlurmError for an option that srun here does not know; it reads them all before it tells its version."""
+    if settings:
+        ask("srun", *flags(options(settings)), "--version")
 
 
 def partitions() -> set[str]:

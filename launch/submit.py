@@ -13,15 +13,18 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError
 
-from launch import slurm
+from launch import container, slurm
 from launch.job import Entry, command_time, run_rank, shell_lines
 from launch.run_dir import record_job
 from tptrain.config import Config, UserError
 from tptrain.config.schema import CPUS_OF_GPU
 
 
-def prepare(configs: list[Config]) -> None:
-    """Whether Slurm is here and knows the partition, and what it is to give the job. Raises UserError."""
+def prepare(configs: list[Config], base: Path) -> None:
+    """Whether Slurm is here and knows the partition and srun's options, and what it is to give the job.
+
+    Prints which mounts a container has been given. Raises UserError.
+    """
     if shutil.which("sbatch") is None:
         raise UserError(
             "cluster=slurm: `sbatch` was not found. Run this on a login node of the cluster, or use cluster=local."
@@ -33,9 +36,15 @@ def prepare(configs: list[Config]) -> None:
     wanted = configs[0].cluster.partition
     if wanted is not None and not set(wanted.split(",")) <= partitions:
         raise UserError(f"cluster.partition={wanted}: unknown to Slurm. Known: {', '.join(sorted(partitions))}.")
+    try:
+        slurm.check_srun(configs[0].cluster.srun)
+    except slurm.SlurmError as error:
+        raise UserError(f"cluster.srun: Slurm refuses it: {str(error).splitlines()[0]}") from error
     ask_for_share(configs[0])
     for config in configs[1:]:  # of a sweep, which is one job array
         config.cluster = replace(configs[0].cluster)
+    if line := container.notice(configs, base):
+        print(line, file=sys.stderr)
 
 
 def ask_for_share(config: Config) -> None:
@@ -61,6 +70,7 @@ def submit(configs: list[Config], base: Path, entry: Entry) -> str:
     Raises UserError with Slurm's own words where it refuses.
     """
     executor = _executor(configs, base)
+    container.make_folders(configs)
     dirs = [config.run.dir for config in configs]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats sbatch's words there
@@ -87,20 +97,16 @@ def script(configs: list[Config], base: Path) -> str:
 
 
 def _executor(configs: list[Config], base: Path) -> submitit.SlurmExecutor:
-    executor = submitit.SlurmExecutor(base / "logs")
+    executor = submitit.SlurmExecutor(base / "logs", python=configs[0].cluster.python)  # None: this one
     array = len(configs) > 1
     run_dir = shlex.quote(str(base)) + "/$SLURM_ARRAY_TASK_ID" if array else shlex.quote(configs[0].run.dir)
-    executor.update_parameters(**_parameters(configs[0], base.name, run_dir))
+    executor.update_parameters(**_parameters(configs, base, run_dir))
     return executor
 
 
-def _parameters(config: Config, name: str, run_dir: str) -> dict[str, Any]:
-    cluster = config.cluster
-    further: dict[str, Any] = {
-        key.replace("_", "-"): ",".join(map(str, value)) if isinstance(value, list) else value
-        for key, value in cluster.sbatch.items()
-        if value is not None and value is not False
-    }
+def _parameters(configs: list[Config], base: Path, run_dir: str) -> dict[str, Any]:
+    cluster = configs[0].cluster
+    further = slurm.options(cluster.sbatch)
     if cluster.time is not None:
         further["time"] = cluster.time
     if cluster.mem is not None:
@@ -110,8 +116,9 @@ def _parameters(config: Config, name: str, run_dir: str) -> dict[str, Any]:
     srun_args = ["--kill-on-bad-exit=1"]
     if cluster.cpus_per_task:  # since Slurm 22.05 srun does not take it over from sbatch
         srun_args.append(f"--cpus-per-task={cluster.cpus_per_task}")
+    srun_args += slurm.flags(container.srun_options(configs, base))
     return {
-        "job_name": name,
+        "job_name": base.name,
         "nodes": cluster.nodes,
         "ntasks_per_node": cluster.tasks_per_node,
         "gpus_per_node": cluster.gpus_per_node,
@@ -124,7 +131,7 @@ def _parameters(config: Config, name: str, run_dir: str) -> dict[str, Any]:
         "wckey": None,
         # A set-up line that fails ends the job. The trap keeps the script alive through a SIGTERM: srun goes on to its
         # end, and then it is decided whether the job goes back into the queue.
-        "setup": ["set -e", *shell_lines(config), "set +e", "trap : TERM"],
+        "setup": ["set -e", *shell_lines(configs[0]), *container.shell_lines(cluster), "set +e", "trap : TERM"],
         "teardown": [
             "code=$?",
             f"{shlex.quote(sys.executable)} -m launch.restart {run_dir} $code",

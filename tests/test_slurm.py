@@ -88,7 +88,7 @@ def trainer(run_dir: Path, rank: int) -> psutil.Process:
 @pytest.fixture(autouse=True)
 def _nodes_are_idle() -> None:
     """A node that the last test's job is leaving would move this one's ranks to others than it names."""
-    wait_until(lambda: set(ask("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, "idle nodes")
+    wait_until(lambda: set(ask("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split()) == {"idle"}, "idle nodes")
 
 
 @pytest.fixture(scope="module")

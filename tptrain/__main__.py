@@ -124,7 +124,7 @@ def launch(options: argparse.Namespace) -> int:
         base = Path(configs[0].run.dir)
     cluster = configs[0].cluster
     if cluster.kind == "slurm":
-        submit.prepare(configs)
+        submit.prepare(configs, base)
         if cluster.dry_run:
             print(submit.script(configs, base))
             return 0

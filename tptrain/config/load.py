@@ -24,7 +24,7 @@ from tptrain.config.errors import UserError
 from tptrain.config.pretrained import CONFIG_BYTES, directory, read_json, tokenizer_rules
 from tptrain.config.schema import MODEL_FILES, SMALL_VOCABULARY, Config, kv_heads
 
-FREE_MAPPINGS = ("cluster.env", "cluster.sbatch")  # any key may stand below these
+FREE_MAPPINGS = ("cluster.env", "cluster.sbatch", "cluster.srun")  # any key may stand below these
 WITH_HF = ("model.path", "model.revision", "model.name", "model.dropout")
 
 

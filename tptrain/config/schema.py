@@ -194,7 +194,9 @@ class ClusterConfig:
     max_restarts: int = number(3, least=0)  # in a row without a new checkpoint, after preemption, time limit or failure
     grace_s: int = number(120, least=1)  # before the time limit at which Slurm's signal asks for a stop
     dry_run: bool = False  # print the sbatch script and submit nothing
-    sbatch: dict[str, Any] = field(default_factory=dict)  # any further sbatch option, e.g. {exclude: n7, requeue: true}
+    sbatch: dict[str, Any] = field(default_factory=dict)  # any further sbatch option, e.g. {exclude: n7}
+    srun: dict[str, Any] = field(default_factory=dict)  # any further option of the ranks' srun, e.g. {mpi: none}
+    python: str | None = None  # shell command for the ranks' Python, as in a container; None: the one that launches
 
 
 @dataclass

@@ -5,19 +5,25 @@ import glob
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from tptrain.config.errors import UserError
-from tptrain.config.schema import Config, DataConfig, OptimConfig, micro_batch_size
+from tptrain.config.schema import ClusterConfig, Config, DataConfig, OptimConfig, micro_batch_size
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-SLURM_ONLY = ("partition", "account", "qos", "constraint", "mem", "cpus_per_task", "sbatch")
+SLURM_ONLY = ("partition", "account", "qos", "constraint", "mem", "cpus_per_task", "sbatch", "srun", "python")
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
-# What the checks rest on, or submitit sets: these have settings of their own, or none.
-NOT_BY_SBATCH = {"nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "mem", "job-name"}
-NOT_BY_SBATCH |= {"partition", "account", "qos", "constraint", "array", "output", "error", "wrap", "chdir"}
-NOT_BY_SBATCH |= {"signal", "requeue", "no-requeue", "open-mode"}
+# Options of sbatch and srun that have a setting of their own, or that submitit and tptrain set ("")
+FIXED = {name: f"cluster.{name}" for name in ("nodes", "time", "mem", "partition", "account", "qos", "constraint")}
+FIXED |= {"ntasks": "cluster.nodes and cluster.tasks_per_node", "ntasks-per-node": "cluster.tasks_per_node"}
+FIXED |= {"gpus-per-node": "cluster.gpus_per_node", "cpus-per-task": "cluster.cpus_per_task"}
+FIXED |= {"requeue": "cluster.max_restarts", "no-requeue": "cluster.max_restarts=0"}
+FIXED |= {name: "" for name in ("array", "chdir", "error", "job-name", "open-mode", "output", "signal", "wrap")}
+FIXED_BY_SRUN = FIXED | {"export": "cluster.env"}
+FIXED_BY_SRUN |= {name: "" for name in ("kill-on-bad-exit", "label", "multi-prog", "test-only", "unbuffered")}
+PYXIS = ("container-image", "container-name")  # either option has pyxis run the ranks in a container
 # Whole words of a name: TOKEN, but not TOKENIZERS.
 SECRET_NAME = re.compile(
     r"(^|_)(\w*KEY(?<!MONKEY)|TOKEN|SECRETS?|PASS|PASSWD|PASSWORD|PASSPHRASE|PWD|PAT|AUTH|CREDENTIALS?)($|_)",
@@ -49,9 +55,9 @@ def check_cluster(config: Config) -> None:
             raise UserError(
                 "cluster.gpus_per_node: here every rank has a GPU. Leave it out, and set cluster.tasks_per_node."
             )
-    for key in cluster.sbatch:
-        if key.replace("_", "-") in NOT_BY_SBATCH:
-            raise UserError(f"cluster.sbatch.{key}: not to be set this way. Use the cluster.* setting of that name.")
+    _check_options("sbatch", cluster.sbatch, FIXED)
+    _check_options("srun", cluster.srun, FIXED_BY_SRUN)
+    _check_container(cluster)
     if cluster.time is not None and 0 < 60 * minutes(cluster.time) <= cluster.grace_s and cluster.kind == "slurm":
         raise UserError(
             f"cluster.grace_s={cluster.grace_s}: as long as cluster.time={cluster.time}, so the run would be stopped "
@@ -70,6 +76,40 @@ def check_cluster(config: Config) -> None:
             "span nodes and each layer's 4 all-reduces cross the network. Change one of them, or allow it with "
             "parallel.tp_across_nodes=true (`python -m tptrain plan` shows the cost)."
         )
+
+
+def _check_options(command: str, options: dict[str, Any], fixed: dict[str, str]) -> None:
+    for key, value in options.items():
+        name = key.replace("_", "-")
+        # Slurm takes a part of a name for the whole; `gpus` is an option of its own.
+        meant = name if name in fixed or name == "gpus" else next((each for each in fixed if each.startswith(name)), "")
+        if meant in fixed:
+            instead = f"Use {fixed[meant]}." if fixed[meant] else "tptrain sets it itself: leave it out."
+            raise UserError(f"cluster.{command}.{key}: not to be set this way. {instead}")
+        if command == "sbatch" and "container" in name.split("-"):
+            raise UserError(
+                f"cluster.sbatch.{key}: would have the job script run in the container, and it needs Slurm's commands. "
+                f"Use cluster.srun.{key}."
+            )
+        if isinstance(value, dict):
+            raise UserError(f"cluster.{command}.{key}={value}: not the value of an option. Give a text or a list.")
+
+
+def _check_container(cluster: ClusterConfig) -> None:
+    if cluster.python is None:
+        keys = (key for key in cluster.srun if key.replace("_", "-") in PYXIS)
+        if image := next((key for key in keys if cluster.srun[key]), None):
+            raise UserError(
+                f"cluster.python: not set, and cluster.srun.{image} has the ranks run in a container. Name the Python "
+                "inside, which needs torch and tptrain's other dependencies: cluster.python=python."
+            )
+        return
+    try:
+        problem = "" if shlex.split(cluster.python) else "it is empty"
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        raise UserError(f"cluster.python={cluster.python}: not a shell command ({problem}). Name the Python to run.")
 
 
 def minutes(limit: str) -> int:
