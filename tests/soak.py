@@ -4,8 +4,8 @@
 
 Each round launches (or resumes) the run, signals one process (a rank's supervisor or trainer, or the controller that
 started the ranks) at a random moment of its start-up, training, saving or validation, and waits for the launch to end
-by itself. Nothing may hang, no committed step may be lost, no process may stay, and after a SIGKILL the launch must name
-who was killed. At the end the losses must be those of a run that nothing disturbed, bit for bit.
+by itself. Nothing may hang, no committed step may be lost, no process may stay, and after a SIGKILL the launch must
+name who was killed. At the end the losses must be those of a run that nothing disturbed, bit for bit.
 """
 
 import argparse

@@ -60,6 +60,7 @@ def test_snapshot_reads_back_as_it_was(tmp_path: Path) -> None:
     config = load_config(
         [
             "model=llama3_1b",
+            "data.tokenizer=bytes",
             "cluster=slurm",
             "cluster.env.A=true",
             "cluster.env.B=1e-5",
