@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from tptrain.config.errors import UserError
 from tptrain.config.pretrained import CONFIG_BYTES, directory, read_json, tokenizer_rules
-from tptrain.config.schema import MODEL_FILES, Config, kv_heads
+from tptrain.config.schema import MODEL_FILES, SMALL_VOCABULARY, Config, kv_heads
 
 FREE_MAPPINGS = ("cluster.env", "cluster.sbatch")  # any key may stand below these
 WITH_HF = ("model.path", "model.revision", "model.name", "model.dropout")
@@ -49,7 +49,7 @@ def load_config(overrides: Sequence[str]) -> Config:
         config = cast(Config, OmegaConf.to_object(composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
-    _check_model_keys(parsed, config)
+    _check_keys(parsed, config)
     _fill_in(config)
     return config
 
@@ -172,10 +172,12 @@ def _explain(error: BaseException) -> str:
     return f"{key}: {text}" if key else text
 
 
-def _check_model_keys(overrides: list[Override], config: Config) -> None:
-    """What may be set beside model=hf, and only beside it. Raises UserError."""
+def _check_keys(overrides: list[Override], config: Config) -> None:
+    """What must not be set by hand beside other settings. Raises UserError."""
     by_hf = any(override.key_or_group == "model" and override.value() == "hf" for override in overrides)
     keys = [str(override.key_or_group) for override in overrides]
+    if config.optim.schedule == "constant" and "optim.min_lr_ratio" in keys:
+        raise UserError("optim.min_lr_ratio: has no effect on optim.schedule=constant. Leave it out.")
     for key in keys:
         if key in ("model.directory", "model.source"):
             raise UserError(f"{key}: follows from model.path. Set that.")
@@ -209,15 +211,25 @@ def _fill_in(config: Config) -> None:
     config.data.files = [_absolute(file) for file in config.data.files]
     if config.model.path is not None:
         _fill_in_pretrained(config)
-    if config.data.tokenizer != "bytes":
-        config.data.tokenizer = _absolute(config.data.tokenizer)
-    if config.data.name and Path(config.data.name).is_dir():
-        config.data.name = _absolute(config.data.name)
-    if config.data.source == "stdlib" and config.data.name is None:  # another Python has another text
-        config.data.name = f"python-{sys.version_info.major}.{sys.version_info.minor}"
+    _fill_in_data(config)
     cluster = config.cluster
     if cluster.tasks_per_node is None:
         cluster.tasks_per_node = cluster.gpus_per_node or (config.parallel.tp if cluster.nodes == 1 else None)
+
+
+def _fill_in_data(config: Config) -> None:
+    """Bytes of Python's library where the vocabulary is small; else `auto` stays, and a run refuses it."""
+    model, data = config.model, config.data
+    vocabulary = model.vocab_size if model.path is None else model.source.get("vocab_size")
+    if isinstance(vocabulary, int) and vocabulary <= SMALL_VOCABULARY:
+        data.source = "stdlib" if data.source == "auto" else data.source
+        data.tokenizer = "bytes" if data.tokenizer == "auto" else data.tokenizer
+    if data.tokenizer not in ("auto", "bytes"):
+        data.tokenizer = _absolute(data.tokenizer)
+    if data.name and Path(data.name).is_dir():
+        data.name = _absolute(data.name)
+    if data.source == "stdlib" and data.name is None:  # another Python has another text
+        data.name = f"python-{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def _fill_in_pretrained(config: Config) -> None:

@@ -95,13 +95,15 @@ class ParallelConfig:
 
 @dataclass
 class DataConfig:
-    source: str = choice("stdlib", "stdlib", "files", "hub")
+    source: str = choice("auto", "auto", "stdlib", "files", "hub")  # auto: stdlib for a small vocabulary, else none
     files: list[str] = field(default_factory=list)  # source=files: paths or globs of .txt .jsonl .json .parquet
     name: str | None = None  # source=hub: the data set's name, or a local directory that `datasets` can load
     subset: str | None = None  # source=hub
     split: str = "train"  # source=hub
     text_column: str = "text"
-    tokenizer: str = "bytes"  # or the path of a Hugging Face tokenizer.json; `model` with model=hf: the model's own
+    # bytes, or the path of a Hugging Face tokenizer.json; `model` with model=hf: the model's own; auto: bytes for a
+    # small vocabulary, else none
+    tokenizer: str = "auto"
     bos_token: str | None = None  # beginning of a document, for tokenizer.json; None: none, or the model's own
     eod_token: str | None = None  # end of document, for tokenizer.json; None: the model's, or the usual names are tried
     validation_fraction: float = number(0.02, above=0, most=0.5)
@@ -144,7 +146,8 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int = number(100, least=0)  # steps between checkpoints; 0: only the last step's
+    # Steps between checkpoints; 0: only the last step's; None: 100, or more where one costs much (models/cost.py)
+    every: int | None = number(None, least=0)
     keep: int = size(2)  # newest committed checkpoints left on disk
     # Write a Hugging Face directory below exports/ too: with the last step's checkpoint, or with every one
     export: str = choice("none", "none", "last", "every")
@@ -214,6 +217,7 @@ MODEL_FILES = "model"  # below a run directory: the files of a Hugging Face dire
 CPUS_OF_GPU = 4  # that a rank with a GPU needs: trainer, autograd, NCCL, data and saver
 MOST_AT_ONCE = 8  # sequences, where train.micro_batch_size does not say
 VOCAB_MULTIPLE = 128
+SMALL_VOCABULARY = 32768  # entries at most for which bytes of Python's library are data by default
 
 
 def padded_vocab_size(vocab_size: int) -> int:

@@ -13,6 +13,7 @@ from tptrain.checkpoint.save import Saver
 from tptrain.config import Config, UserError
 from tptrain.config.load import write_atomically
 from tptrain.config.schema import MODEL_FILES
+from tptrain.models.cost import checkpoint_every
 from tptrain.models.directory import DIGEST
 from tptrain.ops.choose import choose
 from tptrain.ops.node_cache import node_cache
@@ -128,12 +129,13 @@ def _loop(
     """Run the steps of these numbers, start + 1 and on, to the last or to the one after which all agreed to stop."""
     config, mesh = trainer.config, trainer.mesh
     steps, since, began = config.train.steps, start, time.perf_counter()
+    save_every = checkpoint_every(config)
     for step in numbers:
         started = time.perf_counter()
         loss, norm = trainer.step(step, stop.wanted, saver.wait_for_copy)
         norm_value, stopping = stop.read(norm)
         agreed = stop.agree() if stopping and step < steps else None
-        save_due = step == steps or _due(step, config.checkpoint.every) or agreed is not None
+        save_due = step == steps or _due(step, save_every) or agreed is not None
         save_due = save_due and (agreed is None or agreed.save)
         eval_due = step == steps or (_due(step, config.train.eval_every) and agreed is None)
         row_due = step == steps or agreed is not None or eval_due or _due(step, config.logging.every)
