@@ -22,7 +22,8 @@ import torch
 from tptrain.checkpoint.load import load_newest
 from tptrain.checkpoint.save import Saver
 from tptrain.config import load_config
-from tptrain.nn.decoder import CHECKPOINT_BYTES, parameter_count
+from tptrain.models.cost import CHECKPOINT_BYTES
+from tptrain.nn.decoder import parameter_count
 from tptrain.ops.choose import choose
 from tptrain.ops.node_cache import node_cache
 from tptrain.parallel.connect import connect
@@ -35,8 +36,9 @@ ROUNDS = 5
 
 
 def main(folder: Path, model: str) -> None:
+    data = ["data=stdlib", "data.tokenizer=bytes"]
     small = ["train.micro_batch_size=1", "train.global_batch_size=1", "train.seq_len=256"]
-    config = load_config([f"model={model}", f"run.dir={folder}", "checkpoint.keep=1", *small])
+    config = load_config([f"model={model}", f"run.dir={folder}", "checkpoint.keep=1", *data, *small])
     mesh = connect(tp_grid(1, 1, 1), torch.device("cpu"))
     trainer = build(config, mesh, choose("cpu", config.train.compile, node_cache()))
     initialise(trainer)

@@ -28,7 +28,8 @@ from tptrain.train.trainer import build, initialise
 WARMUP, STEPS = 3, 10
 GPU = ["model=llama3_1b", "train.seq_len=4096", "train.precision=bf16"]
 CPU = ["model.hidden_size=512", "model.intermediate_size=1376", "model.vocab_size=8192", "train.seq_len=512"]
-BOTH = ["train.global_batch_size=1", "train.micro_batch_size=1", "optim=constant", "optim.warmup_steps=0"]
+DATA = ["data=stdlib", "data.tokenizer=bytes"]
+BOTH = [*DATA, "train.global_batch_size=1", "train.micro_batch_size=1", "optim=constant", "optim.warmup_steps=0"]
 
 
 def main(overrides: list[str]) -> None:

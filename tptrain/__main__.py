@@ -112,16 +112,18 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 
 def launch(options: argparse.Namespace) -> int:
     from launch import run_dir, submit, sweep
-    from tptrain.config import UserError
+    from tptrain.config import UserError, check_cluster, check_data, load_config
     from tptrain.run.rank import run
 
     if options.multirun:
         base, configs = sweep.configs(options.overrides)
-        for config in configs:
-            _check(config)
     else:
-        configs = [_launchable(options.overrides)]
+        configs = [load_config(options.overrides)]
         base = Path(configs[0].run.dir)
+    for config in configs:
+        check_data(config)
+        _settle(config)
+        check_cluster(config)
     cluster = configs[0].cluster
     if cluster.kind == "slurm":
         submit.prepare(configs, base)
@@ -217,9 +219,13 @@ def cancel(options: argparse.Namespace) -> int:
 
 
 def show_config(options: argparse.Namespace) -> int:
+    from tptrain.config import check_cluster, load_config
     from tptrain.config.load import to_yaml
 
-    print(to_yaml(_launchable(options.overrides)), end="")
+    config = load_config(options.overrides)
+    _settle(config)
+    check_cluster(config)
+    print(to_yaml(config), end="")
     return 0
 
 
@@ -234,8 +240,7 @@ def show_plan(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace) -> int:
     from launch import run_dir
     from launch.job import supervised
-    from tptrain.config import UserError, load_config, read_config, validate
-    from tptrain.models.check import check_model
+    from tptrain.config import UserError, check_data, load_config, read_config
     from tptrain.run.rank import run
 
     overrides: list[str] = options.overrides
@@ -246,8 +251,8 @@ def train(options: argparse.Namespace) -> int:
     if not any(override.startswith(("run.dir=", "run.name=")) for override in overrides):
         raise UserError("run.name: not set, and the ranks must agree on it. Give run.name or run.dir.")
     config = load_config(overrides)
-    validate(config)
-    check_model(config)
+    check_data(config)
+    _settle(config)
 
     def claim() -> None:
         _check_free(Path(config.run.dir))
@@ -261,7 +266,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
     from launch.place import find_place
     from launch.runs import find_checkpoint
-    from tptrain.config import UserError, load_config, validate
+    from tptrain.config import UserError, check_data, load_config, validate
     from tptrain.config.load import settings_of
     from tptrain.models.check import check_model
     from tptrain.run.evaluate import run
@@ -275,6 +280,7 @@ def evaluate(options: argparse.Namespace) -> int:
     elif config.model.path is None:
         raise UserError("eval: name a run or a checkpoint, or set model=hf model.path=DIR.")
     config.run.dir = str(Path(config.data.cache_dir) / "eval")  # the same on every rank; nothing is written there
+    check_data(config)
     validate(config)
     check_model(config, reads_weights=checkpoint is None)
     find_place()
@@ -319,22 +325,15 @@ def _exit_code(rank: int) -> int:
     return rank if rank in (0, 2) else 1
 
 
-def _launchable(overrides: list[str]) -> "Config":
-    """The composed config, with every check that needs no machine. Raises UserError."""
-    from tptrain.config import load_config
-
-    config = load_config(overrides)
-    _check(config)
-    return config
-
-
-def _check(config: "Config") -> None:
-    from tptrain.config import check_cluster, validate
+def _settle(config: "Config") -> None:
+    """Check what needs neither a machine nor data, and fill in what follows from the model. Raises UserError."""
+    from tptrain.config import validate
     from tptrain.models.check import check_model
+    from tptrain.models.cost import checkpoint_every
 
     validate(config)
     check_model(config)
-    check_cluster(config)
+    config.checkpoint.every = checkpoint_every(config)
 
 
 def _check_free(folder: Path) -> None:

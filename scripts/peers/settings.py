@@ -25,8 +25,10 @@ def overrides(
     if model.family == "qwen3":
         settings["model.qk_norm"] = "true"
     if directory is not None:
-        settings = {"model": "hf", "model.path": directory, "data.tokenizer": "bytes"}
+        settings = {"model": "hf", "model.path": directory}
     settings |= {
+        "data": "stdlib",
+        "data.tokenizer": "bytes",
         "data.cache_dir": cache_dir,
         "optim": "constant",
         "optim.warmup_steps": 0,

@@ -49,7 +49,7 @@ def load_config(overrides: Sequence[str]) -> Config:
         config = cast(Config, OmegaConf.to_object(composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from error
-    _check_model_keys(parsed, config)
+    _check_keys(parsed, config)
     _fill_in(config)
     return config
 
@@ -172,10 +172,12 @@ def _explain(error: BaseException) -> str:
     return f"{key}: {text}" if key else text
 
 
-def _check_model_keys(overrides: list[Override], config: Config) -> None:
-    """What may be set beside model=hf, and only beside it. Raises UserError."""
+def _check_keys(overrides: list[Override], config: Config) -> None:
+    """What must not be set by hand beside other settings. Raises UserError."""
     by_hf = any(override.key_or_group == "model" and override.value() == "hf" for override in overrides)
     keys = [str(override.key_or_group) for override in overrides]
+    if config.optim.schedule == "constant" and "optim.min_lr_ratio" in keys:
+        raise UserError("optim.min_lr_ratio: has no effect on optim.schedule=constant. Leave it out.")
     for key in keys:
         if key in ("model.directory", "model.source"):
             raise UserError(f"{key}: follows from model.path. Set that.")
@@ -216,10 +218,13 @@ def _fill_in(config: Config) -> None:
 
 
 def _fill_in_data(config: Config) -> None:
-    data, tokens = config.data, config.model.source.get("vocab_size", config.model.vocab_size)
-    if not isinstance(tokens, int) or tokens < SMALL_VOCABULARY:  # else `check_data` wants them named
-        data.source, data.tokenizer = data.source or "stdlib", data.tokenizer or "bytes"
-    if data.tokenizer not in ("", "bytes"):
+    """Bytes of Python's library where the vocabulary is small; else `auto` stays, and a run refuses it."""
+    model, data = config.model, config.data
+    vocabulary = model.vocab_size if model.path is None else model.source.get("vocab_size")
+    if isinstance(vocabulary, int) and vocabulary <= SMALL_VOCABULARY:
+        data.source = "stdlib" if data.source == "auto" else data.source
+        data.tokenizer = "bytes" if data.tokenizer == "auto" else data.tokenizer
+    if data.tokenizer not in ("auto", "bytes"):
         data.tokenizer = _absolute(data.tokenizer)
     if data.name and Path(data.name).is_dir():
         data.name = _absolute(data.name)

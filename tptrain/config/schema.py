@@ -95,15 +95,15 @@ class ParallelConfig:
 
 @dataclass
 class DataConfig:
-    source: str | None = choice(None, "stdlib", "files", "hub")  # None: stdlib, for a model of a small vocabulary
+    source: str = choice("auto", "auto", "stdlib", "files", "hub")  # auto: stdlib for a small vocabulary, else none
     files: list[str] = field(default_factory=list)  # source=files: paths or globs of .txt .jsonl .json .parquet
     name: str | None = None  # source=hub: the data set's name, or a local directory that `datasets` can load
     subset: str | None = None  # source=hub
     split: str = "train"  # source=hub
     text_column: str = "text"
-    # `bytes`, or the path of a Hugging Face tokenizer.json; `model` with model=hf: the model's own. Empty: bytes, for a
-    # model of a small vocabulary
-    tokenizer: str = ""
+    # bytes, or the path of a Hugging Face tokenizer.json; `model` with model=hf: the model's own; auto: bytes for a
+    # small vocabulary, else none
+    tokenizer: str = "auto"
     bos_token: str | None = None  # beginning of a document, for tokenizer.json; None: none, or the model's own
     eod_token: str | None = None  # end of document, for tokenizer.json; None: the model's, or the usual names are tried
     validation_fraction: float = number(0.02, above=0, most=0.5)
@@ -146,7 +146,8 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int | None = number(None, least=0)  # steps between checkpoints; 0: only the last step's; None: by their size
+    # Steps between checkpoints; 0: only the last step's; None: 100, or more where one costs much (models/cost.py)
+    every: int | None = number(None, least=0)
     keep: int = size(2)  # newest committed checkpoints left on disk
     # Write a Hugging Face directory below exports/ too: with the last step's checkpoint, or with every one
     export: str = choice("none", "none", "last", "every")
@@ -218,7 +219,7 @@ MODEL_FILES = "model"  # below a run directory: the files of a Hugging Face dire
 CPUS_OF_GPU = 4  # that a rank with a GPU needs: trainer, autograd, NCCL, data and saver
 MOST_AT_ONCE = 8  # sequences, where train.micro_batch_size does not say
 VOCAB_MULTIPLE = 128
-SMALL_VOCABULARY = 2**15  # tokens; a larger one is not trained on bytes or the embedded text unless these are asked for
+SMALL_VOCABULARY = 32768  # entries at most for which bytes of Python's library are data by default
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -233,12 +234,6 @@ def micro_batch_size(config: "Config", dp: int) -> int:
         return train.micro_batch_size
     part = train.global_batch_size // dp
     return max((size for size in range(step, MOST_AT_ONCE + 1, step) if part % size == 0), default=step)
-
-
-def checkpoint_every(config: "Config", size: int) -> int:
-    """Steps between checkpoints of `size` bytes: 100 for each 10 GB that was begun, where the config does not say."""
-    every = config.checkpoint.every
-    return 100 * -(-size // 10**10) if every is None else every
 
 
 def kv_heads(model: ModelConfig) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tptrain.config.errors import UserError
-from tptrain.config.schema import ClusterConfig, Config, DataConfig, OptimConfig, micro_batch_size
+from tptrain.config.schema import SMALL_VOCABULARY, ClusterConfig, Config, DataConfig, micro_batch_size
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "mem", "cpus_per_task", "sbatch", "srun", "python")
@@ -40,6 +40,21 @@ def validate(config: Config) -> None:
     _check_unused(config)
     _check_secrets(config)
     _check_data(config)
+
+
+def check_data(config: Config) -> None:
+    """Whether there is data to train on or to evaluate. Raises UserError where a large vocabulary has no default."""
+    data, fits = config.data, f"suits {config.model.name}, whose vocabulary has more than {SMALL_VOCABULARY:,} entries"
+    if data.source == "auto":
+        raise UserError(
+            f"data.source: not set, and no text that comes with tptrain {fits}. Give data=files or data=hub, or insist "
+            "on the text of Python's library: data=stdlib."
+        )
+    if data.tokenizer == "auto":
+        raise UserError(
+            f"data.tokenizer: not set, and no tokenizer that comes with tptrain {fits}. Give the path of a "
+            "tokenizer.json, or insist on bytes: data.tokenizer=bytes."
+        )
 
 
 def check_cluster(config: Config) -> None:
@@ -187,7 +202,7 @@ def _check_overlap(config: Config) -> None:
 
 def _check_unused(config: Config) -> None:
     """A setting that the others make meaningless is a mistake, not a wish to be ignored."""
-    data, optim, default = config.data, config.optim, DataConfig()
+    data, default = config.data, DataConfig()
     readers = {"files": ("files",), "name": ("hub",), "subset": ("hub",), "split": ("hub",)}
     for key, sources in (readers | {"text_column": ("files", "hub")}).items():
         own = key == "name" and data.source == "stdlib" and str(data.name).startswith("python-")
@@ -196,10 +211,8 @@ def _check_unused(config: Config) -> None:
                 f"data.{key}: only data={' and data='.join(sources)} reads it, and this is data={data.source}."
             )
     for key in ("bos_token", "eod_token"):
-        if getattr(data, key) is not None and data.tokenizer == "bytes":
-            raise UserError(f"data.{key}: data.tokenizer=bytes has tokens of its own. Leave it out.")
-    if optim.schedule == "constant" and optim.min_lr_ratio != OptimConfig().min_lr_ratio:
-        raise UserError("optim.min_lr_ratio: has no effect on optim.schedule=constant. Leave it out.")
+        if getattr(data, key) is not None and data.tokenizer in ("auto", "bytes"):
+            raise UserError(f"data.{key}: data.tokenizer={data.tokenizer} has tokens of its own. Leave it out.")
     if len(Path(config.run.dir).name) > 200:
         raise UserError(f"run.name={config.run.name}: longer than a file's name may be. Use at most 200 characters.")
     if "%" in f"{config.run.dir}{config.run.name}":
@@ -229,7 +242,8 @@ def _check_secrets(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data = config.data
-    vocabulary(data)
+    if data.tokenizer != "auto":
+        vocabulary(data)
     if data.source == "hub" and not data.name:
         raise UserError("data.name: not set. data=hub needs the name of a Hugging Face data set.")
     if data.source == "files":
@@ -238,11 +252,6 @@ def _check_data(config: Config) -> None:
 
 def vocabulary(data: DataConfig) -> tuple[int, int]:
     """The number of token ids, and the id of the end-of-document token. Raises UserError where there is none."""
-    if not data.tokenizer:
-        raise UserError(
-            "data.tokenizer: not set, and the model has too large a vocabulary for bytes. Give the path of its "
-            "tokenizer.json (or data.tokenizer=bytes, to try it)."
-        )
     if data.tokenizer == "bytes":
         return 257, 256
     path = Path(data.tokenizer)

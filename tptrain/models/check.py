@@ -27,11 +27,8 @@ def check_model(config: Config, reads_weights: bool = True) -> None:
             f"train.seq_len={seq_len}: longer than model.max_position_embeddings={longest}. "
             "Shorten it or raise the model's limit."
         )
-    if config.data.source is None:
-        raise UserError(
-            f"data.source: not set, and {config.model.name} has too large a vocabulary for the embedded text. Give "
-            "data=files 'data.files=[corpus/*.jsonl]' or data=hub data.name=NAME (or data=stdlib, to try it)."
-        )
+    if config.data.tokenizer == "auto":  # `check_data` refuses it where data is read
+        return
     tokens, _ = vocabulary(config.data)
     if tokens > spec.vocab_size:
         advice = "Choose" if config.model.path is not None else f"Set model.vocab_size={tokens} or choose"

@@ -162,15 +162,24 @@ class DecoderSpec:
         """Projections that end on the residual stream start smaller by sqrt(2 L), as in GPT-2 (Radford et al. 2019)."""
         return self.std / math.sqrt(2 * len(self.layers))
 
+    @property
+    def multiplied(self) -> int:
+        """Weights that multiply each token, those of the output head among them."""
+        return self.hidden_size * self.padded_vocab_size + sum(
+            layer.token_mixer.multiplied(self.hidden_size) + layer.channel_mixer.multiplied(self.hidden_size)
+            for layer in self.layers
+        )
+
+    @property
+    def matrix_parameters(self) -> int:
+        """All parameters but the vectors: norms and biases."""
+        tables = (0 if self.tied else self.padded_vocab_size) + (self.max_positions if self.learned_positions else 0)
+        return self.multiplied + self.hidden_size * tables
+
     def flops_per_token(self, T: int) -> float:
         """Forward and backward FLOPs of a token in a sequence of T: 6 for each weight that multiplies it, and three
         times the forward FLOPs between tokens.
 
         PaLM's count (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
         """
-        weights = self.hidden_size * self.padded_vocab_size
-        weights += sum(
-            layer.token_mixer.multiplied(self.hidden_size) + layer.channel_mixer.multiplied(self.hidden_size)
-            for layer in self.layers
-        )
-        return 6.0 * weights + 3.0 * sum(layer.token_mixer.mixing_flops(T) for layer in self.layers)
+        return 6.0 * self.multiplied + 3.0 * sum(layer.token_mixer.mixing_flops(T) for layer in self.layers)

@@ -210,9 +210,6 @@ class Decoder(nn.Module):
         return positions.chunk(mesh.size("tp"))[mesh.index("tp")] if mesh.sequence_parallel else positions
 
 
-CHECKPOINT_BYTES = 4 * 3  # of a parameter: a float32 master and two moments
-
-
 def on_meta(spec: DecoderSpec) -> Decoder:
     """A whole decoder on no device, for the shapes of its parameters."""
     return Decoder(spec, Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), REFERENCE)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tptrain.checkpoint.layout import flat
 from tptrain.config import Config
 from tptrain.config.schema import micro_batch_size
 from tptrain.models.settings import decoder_spec
@@ -41,6 +42,7 @@ class DryRun:
     optimizer: int  # moments, and masters where weights are rounded
     activations: int  # kept for the backward pass when the loss of the last micro-batch begins
     peak: int  # of the forward and backward pass, state included
+    host_copy: int  # on the host, of what a save writes
     calls: Calls  # collectives of a step, gradient accumulation included
 
     @property
@@ -88,6 +90,7 @@ def dry_run(config: Config, tp: int, dp: int, table: Operations) -> DryRun:
         optimizer=state - weights - gradients,
         activations=loss.kept - state,
         peak=peak,
+        host_copy=sum(tensor.nbytes for block in flat(optimizer.state) for tensor in block.values()),
         calls=calls,
     )
 

@@ -12,11 +12,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 from tptrain.config import Config, UserError, check_topology
-from tptrain.config.schema import MOST_AT_ONCE, checkpoint_every, micro_batch_size
+from tptrain.config.schema import MOST_AT_ONCE, micro_batch_size
 from tptrain.models.check import check_tp, checked_spec
+from tptrain.models.cost import CHECKPOINT_BYTES, STAGING_BYTES, checkpoint_every
 from tptrain.models.settings import decoder_spec
 from tptrain.models.spec import DecoderSpec
-from tptrain.nn.decoder import CHECKPOINT_BYTES, parameter_count
+from tptrain.nn.decoder import parameter_count
 from tptrain.ops.choose import planned
 from tptrain.plan.dry_run import DryRun, dry_run
 
@@ -31,6 +32,8 @@ ASSUMED = (
     "Memory: the peak of a step's forward and backward pass: weights, float32 gradients, moments and masters (of\n"
     "these 1/dp with parallel.zero=1), what is kept for the backward pass, and what the loss and the backward pass\n"
     "hold for a while. NCCL, the CUDA context and the waste of the allocator come on top.\n"
+    "Host copy: what a rank holds in its node's memory from the first save on, and on CUDA "
+    f"{STAGING_BYTES >> 20} MiB of pinned memory.\n"
     "Times: ring all-reduces over tp, 2 (tp - 1) / tp x bytes / bandwidth, without latency, none of it hidden behind\n"
     f"the backward pass. Assumed: {INSIDE_NODE / 1e9:.0f} GB/s a rank in a node (NVLink), "
     f"{ACROSS_NODES / 1e9:.0f} GB/s a rank across nodes (a 400 Gb/s adapter each)."
@@ -149,10 +152,12 @@ def _heading(config: Config) -> str:
         where = f"{ranks} (cluster.nodes={cluster.nodes} x cluster.tasks_per_node={cluster.tasks_per_node}), "
         where += f"so dp = {ranks} / tp"
     parameters = parameter_count(decoder_spec(model))
-    unit, scale = _unit([CHECKPOINT_BYTES * parameters], BINARY)
+    size = CHECKPOINT_BYTES * parameters
+    unit, scale = _unit([size], BINARY)
     return (
         f"{model.name}: {parameters / 1e6:,.1f} M parameters; "
-        f"a checkpoint has {CHECKPOINT_BYTES * parameters / scale:,.2f} {unit}, {_how_often(config, parameters)}\n"
+        f"a checkpoint has {size / scale:,.2f} {unit}\n"
+        f"{_spacing(config, size)}\n"
         f"an optimizer step: {train.global_batch_size:,} sequences of {train.seq_len:,} tokens, "
         f"{_step_flops(config):.3g} FLOPs; micro-batches of "
         f"{train.micro_batch_size or f'up to {MOST_AT_ONCE}'} in {train.precision}\n"
@@ -160,16 +165,24 @@ def _heading(config: Config) -> str:
     )
 
 
-def _how_often(config: Config, parameters: int) -> str:
-    every = checkpoint_every(config, CHECKPOINT_BYTES * parameters)
-    when = f"one every {every:,} steps" if every else "one after the last step"
-    return f"{when}, the newest {config.checkpoint.keep} kept"
+def _spacing(config: Config, size: int) -> str:
+    """One line: how often a checkpoint of `size` bytes is written, and the disk that all of them take."""
+    every, steps, keep = checkpoint_every(config), config.train.steps, config.checkpoint.keep
+    often = f"every {every:,} steps (checkpoint.every), the newest {keep} of them kept"
+    count = min(keep + 1, -(-steps // every)) if every else 1  # one is written before the oldest goes
+    if count == 1:
+        often = "after the last step, and where the run is stopped"
+    unit, scale = _unit([count * size], BINARY)
+    return f"one is written {often}: up to {count * size / scale:,.2f} {unit} of disk"
 
 
 def _memory_table(runs: dict[int, DryRun]) -> str:
     unit, scale = _unit([run.peak for run in runs.values()], BINARY)
-    rows = [[str(tp), *(f"{n / scale:,.2f}" for n in (*run.parts.values(), run.peak))] for tp, run in runs.items()]
-    return f"memory of a rank, {unit}\n" + _table(["tp", *next(iter(runs.values())).parts, "total"], rows)
+    rows = [
+        [str(tp), *(f"{n / scale:,.2f}" for n in (*run.parts.values(), run.peak, run.host_copy))]
+        for tp, run in runs.items()
+    ]
+    return f"memory of a rank, {unit}\n" + _table(["tp", *next(iter(runs.values())).parts, "total", "host copy"], rows)
 
 
 def _step_table(by_tp: dict[int, Step | None]) -> str:

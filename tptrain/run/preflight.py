@@ -23,8 +23,9 @@ import xxhash
 import tptrain
 from tptrain import __version__
 from tptrain.config import Config, UserError
+from tptrain.models.cost import CHECKPOINT_BYTES
 from tptrain.models.settings import decoder_spec
-from tptrain.nn.decoder import CHECKPOINT_BYTES, parameter_count
+from tptrain.nn.decoder import parameter_count
 
 SOURCES = (".py", ".c", ".h")
 SHARED_FS_S = 10  # until a new file must be seen on every node

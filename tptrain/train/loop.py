@@ -12,9 +12,9 @@ from tptrain.checkpoint.load import load_newest
 from tptrain.checkpoint.save import Saver
 from tptrain.config import Config, UserError
 from tptrain.config.load import write_atomically
-from tptrain.config.schema import MODEL_FILES, checkpoint_every
+from tptrain.config.schema import MODEL_FILES
+from tptrain.models.cost import checkpoint_every
 from tptrain.models.directory import DIGEST
-from tptrain.nn.decoder import CHECKPOINT_BYTES, parameter_count
 from tptrain.ops.choose import choose
 from tptrain.ops.node_cache import node_cache
 from tptrain.ops.table import Operations
@@ -129,7 +129,7 @@ def _loop(
     """Run the steps of these numbers, start + 1 and on, to the last or to the one after which all agreed to stop."""
     config, mesh = trainer.config, trainer.mesh
     steps, since, began = config.train.steps, start, time.perf_counter()
-    save_every = checkpoint_every(config, CHECKPOINT_BYTES * parameter_count(trainer.model.spec))
+    save_every = checkpoint_every(config)
     for step in numbers:
         started = time.perf_counter()
         loss, norm = trainer.step(step, stop.wanted, saver.wait_for_copy)
