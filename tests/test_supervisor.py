@@ -1,9 +1,14 @@
-"""Ranks that stop, hang, die or go astray, and ranks that are signalled: real processes, each under its supervisor."""
+"""Ranks that stop, hang, die or go astray, and ranks that are signalled: real processes, each under its supervisor.
+
+The supervisors of each made-up node write to a run directory of its own: those of other nodes never see their files.
+"""
 
 import contextlib
+import copy
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -31,6 +36,7 @@ from tptrain.train.schedule import Action, Reduce, plain
 from tptrain.watch.black_box import SAME_SIGNAL_S, BlackBox
 from tptrain.watch.place import Place
 from tptrain.watch.supervisor import Supervisor
+from tptrain.watch.wire import SECRET_FILE, make_secret
 
 TP, STEP_S, FAULT_STEP, STEPS = 2, 3, 3, 20
 BOUND_S = STEP_S + 10  # from the fault to the end of the last process
@@ -118,7 +124,7 @@ def be_rank(folder: Path, rank: int, world: int, port: int, trainer: Callable[..
     os.dup2(output, 1)
     os.dup2(output, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests run
-    place = Place(rank, world, f"node{rank // 2}", "job", 0)
+    place = Place(rank, world, f"node{rank // 2}", "job", 0, stand_in=2 if world > 2 else 1)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in numbers.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TPTRAIN_ATTEMPT": place.attempt, "TPTRAIN_NODE": place.node}
@@ -130,7 +136,9 @@ def be_rank(folder: Path, rank: int, world: int, port: int, trainer: Callable[..
         (folder / f"trainer-{rank}").write_text(str(os.getpid()))
         return trainer(config, box, wish)
 
-    sys.exit(Supervisor(config, place).run(noted))
+    own = copy.deepcopy(config)
+    own.run.dir = str(folder / place.node)
+    sys.exit(Supervisor(own, place).run(noted))
 
 
 def tiny_run(config: Config, box: BlackBox, case: Case) -> int:
@@ -220,9 +228,18 @@ def wait_for_signal(config: Config, box: BlackBox, wish: Signals) -> int:
 # ------------------------------------------------------------------------------------------------- around the ranks
 
 
+def share_secret(folder: Path, run_dir: Path) -> None:
+    """One run has one secret, wherever its directory is."""
+    make_secret(folder)
+    shutil.copy(folder / SECRET_FILE, run_dir)
+
+
 def start(folder: Path, world: int, trainer: Callable[..., int], wish: Any) -> list[Any]:
     port = free_port()
     ranks = range(world)
+    for node in {f"node{rank // 2}" for rank in ranks}:
+        (folder / node).mkdir(exist_ok=True)
+        share_secret(folder, folder / node)
     processes = [FORKSERVER.Process(target=be_rank, args=(folder, r, world, port, trainer, wish)) for r in ranks]
     for process in processes:
         process.start()
@@ -249,14 +266,15 @@ def finish(folder: Path, processes: list[Any]) -> Outcome:
     for process in processes:
         process.join()
         process.close()
-    reports = folder / "logs" / "attempt-job-0"
+    verdicts = [json.loads(path.read_text()) for path in folder.glob("*/logs/attempt-job-0/verdict.json")]
+    assert len(verdicts) <= 1, verdicts
     return Outcome(
         codes,
         seconds,
         "".join(path.read_text() for path in sorted(folder.glob("output-*"))),
-        {int(path.stem[5:]): json.loads(path.read_text()) for path in reports.glob("rank-*.json")},
-        {int(path.stem[5:]): path.read_text() for path in reports.glob("rank-*.stacks")},
-        json.loads((reports / "verdict.json").read_text()) if (reports / "verdict.json").exists() else None,
+        {int(path.stem[5:]): json.loads(path.read_text()) for path in folder.glob("*/logs/attempt-job-0/rank-*.json")},
+        {int(path.stem[5:]): path.read_text() for path in folder.glob("*/logs/attempt-job-0/rank-*.stacks")},
+        verdicts[0] if verdicts else None,
         folder,
         left,
     )
@@ -326,7 +344,7 @@ def test_a_hang_leaves_stacks(case: Case, outcomes: dict[Any, Future[Outcome]]) 
 def test_a_good_end_leaves_no_report(world: int, outcomes: dict[Any, Future[Outcome]]) -> None:
     got = outcomes[Case("", world, 0)].result()
     assert (got.codes, got.left) == ([0] * world, [])
-    assert not (got.folder / "logs" / "attempt-job-0").exists()
+    assert not list(got.folder.glob("*/logs/attempt-job-0"))
     assert "verdict" not in got.output
 
 
@@ -342,7 +360,7 @@ def test_signals(wish: Signals, outcomes: dict[Any, Future[Outcome]]) -> None:
 
 def test_a_report_of_an_earlier_run_of_the_same_name_is_not_heeded(tmp_path: Path) -> None:
     """As under torchrun, where a second start has the first one's name and port."""
-    folder = tmp_path / "logs" / "attempt-job-0"
+    folder = tmp_path / "node0" / "logs" / "attempt-job-0"
     folder.mkdir(parents=True)
     earlier = {"rank": 1, "node": "node0", "time": time.time() - 10, "cause": {"kind": "bug", "message": "long ago"}}
     (folder / "rank-00001.json").write_text(json.dumps(earlier))
