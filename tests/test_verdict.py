@@ -24,6 +24,7 @@ from tptrain.train.trainer import Trainer
 from tptrain.watch.black_box import SLOTS, BlackBox
 from tptrain.watch.files import nodes, read
 from tptrain.watch.outcome import Outcome
+from tptrain.watch.packed import pack, unpack
 from tptrain.watch.verdict import Absence, Report, Verdict, judge
 
 # The collectives of a step of two layers, by letter: operation, shape, axis and call site.
@@ -83,11 +84,13 @@ def report_of(
 
 
 def judged(*reports: Report, placed: list[str] | None = None, absent: dict[int, Absence] | None = None) -> Verdict:
-    """In whatever order the reports come: the verdict is the same."""
+    """In whatever order the reports come, and packed as they travel: the verdict is the same."""
     world = reports[0]["world"]
     forward = judge({r["rank"]: r for r in reports}, world, placed or [], absent)
     backward = judge({r["rank"]: r for r in reversed(reports)}, world, placed or [], absent)
     assert (forward.kind, forward.rank, forward.node) == (backward.kind, backward.rank, backward.node)
+    travelled = unpack({r["rank"]: json.loads(json.dumps(pack(r))) for r in reports})
+    assert judge(travelled, world, placed or [], absent) == forward
     return forward
 
 

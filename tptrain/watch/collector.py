@@ -50,13 +50,17 @@ class Collector:
         ports = wire.ports_of(self.place.attempt) if self.place.rank == 0 else [0]
         for port in ports:
             try:
-                server = await asyncio.start_server(self._serve, host, port, backlog=4096)
+                self.server = await asyncio.start_server(self._serve, host, port, backlog=4096)
             except OSError:
                 if port == ports[-1]:
                     raise
                 continue
-            self.port = server.sockets[0].getsockname()[1]
+            self.port = self.server.sockets[0].getsockname()[1]
             return
+
+    def close(self) -> None:
+        if self.port:
+            self.server.close()
 
     @property
     def state(self) -> Message:
@@ -76,7 +80,7 @@ class Collector:
         rank = hello["rank"]
         self.links[rank], self.nodes[rank] = link, hello["node"]
         self.left.pop(rank, None)
-        how = Absence.CUT_OFF
+        how = Absence.ENDED
         try:
             if hello["port"] and self.stand_in is None:
                 self.stand_in = link.peer, hello["port"]
@@ -87,6 +91,8 @@ class Collector:
                 await self._take((await link.receive())["report"])
         except wire.LOST as error:
             how = Absence.ENDED if wire.ended_well(error) else Absence.CUT_OFF
+        except asyncio.CancelledError:  # with the loop; asyncio would log it as an error
+            pass
         finally:
             link.close()
             if self.links.get(rank) is link:
@@ -105,6 +111,8 @@ class Collector:
     def lost(self, rank: int, how: Absence) -> None:
         """A rank's connection has ended. Its processes may be gone, and no other rank notice."""
         self.left[rank] = time.monotonic(), how
+        if self.released:
+            return
         self._start(self._consider())
         if how is Absence.ENDED and rank not in self.reports:
             self._start(self._gather_unless_back(rank))

@@ -33,35 +33,40 @@ class Reporter:
         self._main_port = 0  # where rank 0's collector was reached
         self._stand_in: tuple[str, int] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._sending: asyncio.Future[None] | None = None  # the loop itself would let it be collected
 
     def start(self) -> None:
         """After the fork of the trainer, which is to have none of this. A rank alone reports to nobody."""
         if self.place.world > 1:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_until_complete, args=(self._run(),), daemon=True).start()
+            threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True).start()
 
     def report(self, report: Packed) -> None:
         """Send it, now or as soon as there is a connection."""
 
-        async def send() -> None:
-            self._report = report
+        def send() -> None:
             if self._link is not None:
-                await self._send(self._link)
+                self._sending = asyncio.ensure_future(self._send(self._link))
 
+        self._report = report  # sent with the next connection, if there is none now
         if self._loop is not None:
-            asyncio.run_coroutine_threadsafe(send(), self._loop)
+            with contextlib.suppress(RuntimeError):  # the loop has ended: all is judged
+                self._loop.call_soon_threadsafe(send)
 
     async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
         while (secret := wire.read_secret(self.run_dir)) is None:  # `train` makes the run directory when all have met
             await asyncio.sleep(RETRY_S)
         if self.collector is not None:
             with contextlib.suppress(OSError):  # no port: the ranks' files are what is left
                 await self.collector.serve(secret)
-        while True:
+        while not self.released:
             for main, address, port in self._addresses():
                 if await self._attend(main, address, port, secret):
                     break
-            await asyncio.sleep(RETRY_S)
+            else:
+                await asyncio.sleep(RETRY_S)
+        if self.collector is not None:
+            self.collector.close()
 
     def _addresses(self) -> list[tuple[bool, str, int]]:
         """Where a collector may be, rank 0's first, which is `main`."""
@@ -76,7 +81,7 @@ class Reporter:
 
     async def _attend(self, main: bool, address: str, port: int, secret: bytes) -> bool:
         """Be connected to a collector until the connection ends. Returns whether there was one."""
-        stand_in = self.collector if self.place.rank else None
+        stand_in, link = self.collector if self.place.rank else None, None
         try:
             async with asyncio.timeout(DIAL_S):
                 link = await wire.dial(address, port, secret, self.place.attempt)
@@ -84,6 +89,8 @@ class Reporter:
                 await link.send(name | {"port": stand_in.port if stand_in is not None else 0})
                 state = await link.receive()
         except wire.LOST:
+            if link is not None:
+                link.close()
             return False
         self._link, self.connected = link, True
         if main:
@@ -94,9 +101,10 @@ class Reporter:
         try:
             await self._send(link)
             while True:
-                self._heed(state)
-                if main and stand_in is not None:
+                if main and stand_in is not None:  # before a release ends this process
                     await stand_in.follow(state)
+                if self._heed(state):
+                    break
                 state = await link.receive()
         except wire.LOST as error:
             how = Absence.ENDED if wire.ended_well(error) else Absence.CUT_OFF
@@ -107,11 +115,13 @@ class Reporter:
             stand_in.take_over(how)
         return True
 
-    def _heed(self, state: Message) -> None:
+    def _heed(self, state: Message) -> bool:
+        """Returns whether all is over."""
         if state["stand_in"] is not None:
             address, port = state["stand_in"]
             self._stand_in = address, port
         self.failed, self.released = self.failed or state["failed"], self.released or state["released"]
+        return self.released
 
     async def _send(self, link: Connection) -> None:
         if self._report is not None:

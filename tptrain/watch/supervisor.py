@@ -159,17 +159,15 @@ class Supervisor:
             self._kill()
             print(f"{self._name()}a second signal: stopping at once, without a checkpoint", flush=True)
             return stop | {"message": f"a second signal after {self.box.signal}"}
-        silent, limit = now - max(state.since, self.resumed), self._allowed_s()
-        if silent <= limit:
+        silent = now - max(state.since, self.resumed)
+        if silent <= self._allowed_s() + (GATHER_S if phase == "rendezvous" else 0):
             return None
         return self._dump({"kind": Outcome.HANG, "message": f"silent for {silent:.0f} s in the phase `{phase}`"})
 
     def _allowed_s(self) -> float:
         """The longest silence that the phase allows."""
         limits, phase = self.config.watchdog, self.box.phase
-        if phase == "end":
-            return limits.checkpoint_s
-        return getattr(limits, f"{phase}_s") + (GATHER_S if phase == "rendezvous" else 0)
+        return limits.checkpoint_s if phase == "end" else getattr(limits, f"{phase}_s")
 
     def _join_in(self) -> dict[str, Any]:
         """Another rank has failed: give its trainer a moment to end by itself, then say what it was doing."""
