@@ -14,7 +14,7 @@ from launch.allocation import SlurmAllocation
 from launch.place import find_place, on_slurm
 from launch.slurm import SlurmError
 from tptrain.config import Config, UserError, read_config
-from tptrain.watch import verdict
+from tptrain.watch import files
 from tptrain.watch.black_box import BlackBox
 from tptrain.watch.outcome import Outcome
 from tptrain.watch.place import Allocation, FlightRecorder, Place
@@ -73,7 +73,7 @@ def supervised(entry: Entry, config: Config, launched: float = 0.0) -> int:
 
 def _flight_recorder(config: Config, place: Place) -> FlightRecorder:
     """Have NCCL keep PyTorch's flight record, and write it where the other reports of a hang lie."""
-    reports = verdict.folder_of(Path(config.run.dir), place.attempt)
+    reports = files.folder_of(Path(config.run.dir), place.attempt)
     record = os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(reports / "nccl-trace-"))
     pipe = os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", f"/tmp/tptrain-{place.attempt}-")
     return FlightRecorder(Path(f"{record}{place.rank}"), Path(f"{pipe}{place.rank}.pipe"))

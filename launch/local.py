@@ -22,7 +22,7 @@ from tptrain.config import Config
 from tptrain.config.validate import minutes
 from tptrain.records.rows import describe, figures, parse_row
 from tptrain.records.run_dir import newest_checkpoint
-from tptrain.watch import verdict
+from tptrain.watch import files, verdict
 
 GRACE_S = 20  # between the first rank's exit and the end of the others
 A_YEAR_MIN = 60 * 24 * 365
@@ -99,6 +99,7 @@ class Follower:
         self.presses = presses  # of Ctrl-C, see `interrupts`
         self.verdict_shown = False  # in rank 0's log
         self.lost_at = 0.0  # when the controller was seen to be gone before its ranks, by the monotonic clock
+        self.crashed: set[int] = set()  # ranks that had ended without a result before the others were killed
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, unit="step", desc=config.run.name, dynamic_ncols=True)
@@ -152,7 +153,12 @@ class Follower:
         return supervisors(self.job)
 
     def _kill(self) -> None:
-        for rank in self._running():
+        running = self._running()
+        with contextlib.suppress(psutil.Error):
+            alive = {int(rank.environ()["SUBMITIT_LOCAL_GLOBALID"]) for rank in running}
+            ended = set(range(self.ranks)) - alive
+            self.crashed = self.crashed or {rank for rank in ended if self._result(rank) is None}
+        for rank in running:
             with contextlib.suppress(psutil.Error):
                 rank.kill()
 
@@ -191,7 +197,8 @@ class Follower:
 
     def _explain(self) -> None:
         """Which rank failed and how, whether the disk is full, and what there is to go on from."""
-        reports = verdict.read(verdict.folder_of(self.run_dir, read_job(self.run_dir)["attempt"]))
+        folder = files.folder_of(self.run_dir, read_job(self.run_dir)["attempt"])
+        judged, reports = files.written(folder), files.read(folder)
         results = [self._result(rank) for rank in range(self.ranks)]
         raised = [
             f"rank {rank}: {result.strip().splitlines()[-1]}"
@@ -202,12 +209,14 @@ class Follower:
             pass
         elif self.lost_at:
             _complain(self._lost())
+        elif judged is not None:
+            _complain(judged.text)
         elif reports:
             _complain(verdict.judge(reports, self.ranks, []).text)
         elif raised:
             _complain(raised[0])
         elif None in results:
-            _complain(f"rank {results.index(None)} was killed or crashed")
+            _complain(f"rank {min(self.crashed, default=results.index(None))} was killed or crashed")
         if shutil.disk_usage(self.run_dir).free < 2**20:
             _complain(f"no space left on the file system of {self.run_dir}")
         newest = newest_checkpoint(self.run_dir)

@@ -4,6 +4,7 @@ Whoever started it, afterwards the environment has torchrun's variables, which i
 """
 
 import os
+import re
 import socket
 import sys
 import time
@@ -47,7 +48,9 @@ def find_place() -> Place:
         _check_alone()
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         env["MASTER_PORT"] = str(free_port())
-    place = Place(int(env["RANK"]), int(env["WORLD_SIZE"]), node, job, restart)
+    rank, world, first = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    stand_in = first if first < world else 1
+    place = Place(rank, world, node, job, restart, env.get("MASTER_ADDR", "127.0.0.1"), stand_in, _nodes_of_ranks())
     env["TPTRAIN_ATTEMPT"], env["TPTRAIN_NODE"] = place.attempt, node
     return place
 
@@ -78,6 +81,22 @@ def _take_slurm_variables(attempt: str) -> None:
         # A restarted job keeps its id, and a dead attempt may still hold its port: the restart count moves it.
         "MASTER_PORT": str(20000 + zlib.crc32(attempt.encode()) % 12000),
     }
+
+
+def _nodes_of_ranks() -> tuple[str, ...]:
+    """The node of each rank of a Slurm step that fills one node after the other; empty where this is not known."""
+    env = os.environ
+    if "SLURM_STEP_NODELIST" not in env or not on_slurm():
+        return ()
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))  # "4(x2)" or "2,1"
+    counts = [int(tasks) for tasks, times in runs for _ in range(int(times or 1))]
+    placed = [
+        node
+        for node, tasks in zip(slurm.hostnames(env["SLURM_STEP_NODELIST"]), counts, strict=False)
+        for _ in range(tasks)
+    ]
+    rank, own = int(env["RANK"]), env.get("SLURMD_NODENAME")
+    return tuple(placed) if len(placed) == int(env["WORLD_SIZE"]) and placed[rank] == own else ()
 
 
 def interface_towards(host: str) -> str | None:

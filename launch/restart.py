@@ -20,7 +20,7 @@ from launch import slurm
 from launch.allocation import requeued_by_slurm, slurm_name
 from tptrain.config import Config, read_config
 from tptrain.records.run_dir import add_event, events, newest_checkpoint
-from tptrain.watch import verdict
+from tptrain.watch import files, verdict
 from tptrain.watch.outcome import Outcome
 
 
@@ -64,14 +64,17 @@ def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
     last = [event for event in events(run_dir) if (event["event"], event["attempt"]) == ("last", attempt)]
     if code == 0 and last:
         return base | {key: last[-1][key] for key in ("kind", "message", "step")}
-    reports = verdict.read(verdict.folder_of(run_dir, attempt))
-    if not reports:
+    judged, reports = files.written(files.folder_of(run_dir, attempt)), {}
+    if judged is None:  # who should have judged was killed; the files of other nodes may be seen only later
+        reports = files.read(files.folder_of(run_dir, attempt))
+    if reports:
+        world = next(iter(reports.values()))["world"]
+        judged = verdict.judge(reports, world, [])
+    if judged is None:
         return base | {"kind": Outcome.of_exit_code(code), "message": f"srun ended with {code}", "step": 0}
-    world = next(iter(reports.values()))["world"]
-    judged = verdict.judge(reports, world, verdict.nodes(run_dir, attempt))
     end = base | {"kind": judged.kind, "message": judged.text, "step": judged.step, "node": judged.node}
-    if judged.rank in reports:  # the same error may come first on another rank the next time
-        end["error"] = reports[judged.rank]["cause"]["message"]
+    if judged.error is not None:  # the same error may come first on another rank the next time
+        end["error"] = judged.error
     return end
 
 

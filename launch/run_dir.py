@@ -14,6 +14,7 @@ from tptrain.config.load import write_atomically
 from tptrain.config.schema import MODEL_FILES
 from tptrain.models.directory import PARTIAL, adopt
 from tptrain.records.run_dir import newest_checkpoint, step_folder
+from tptrain.watch.wire import make_secret
 
 
 def claim(config: Config) -> Config | None:
@@ -34,9 +35,11 @@ def claim(config: Config) -> Config | None:
         if config.model.path is not None:
             adopt(config)
         write_config(config, snapshot)
+        make_secret(run_dir)
         return None
     before = read_config(snapshot)
     check_resume(before, config, run_dir)
+    make_secret(run_dir)
     if before != config:  # the old one is kept: nothing saved is overwritten
         (run_dir / "logs").mkdir(exist_ok=True)
         snapshot.replace(run_dir / "logs" / f"config-until-{time.strftime('%Y%m%d-%H%M%S')}.yaml")

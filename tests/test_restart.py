@@ -10,10 +10,12 @@ import pytest
 from launch.restart import attempt_name, decide, how_it_ended
 from tests.test_verdict import KILLED, STEP, report
 from tptrain.config import Config
+from tptrain.watch import files
 from tptrain.watch.outcome import Outcome
+from tptrain.watch.verdict import judge
 
 ATTEMPT = "7.0-0"
-FAILURES = ("bug", "died", "gone", "hang", "mismatch", "infra")
+FAILURES = ("bug", "device", "died", "gone", "hang", "mismatch", "infra")
 RETRIED = (*FAILURES, "stopped", "timeout")
 
 
@@ -60,7 +62,7 @@ def test_a_time_limit_is_tried_again_in_its_own_state() -> None:
 @pytest.mark.parametrize("kind", [*RETRIED, "user"])
 def test_only_a_machine_to_blame_is_kept_away_from(kind: str) -> None:
     decision = decide(config(), [], ended(kind), "RUNNING")
-    assert decision.exclude == ("n3" if kind in ("died", "gone", "hang", "mismatch") else None)
+    assert decision.exclude == ("n3" if kind in ("device", "died", "gone", "hang", "mismatch") else None)
     assert decide(config(), [], ended(kind, node=None), "RUNNING").exclude is None
 
 
@@ -139,13 +141,40 @@ def test_without_a_word_the_exit_code_tells(tmp_path: Path, code: int, kind: str
     assert (got["kind"], got["step"], got["checkpoint"], got["node"]) == (kind, 0, None, None)
 
 
-def test_reports_are_judged_with_the_nodes_of_this_attempt(tmp_path: Path) -> None:
-    write(tmp_path, [], {"event": "start", "nodes": ["old"] * 4}, attempt="7.0-9")
+@pytest.mark.parametrize("seen", [(), (0,), (0, 1, 3)])
+def test_the_supervisors_verdict_counts_whatever_files_are_to_be_seen(tmp_path: Path, seen: tuple[int, ...]) -> None:
+    """Those of other nodes may appear a minute late, and a rank without one is not gone for that."""
+    reports = {rank: report(rank, STEP + "E" * (rank != 3), "infra" if rank != 2 else "device") for rank in range(4)}
+    write(tmp_path, [reports[rank] for rank in seen], {"event": "start", "nodes": ["n0", "n0", "n1", "n1"]})
+    files.write(files.folder_of(tmp_path, ATTEMPT), judge(reports, 4, []), 4, stands_in=False)
+    got = how_it_ended(tmp_path, ATTEMPT, 1)
+    assert (got["kind"], got["node"], got["step"], got["error"]) == ("device", "n1", 1, "made-up device")
+    assert decide(config(), [], got, "RUNNING").exclude == "n1"
+
+
+def test_files_alone_do_not_call_a_rank_gone(tmp_path: Path) -> None:
+    """As where the supervisor that judges was killed."""
     reports = [report(rank, STEP + "E", "infra") for rank in (0, 1, 2)]
     write(tmp_path, reports, {"event": "start", "nodes": ["n0", "n0", "n1", "n1"]})
     got = how_it_ended(tmp_path, ATTEMPT, 1)
-    assert (got["kind"], got["node"], got["step"]) == ("gone", "n1", 1)
-    assert decide(config(), [], got, "RUNNING").exclude == "n1"
+    assert (got["kind"], got["node"], got["step"]) == ("infra", None, 1)
+    assert "rank 3 left no report" in got["message"]
+    assert decide(config(), [], got, "RUNNING").requeue
+
+
+def test_of_two_verdicts_the_one_of_more_reports_stays_or_else_rank_0s(tmp_path: Path) -> None:
+    """Where the network falls into two parts, both may judge."""
+    judged = {stands_in: judge({0: report(0, kind="bug", step=int(stands_in))}, 1, []) for stands_in in (True, False)}
+    for first, second, stays in [
+        ((4, True), (4, False), False),
+        ((4, False), (4, True), False),
+        ((12, True), (4, False), True),
+        ((4, False), (12, True), True),
+    ]:
+        (tmp_path / "verdict.json").unlink(missing_ok=True)
+        for count, stands_in in (first, second):
+            files.write(tmp_path, judged[stands_in], count, stands_in)
+        assert files.written(tmp_path) == judged[stays]
 
 
 def test_a_last_word_does_not_hide_a_failure_after_it(tmp_path: Path) -> None:

@@ -1,17 +1,23 @@
-"""Ranks that stop, hang, die or go astray, and ranks that are signalled: real processes, each under its supervisor."""
+"""Ranks that stop, hang, die or go astray, and ranks that are signalled: real processes, each under its supervisor.
+
+The supervisors of each made-up node write to a run directory of its own: those of other nodes never see their files.
+"""
 
 import contextlib
+import copy
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import psutil
@@ -31,6 +37,7 @@ from tptrain.train.schedule import Action, Reduce, plain
 from tptrain.watch.black_box import SAME_SIGNAL_S, BlackBox
 from tptrain.watch.place import Place
 from tptrain.watch.supervisor import Supervisor
+from tptrain.watch.wire import SECRET_FILE, make_secret
 
 TP, STEP_S, FAULT_STEP, STEPS = 2, 3, 3, 20
 BOUND_S = STEP_S + 10  # from the fault to the end of the last process
@@ -44,6 +51,10 @@ FAULTS = {  # the verdict's kind and text; {tp} and {dp} stand for the rank's gr
     "dies": ("died", r"killed by SIGKILL .* never entered .* of \(16, 16\) float32 over {tp} \(embedding.py"),
     "dies-alone": ("died", r"killed by SIGKILL after step 2"),
     "raises": ("bug", r"ended after step 2: ValueError: made up$"),
+    "device-fails": (
+        "device",
+        r"ended after step 2: the device failed: CUDA error: uncorrectable ECC error encountered$",
+    ),
     "vanishes": ("gone", r"does not answer.* without entering .* of \([\d, ]+\) float32 over {dp} \(reduce.py"),
     "skips-a-layer": (
         "mismatch",
@@ -52,6 +63,9 @@ FAULTS = {  # the verdict's kind and text; {tp} and {dp} stand for the rank's gr
     "skips-in-the-loss": ("mismatch", r"all_reduce of \(16, 16\) float32 over {tp} \(cross_entropy.py"),
     "sends-less": ("mismatch", r"of \(15, 16\) float32 over {tp} .* where rank \d .* of \(16, 16\) float32 over {tp}"),
 }
+
+
+FEWER = {"vanishes": ((2, 1), (4, 0)), "dies-alone": ((2, 1),), "device-fails": ((4, 0),)}
 
 
 @dataclass(frozen=True)
@@ -64,11 +78,7 @@ class Case:
         return f"{self.fault}-{self.rank}-of-{self.world}"
 
 
-CASES = [
-    Case(fault, world, rank)
-    for fault in FAULTS
-    for world, rank in {"vanishes": ((2, 1), (4, 0)), "dies-alone": ((2, 1),)}.get(fault, EVERYWHERE)
-]
+CASES = [Case(fault, world, rank) for fault in FAULTS for world, rank in FEWER.get(fault, EVERYWHERE)]
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,7 @@ class Outcome:
     output: str
     reports: dict[int, Any]
     stacks: dict[int, str]
-    verdict: dict[str, Any] | None
+    verdicts: list[dict[str, Any]]
     folder: Path
     left: list[str]  # processes
 
@@ -118,19 +128,23 @@ def be_rank(folder: Path, rank: int, world: int, port: int, trainer: Callable[..
     os.dup2(output, 1)
     os.dup2(output, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where the tests run
-    place = Place(rank, world, f"node{rank // 2}", "job", 0)
+    place = Place(rank, world, f"node{rank // 2}", "job", 0, stand_in=2 if world > 2 else 1)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in numbers.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TPTRAIN_ATTEMPT": place.attempt, "TPTRAIN_NODE": place.node}
     config = Config(model=MODEL)
     config.run.dir, config.watchdog.step_s = str(folder), STEP_S
+    if trainer is miss_rendezvous:
+        config.watchdog.rendezvous_s = 4
     config.parallel.tp, config.train.device, config.train.micro_batch_size = TP, "cpu", 1
 
     def noted(box: BlackBox) -> int:
         (folder / f"trainer-{rank}").write_text(str(os.getpid()))
         return trainer(config, box, wish)
 
-    sys.exit(Supervisor(config, place).run(noted))
+    own = copy.deepcopy(config)
+    own.run.dir = str(folder / place.node)
+    sys.exit(Supervisor(own, place).run(noted))
 
 
 def tiny_run(config: Config, box: BlackBox, case: Case) -> int:
@@ -160,6 +174,8 @@ def tiny_train(config: Config, grid: Mesh, case: Case) -> None:
             tiny.backward(tokens, 1.0, schedule=without_reductions)
         if fault == "raises":
             raise ValueError("made up")
+        if case.fault == "device-fails" and step == FAULT_STEP:
+            fail_device_beside_an_abort(Path(config.run.dir), grid, case.rank)
         if fault == "vanishes":
             os.kill(os.getppid(), signal.SIGKILL)
         if fault in ("hangs", "vanishes"):
@@ -170,12 +186,32 @@ def tiny_train(config: Config, grid: Mesh, case: Case) -> None:
         grid.box.touch("step")
 
 
+def fail_device_beside_an_abort(folder: Path, grid: Mesh, bad: int) -> None:
+    """The peer over dp, on another node, aborts in the collective that the rank with the bad device never enters."""
+    peer = (bad + TP) % (2 * TP)
+    if grid.rank == peer:
+        threading.Thread(target=abort_in_collective, args=(grid.box, bad), daemon=True).start()
+    if grid.rank == bad:
+        aborted = psutil.Process(int((folder / f"trainer-{peer}").read_text()))
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while aborted.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA`")
+
+
+def abort_in_collective(box: BlackBox, other: int) -> None:
+    """As NCCL's watchdog does."""
+    while (call := box.collectives()[-1])["left"] or other not in call["ranks"]:
+        time.sleep(0.01)
+    os.abort()
+
+
 def without_reductions(batches: int, units: Sequence[str]) -> list[Action]:
     """So that a rank can hang between its backward pass and the sums over dp."""
     return [action for action in plain(batches, units) if not isinstance(action, Reduce)]
 
 
-def sleep_forever() -> None:
+def sleep_forever() -> NoReturn:
     while True:
         time.sleep(60)
 
@@ -201,6 +237,24 @@ def astray(fault: str) -> Iterator[None]:
         yield
 
 
+def miss_rendezvous(config: Config, box: BlackBox, wish: None) -> int:
+    """The trainers of the second node hang, as in a driver, before they meet the others."""
+    if box.rank >= TP:
+        sleep_forever()
+    return run(config, box, None, os.environ["TPTRAIN_ATTEMPT"])
+
+
+def die_or_hang(config: Config, box: BlackBox, world: int) -> int:
+    """In a world of two, rank 1 is killed; in one of four, all hang."""
+    box.touch("step")
+    if world == 2 and box.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while world == 2:
+        box.touch()
+        time.sleep(0.1)
+    return sleep_forever()
+
+
 def wait_for_signal(config: Config, box: BlackBox, wish: Signals) -> int:
     if wish.deaf_s:
         signal.pthread_sigmask(signal.SIG_BLOCK, wish.numbers)
@@ -220,9 +274,20 @@ def wait_for_signal(config: Config, box: BlackBox, wish: Signals) -> int:
 # ------------------------------------------------------------------------------------------------- around the ranks
 
 
-def start(folder: Path, world: int, trainer: Callable[..., int], wish: Any) -> list[Any]:
+def share_secret(folder: Path, run_dir: Path) -> None:
+    """One run has one secret, wherever its directory is."""
+    make_secret(folder)
+    shutil.copy(folder / SECRET_FILE, run_dir)
+
+
+def start(folder: Path, world: int, trainer: Callable[..., int], wish: Any, network: bool = True) -> list[Any]:
+    """`network`: whether there is one between the supervisors."""
     port = free_port()
     ranks = range(world)
+    for node in {f"node{rank // 2}" for rank in ranks}:
+        (folder / node).mkdir(exist_ok=True)
+        if network:
+            share_secret(folder, folder / node)
     processes = [FORKSERVER.Process(target=be_rank, args=(folder, r, world, port, trainer, wish)) for r in ranks]
     for process in processes:
         process.start()
@@ -249,14 +314,14 @@ def finish(folder: Path, processes: list[Any]) -> Outcome:
     for process in processes:
         process.join()
         process.close()
-    reports = folder / "logs" / "attempt-job-0"
+    verdicts = [json.loads(path.read_text()) for path in sorted(folder.glob("*/logs/attempt-job-0/verdict.json"))]
     return Outcome(
         codes,
         seconds,
         "".join(path.read_text() for path in sorted(folder.glob("output-*"))),
-        {int(path.stem[5:]): json.loads(path.read_text()) for path in reports.glob("rank-*.json")},
-        {int(path.stem[5:]): path.read_text() for path in reports.glob("rank-*.stacks")},
-        json.loads((reports / "verdict.json").read_text()) if (reports / "verdict.json").exists() else None,
+        {int(path.stem[5:]): json.loads(path.read_text()) for path in folder.glob("*/logs/attempt-job-0/rank-*.json")},
+        {int(path.stem[5:]): path.read_text() for path in folder.glob("*/logs/attempt-job-0/rank-*.stacks")},
+        verdicts,
         folder,
         left,
     )
@@ -284,6 +349,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Fut
         for case in [*CASES, *(Case("", world, 0) for world in (2, 4))]:
             folder = tmp_path_factory.mktemp("ranks")
             by_case[case] = pool.submit(lambda f, c: finish(f, start(f, c.world, tiny_run, c)), folder, case)
+        folder = tmp_path_factory.mktemp("missed")
+        by_case["missed"] = pool.submit(lambda f: finish(f, start(f, 4, miss_rendezvous, None)), folder)
+        for world in (2, 4):
+            folder = tmp_path_factory.mktemp("no-network")
+            by_case["no network", world] = pool.submit(
+                lambda f, w: finish(f, start(f, w, die_or_hang, w, network=False)), folder, world
+            )
         for wish in SIGNALS:
             by_case[wish] = pool.submit(signalled, tmp_path_factory.mktemp("signals"), wish)
         yield by_case
@@ -303,14 +375,40 @@ def test_a_fault_ends_all_ranks_and_is_named(case: Case, outcomes: dict[Any, Fut
     reachable = set(range(case.world)) - ({case.rank} if case.fault == "vanishes" else set())
     assert got.reports.keys() == reachable
     kind, pattern = FAULTS[case.fault]
-    assert got.verdict is not None
-    assert (got.verdict["kind"], got.verdict["rank"]) == (kind, case.rank), got.verdict["text"]
-    assert (got.verdict["node"], got.verdict["step"]) == (f"node{case.rank // 2}", FAULT_STEP - 1)
+    (verdict,) = got.verdicts
+    assert (verdict["kind"], verdict["rank"]) == (kind, case.rank), verdict["text"]
+    assert (verdict["node"], verdict["step"]) == (f"node{case.rank // 2}", FAULT_STEP - 1)
+    assert verdict["reports"] == len(reachable)
     row, column = case.rank // TP * TP, case.rank % TP
     tp, dp = f"tp [{row}, {row + 1}]", f"dp [{column}, {column + TP}]"
     pattern = pattern.replace("{tp}", re.escape(tp)).replace("{dp}", re.escape(dp if case.world > TP else tp))
-    assert re.search(pattern, got.verdict["text"]), got.verdict["text"]
-    assert got.verdict["text"] in got.output
+    assert re.search(pattern, verdict["text"]), verdict["text"]
+    assert verdict["text"] in got.output
+
+
+def test_a_node_whose_trainers_never_come_to_the_rendezvous(outcomes: dict[Any, Future[Outcome]]) -> None:
+    got = outcomes["missed"].result()
+    (verdict,) = got.verdicts
+    assert (verdict["kind"], verdict["rank"], verdict["node"]) == ("hang", 2, "node1"), verdict["text"]
+    assert "kept the others waiting in the rendezvous, and so did rank 3" in verdict["text"]
+    assert got.reports[0]["cause"]["message"] == "ranks 2, 3 of 4 did not come in 4 s"
+    assert (got.left, all(got.codes)) == ([], True)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_without_a_network_between_supervisors_files_are_judged(
+    world: int, outcomes: dict[Any, Future[Outcome]]
+) -> None:
+    """In a world of two both are on one node, and see each other's. In one of four each node sees its own: nobody is
+    called gone for that.
+    """
+    got = outcomes["no network", world].result()
+    assert (got.left, all(got.codes)) == ([], True)
+    assert got.reports.keys() == set(range(world))
+    assert len(got.verdicts) == world // 2
+    for verdict in got.verdicts:
+        assert verdict["rank"] == (1 if world == 2 else None), verdict["text"]
+        assert ("no report of it can be read" in verdict["text"]) == (world == 4)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if FAULTS[case.fault][0] == "hang"], ids=str)
@@ -326,7 +424,7 @@ def test_a_hang_leaves_stacks(case: Case, outcomes: dict[Any, Future[Outcome]]) 
 def test_a_good_end_leaves_no_report(world: int, outcomes: dict[Any, Future[Outcome]]) -> None:
     got = outcomes[Case("", world, 0)].result()
     assert (got.codes, got.left) == ([0] * world, [])
-    assert not (got.folder / "logs" / "attempt-job-0").exists()
+    assert not list(got.folder.glob("*/logs/attempt-job-0"))
     assert "verdict" not in got.output
 
 
@@ -342,7 +440,7 @@ def test_signals(wish: Signals, outcomes: dict[Any, Future[Outcome]]) -> None:
 
 def test_a_report_of_an_earlier_run_of_the_same_name_is_not_heeded(tmp_path: Path) -> None:
     """As under torchrun, where a second start has the first one's name and port."""
-    folder = tmp_path / "logs" / "attempt-job-0"
+    folder = tmp_path / "node0" / "logs" / "attempt-job-0"
     folder.mkdir(parents=True)
     earlier = {"rank": 1, "node": "node0", "time": time.time() - 10, "cause": {"kind": "bug", "message": "long ago"}}
     (folder / "rank-00001.json").write_text(json.dumps(earlier))

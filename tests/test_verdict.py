@@ -22,8 +22,10 @@ from tptrain.parallel.group import Group
 from tptrain.parallel.mesh import Mesh, tp_grid
 from tptrain.train.trainer import Trainer
 from tptrain.watch.black_box import SLOTS, BlackBox
+from tptrain.watch.files import nodes, read
 from tptrain.watch.outcome import Outcome
-from tptrain.watch.verdict import Report, Verdict, judge, nodes, read
+from tptrain.watch.packed import pack, unpack
+from tptrain.watch.verdict import Absence, Report, Verdict, judge
 
 # The collectives of a step of two layers, by letter: operation, shape, axis and call site.
 CALLS = {
@@ -68,7 +70,11 @@ def report_of(
         "world": world,
         "node": f"n{rank // per_node}",
         "time": more.pop("time", 100.0),
-        "phase": "step",
+        "phase": more.pop("phase", "step"),
+        "silent": more.pop("silent", 0.1),
+        "allowed": 300.0,
+        "lasted": more.pop("lasted", 310.0),
+        "arrived": more.pop("arrived", True),
         "step": more.pop("step", len(calls) // len(STEP)),
         "entered": len(calls),
         "cause": {"kind": kind, "message": f"made-up {kind}"} | more,
@@ -78,12 +84,14 @@ def report_of(
     }
 
 
-def judged(*reports: Report, placed: list[str] | None = None) -> Verdict:
-    """In whatever order a file system lists the reports: the verdict is the same."""
+def judged(*reports: Report, placed: list[str] | None = None, absent: dict[int, Absence] | None = None) -> Verdict:
+    """In whatever order the reports come, and packed as they travel: the verdict is the same."""
     world = reports[0]["world"]
-    forward = judge({r["rank"]: r for r in reports}, world, placed or [])
-    backward = judge({r["rank"]: r for r in reversed(reports)}, world, placed or [])
+    forward = judge({r["rank"]: r for r in reports}, world, placed or [], absent)
+    backward = judge({r["rank"]: r for r in reversed(reports)}, world, placed or [], absent)
     assert (forward.kind, forward.rank, forward.node) == (backward.kind, backward.rank, backward.node)
+    travelled = unpack({r["rank"]: json.loads(json.dumps(pack(r))) for r in reports})
+    assert judge(travelled, world, placed or [], absent) == forward
     return forward
 
 
@@ -91,10 +99,11 @@ def judged(*reports: Report, placed: list[str] | None = None) -> Verdict:
 
 KILLED: dict[str, Any] = {"kind": "died", "signal": "SIGKILL"}
 ORDER: list[dict[str, Any]] = [
-    *({"kind": kind} for kind in ("cancelled", "stopped", "user", "diverged", "disk", "bug")),
+    *({"kind": kind} for kind in ("cancelled", "stopped", "user", "diverged", "disk", "device", "bug")),
     KILLED,
-    {"kind": "died", "signal": "SIGABRT"},
+    {"kind": "died", "signal": "SIGSEGV"},
     {"kind": "hang", "stopped": True},
+    {"kind": "died", "signal": "SIGABRT", "inside": False},
     {"kind": "infra"},
     {"kind": "waiting"},
 ]
@@ -107,7 +116,7 @@ def test_a_cause_outweighs_its_consequences(index: int) -> None:
     consequences = [report(rank, STEP, **other) for rank, other in enumerate(others)]
     world = len(others) + 1
     verdict = judged(*({**r, "world": world} for r in [*consequences, report(world - 1, STEP, time=101.0, **cause)]))
-    assert (verdict.kind, verdict.rank) == (cause["kind"], world - 1)
+    assert (verdict.kind, verdict.rank) == (cause["kind"], None if cause["kind"] == "infra" else world - 1)
 
 
 def test_of_two_that_died_it_is_the_first() -> None:
@@ -117,16 +126,119 @@ def test_of_two_that_died_it_is_the_first() -> None:
 
 def test_an_error_names_step_and_message() -> None:
     verdict = judged(report(0, STEP, "infra", world=2), report(1, STEP, "bug", step=7, message="KeyError: 'x'"))
-    assert verdict == Verdict("rank 1 on n0 ended after step 7: KeyError: 'x'", Outcome.BUG, 1, "n0", 7)
+    text = "rank 1 on n0 ended after step 7: KeyError: 'x'"
+    assert verdict == Verdict(text, Outcome.BUG, 1, "n0", 7, "KeyError: 'x'")
 
 
-def test_a_rank_that_left_no_report_is_gone() -> None:
-    waits = STEP + "E"
-    reports = [report(rank, waits, "infra") for rank in (0, 1, 2)]
-    verdict = judged(*reports, placed=["n0", "n0", "n1", "n1"])
+# ------------------------------------------------------------------------------------------ missing reports, devices
+
+NODES = ["n0", "n0", "n1", "n1"]
+LOST: dict[str, Any] = {"kind": "infra", "message": "lost another rank: connection closed by peer"}
+
+
+def test_a_rank_whose_processes_are_gone_is_to_blame() -> None:
+    reports = [report(rank, STEP + "E", "infra") for rank in (0, 1, 2)]
+    verdict = judged(*reports, placed=NODES, absent={3: Absence.ENDED})
     assert (verdict.kind, verdict.rank, verdict.node) == ("gone", 3, "n1")
     assert "without entering collective 11, all_reduce of (16, 16) float32 over tp [2, 3]" in verdict.text
-    assert "an unknown node" in judged(*reports).text
+    nowhere = judged(*reports, absent={3: Absence.ENDED})
+    assert (nowhere.rank, nowhere.node) == (3, None)
+    assert "an unknown node" in nowhere.text
+
+
+@pytest.mark.parametrize("how", [Absence.SILENT, Absence.UNKNOWN, Absence.NEVER_CAME])
+@pytest.mark.parametrize("kind", ["infra", "hang"])
+def test_a_report_that_is_only_missing_blames_nobody(how: Absence, kind: str) -> None:
+    """Its node can be reached, or there is nothing to tell whether it can; here or there the rank may be well."""
+    reports = [report(rank, STEP + "E" * (rank != 1), kind) for rank in (0, 1, 2)]
+    verdict = judged(*reports, placed=NODES, absent={} if how is Absence.UNKNOWN else {3: how})
+    assert (verdict.kind, verdict.rank, verdict.node) == (kind, None, None)
+    assert "evidence is missing" in verdict.text
+    assert how.value in verdict.text
+
+
+def test_whoever_is_cut_off_from_half_of_the_others_does_not_call_them_gone() -> None:
+    absent = {2: Absence.CUT_OFF, 3: Absence.CUT_OFF}
+    verdict = judged(*(report(rank, STEP, "infra") for rank in (0, 1)), placed=NODES, absent=absent)
+    assert (verdict.rank, verdict.node) == (None, None)
+    three = [report(rank, STEP, "infra", world=6) for rank in range(4)]
+    absent = {4: Absence.CUT_OFF, 5: Absence.CUT_OFF}
+    assert judged(*three, placed=[*NODES, "n2", "n2"], absent=absent).node == "n2"
+    scattered = judged(*three, placed=[*NODES, "n2", "n3"], absent=absent)
+    assert (scattered.rank, scattered.node) == (None, None)
+
+
+@pytest.mark.parametrize("neighbour", [{"kind": "died", "signal": "SIGABRT"}, LOST, {"kind": "hang"}])
+def test_a_failed_device_comes_before_its_neighbours_abort(neighbour: dict[str, Any]) -> None:
+    """Whose node reported first, and from within a collective."""
+    message = "the device failed: CUDA error: uncorrectable ECC error encountered"
+    failed = report(2, STEP, "device", time=109.0, message=message)
+    others = [report(rank, STEP + "E", time=100.0 + rank, **neighbour) for rank in (0, 1, 3)]
+    verdict = judged(failed, *others)
+    assert (verdict.kind, verdict.rank, verdict.node) == ("device", 2, "n1")
+    assert verdict.text.endswith(message)
+
+
+def test_a_rank_that_is_gone_comes_before_its_neighbours_abort() -> None:
+    aborted = [report(rank, STEP + "E", "died", signal="SIGABRT", time=100.0 + rank) for rank in (0, 1, 2)]
+    verdict = judged(*aborted, placed=NODES, absent={3: Absence.ENDED})
+    assert (verdict.kind, verdict.rank, verdict.node) == ("gone", 3, "n1")
+
+
+def test_an_abort_in_a_collective_blames_nobody() -> None:
+    """So libraries end a process that has lost a peer, whoever that is."""
+    aborted = report(0, STEP + "E", "died", signal="SIGABRT")
+    verdict = judged(aborted, *(report(rank, STEP + "E", "waiting") for rank in (1, 2, 3)))
+    assert (verdict.kind, verdict.rank, verdict.node) == ("died", None, None)
+    assert "inside collective 11, all_reduce of (16, 16) float32 over tp [0, 1]" in verdict.text
+    both = [report(rank, STEP, "died", signal="SIGABRT", inside=False) for rank in (1, 2)]
+    assert judged(*both, *(report(rank, STEP + "E", "waiting") for rank in (0, 3))).rank is None
+
+
+# ------------------------------------------------------------------------------------------------------- a rendezvous
+
+
+def meeting(rank: int, kind: str = "infra", **more: Any) -> Report:
+    """Of one of four ranks, on two nodes, that ended before all had met."""
+    return report(rank, "", kind, phase="rendezvous", **more)
+
+
+NO_DEVICE: dict[str, Any] = {"kind": "hang", "arrived": False, "silent": 306.0}  # hangs in an import or in the driver
+OUTSIDE: dict[str, Any] = {"kind": "infra", "silent": 300.0}  # cannot reach rank 0
+
+
+@pytest.mark.parametrize(
+    ("reports", "absent", "rank", "node", "kind"),
+    [
+        (
+            [meeting(0), meeting(1), meeting(2, **NO_DEVICE), meeting(3, **NO_DEVICE | {"kind": "waiting"})],
+            {},
+            2,
+            "n1",
+            "hang",
+        ),
+        ([meeting(0), meeting(1), meeting(2, **OUTSIDE), meeting(3, **OUTSIDE)], {}, 2, "n1", "hang"),
+        ([meeting(0), meeting(1)], {2: Absence.NEVER_CAME, 3: Absence.NEVER_CAME}, 2, "n1", "gone"),
+        ([meeting(0, **NO_DEVICE), *(meeting(rank, **OUTSIDE) for rank in (1, 2, 3))], {}, 0, "n0", "hang"),
+        # No evidence, or equal:
+        ([meeting(0), meeting(2)], {1: Absence.NEVER_CAME, 3: Absence.NEVER_CAME}, None, None, "infra"),
+        ([meeting(0), meeting(2), meeting(1, **OUTSIDE), meeting(3, **OUTSIDE)], {}, None, None, "infra"),
+        ([meeting(rank, **NO_DEVICE) for rank in range(4)], {}, None, None, "hang"),
+        ([meeting(rank, "hang", silent=306.0) for rank in range(4)], {}, None, None, "hang"),  # in the groups' making
+        ([meeting(r, lasted=5.0) for r in (0, 1)], dict.fromkeys((2, 3), Absence.NEVER_CAME), None, None, "infra"),
+        ([meeting(rank) for rank in range(4)], {}, None, None, "infra"),
+    ],
+)
+def test_the_node_that_a_rendezvous_waits_for(
+    reports: list[Report], absent: dict[int, Absence], rank: int | None, node: str | None, kind: str
+) -> None:
+    verdict = judged(*reports, placed=NODES, absent=absent)
+    assert (verdict.rank, verdict.node, verdict.kind) == (rank, node, kind), verdict.text
+    if node == "n1":
+        assert "kept the others waiting in the rendezvous, and so did rank 3" in verdict.text
+
+
+# ---------------------------------------------------------------------------------------------------------------- hangs
 
 
 def test_where_all_wait_in_one_collective_no_rank_failed() -> None:

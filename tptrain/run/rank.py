@@ -18,6 +18,14 @@ from tptrain.watch.black_box import BlackBox
 from tptrain.watch.outcome import Outcome
 from tptrain.watch.place import Allocation
 
+# What CUDA says only where a device or what drives it has failed. Not: an assert, an illegal address or instruction,
+# which are a kernel's errors as a rule; an unspecified launch failure or an unknown error, which may be either.
+DEVICE_FAULTS = (
+    "uncorrectable ECC error encountered",  # cudaErrorECCUncorrectable
+    "uncorrectable NVLink error",  # cudaErrorNvlinkUncorrectable
+    "GPU is lost",  # NVML, where it has fallen off the bus
+    "system not yet initialized",  # cudaErrorSystemNotReady: the node's fabric manager does not run
+)
 LOCK_S = 60  # for a superseded attempt of the same job to notice and let go
 
 
@@ -106,10 +114,12 @@ def _cause(error: Exception, config: Config, step: int) -> tuple[Outcome, str] |
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return Outcome.USER, out_of_memory(config, text, step)
+    if fault := next((words for words in DEVICE_FAULTS if words in text), None):
+        return Outcome.DEVICE, f"the device failed: {next(line for line in text.splitlines() if fault in line)}"
+    if "unspecified launch failure" in text:
+        return Outcome.INFRA, f"the device stopped, or a kernel of ours: {text.splitlines()[0]}"
     if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:  # as where another rank is gone
         return Outcome.INFRA, f"lost another rank: {text.split('] ', 1)[-1].split('. ')[0]}"
-    if any(word in text for word in ("uncorrectable ECC", "CUDA error: unspecified launch", "bus error")):
-        return Outcome.INFRA, f"the device failed: {text.splitlines()[0]}"
     return None
 
 

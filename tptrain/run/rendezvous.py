@@ -42,7 +42,6 @@ def meet(config: Config, box: BlackBox) -> Rendezvous:
     Raises UserError for a topology or device that cannot be had, RendezvousError where ranks are missing.
     """
     env = os.environ
-    box.touch("rendezvous")
     rank, world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
     check_topology(config, world)
     device = pick_device(config, local_rank, int(env["LOCAL_WORLD_SIZE"]))
@@ -52,6 +51,7 @@ def meet(config: Config, box: BlackBox) -> Rendezvous:
     report = preflight.Report(rank, env["TPTRAIN_NODE"], local_rank, name, config.run.dir, ops.backend)
     patience, hosted = config.watchdog.rendezvous_s, env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = env["TPTRAIN_ATTEMPT"]
+    box.touch("rendezvous")  # not before the device has answered: who is to blame where ranks do not meet rests on it
     store = preflight.join(env["MASTER_ADDR"], int(env["MASTER_PORT"]), report, world, hosted, patience, attempt)
     meeting = preflight.Meeting(store, report, world, patience, box.touch)
     return Rendezvous(meeting, preflight.check_reports(meeting, config), device, backend, ops)

@@ -14,12 +14,13 @@ class Outcome(StrEnum):
     USER = "user"  # a mistake in what the user asked for
     DIVERGED = "diverged"  # the loss or the gradient norm is no finite number
     DISK = "disk"  # no space left
+    DEVICE = "device"  # a device of the rank's node failed
     BUG = "bug"  # an error that nothing expects
     MISMATCH = "mismatch"  # the rank entered another collective than its peers
     DIED = "died"  # killed by a signal
     HANG = "hang"  # silent for longer than its phase allows
-    GONE = "gone"  # left no report: the node or all processes of the rank are gone
-    INFRA = "infra"  # a device failed, peers were lost, or ranks did not meet
+    GONE = "gone"  # cannot be reached: the node or all processes of the rank are gone
+    INFRA = "infra"  # peers were lost, or ranks did not meet: follows from something else, and blames nobody
     WAITING = "waiting"  # ended because another rank failed
     TIMEOUT = "timeout"  # Slurm's time limit
     SUPERSEDED = "superseded"  # a later attempt of the same job has taken over the run
@@ -44,12 +45,7 @@ class Outcome(StrEnum):
     @property
     def announced(self) -> bool:
         """Whether the rank itself has told the user why it ends: no verdict is printed."""
-        return self.early or self in (Outcome.USER, Outcome.DIVERGED, Outcome.DISK)
-
-    @property
-    def concludes(self) -> bool:
-        """Whether the supervisor of a rank that ended so waits for the other reports and may print the verdict."""
-        return self in (Outcome.DIED, Outcome.HANG, Outcome.INFRA, Outcome.BUG, Outcome.WAITING)
+        return self.early or self in (Outcome.SUPERSEDED, Outcome.USER, Outcome.DIVERGED, Outcome.DISK)
 
     @property
     def final(self) -> str | None:
@@ -65,4 +61,4 @@ class Outcome(StrEnum):
     @property
     def blames_node(self) -> bool:
         """Whether the node of the rank to blame is kept out of the next attempt."""
-        return self in (Outcome.DIED, Outcome.GONE, Outcome.HANG, Outcome.MISMATCH)
+        return self in (Outcome.DEVICE, Outcome.DIED, Outcome.GONE, Outcome.HANG, Outcome.MISMATCH)

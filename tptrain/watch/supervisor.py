@@ -1,8 +1,9 @@
 """The process that Slurm starts for a rank: it runs the trainer as a child, hears signals, and sees how the child ends.
 
 It needs neither torch nor the interpreter of a trainer that hangs in C++. Where a trainer dies, stops, or is silent for
-longer than its phase allows, the supervisor writes what the black box holds into the run directory; the other ranks'
-supervisors see that, write theirs, and the first of them prints one verdict (verdict.py).
+longer than its phase allows, the supervisor reports what the black box holds to that of rank 0 (reporter.py), which has
+all others do so, and prints one verdict (verdict.py). Reports are written to the run directory as well: for people, and
+where the supervisors have no network between them.
 """
 
 import contextlib
@@ -21,15 +22,21 @@ from typing import Any
 
 from tptrain.config import Config
 from tptrain.config.load import write_atomically
-from tptrain.watch import black_box, verdict
+from tptrain.watch import black_box, files, verdict
 from tptrain.watch.black_box import BlackBox
 from tptrain.watch.outcome import Outcome
+from tptrain.watch.packed import Packed, pack, unpack
 from tptrain.watch.place import Allocation, FlightRecorder, Place
+from tptrain.watch.reporter import Reporter
+from tptrain.watch.verdict import Absence, Report
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STACKS = signal.SIGRTMIN + 3  # asks a trainer for the Python stacks of its threads
 TICK_S = 0.1
-GATHER_S = 6  # for the reports of the other ranks, once one is there
+GATHER_S = (
+    6  # for a connection to the other supervisors, or else for the files of their reports, once a rank has failed
+)
+JUDGE_S = 90  # for the verdict, as long as there is a connection
 CLOCK_SKEW_S = 60  # between nodes; what is older than this process is another run's
 APART_S = 5  # the starts of the ranks of one node, whose clock is one
 PACKAGE = str(Path(black_box.__file__).parents[1]) + os.sep
@@ -48,13 +55,15 @@ class Supervisor:
     ) -> None:
         self.config, self.place, self.allocation, self.flight_recorder = config, place, allocation, flight_recorder
         self.run_dir = Path(config.run.dir)
-        self.reports = verdict.folder_of(self.run_dir, place.attempt)
+        self.reports = files.folder_of(self.run_dir, place.attempt)
         self.box = BlackBox()
         self.box.rank = place.rank
         self.stacks = os.memfd_create("stacks")
         self.child = 0
         self.started = time.time()
         self.resumed = 0.0  # monotonic clock when this rank was last woken from a suspension
+        self.ended = 0.0  # the same clock when the trainer ended or was ended
+        self.reporter = Reporter(place, self.run_dir, self._judge_packed)
 
     def run(self, trainer: Trainer) -> int:
         """Returns the rank's exit code."""
@@ -62,7 +71,8 @@ class Supervisor:
             if signal.getsignal(number) is not signal.SIG_IGN:  # who started us wants it ignored
                 signal.signal(number, self.box.on_signal)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
-        (self.reports / f"rank-{self.place.rank:05d}.json").unlink(missing_ok=True)  # of a run that had the same name
+        for name in [f"rank-{self.place.rank:05d}.json", *(["verdict.json"] if self.place.rank == 0 else [])]:
+            (self.reports / name).unlink(missing_ok=True)  # of a run that had the same name
         sys.stdout.flush()
         sys.stderr.flush()
         parent = os.getpid()
@@ -72,18 +82,17 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         if self.child == 0:
             self._be_trainer(trainer, parent)
+        self.reporter.start()
         if self.place.rank == 0 and self.allocation is not None:
             threading.Thread(target=self._follow_end_time, daemon=True).start()
         cause, code = self._watch()
         if self.flight_recorder is not None:
             with contextlib.suppress(OSError):
                 self.flight_recorder.pipe.unlink(missing_ok=True)  # NCCL makes it and leaves it
-        if cause is None:
-            return 0
-        if cause["kind"] != Outcome.SUPERSEDED:
-            self._report(cause)
-        if cause["kind"].concludes:
-            self._conclude()
+        report = self._report_of(cause)
+        self.reporter.report(pack(report))  # before the files: they may lie on the disk that is full or gone
+        self._write(report, cause.pop("stacks", ""))
+        self._await_verdict(Outcome(cause["kind"]))
         return code
 
     def _be_trainer(self, trainer: Trainer, parent: int) -> None:
@@ -108,8 +117,8 @@ class Supervisor:
 
     # ---------------------------------------------------------------------------------------------------- watching
 
-    def _watch(self) -> tuple[dict[str, Any] | None, int]:
-        """Wait for the trainer's end, or bring it about. Returns the cause, None for a good end, and an exit code."""
+    def _watch(self) -> tuple[dict[str, Any], int]:
+        """Wait for the trainer's end, or bring it about. Returns the cause and an exit code."""
         before, looked = time.monotonic(), 0.0
         while True:
             pid, status = os.waitpid(self.child, os.WNOHANG)
@@ -125,10 +134,13 @@ class Supervisor:
                 looked = now
                 if self._superseded():
                     self._kill()
-                    print("a later attempt of this job has taken over the run: this one ends", flush=True)
-                    return {"kind": Outcome.SUPERSEDED}, 1
-                if self._others_reported():
+                    text = "a later attempt of this job has taken over the run: this one ends"
+                    print(text, flush=True)
+                    return {"kind": Outcome.SUPERSEDED, "message": text}, 1
+                if not self.reporter.connected and self.reports.exists() and self._read():
                     return self._join_in(), 1
+            if self.reporter.failed:
+                return self._join_in(), 1
             time.sleep(TICK_S)
 
     def _must_end(self, now: float) -> dict[str, Any] | None:
@@ -148,15 +160,14 @@ class Supervisor:
             print(f"{self._name()}a second signal: stopping at once, without a checkpoint", flush=True)
             return stop | {"message": f"a second signal after {self.box.signal}"}
         silent = now - max(state.since, self.resumed)
-        limits = self.config.watchdog
-        limit = (
-            limits.checkpoint_s
-            if phase == "end"
-            else getattr(limits, f"{phase}_s") + (GATHER_S if phase == "rendezvous" else 0)
-        )
-        if silent <= limit:
+        if silent <= self._allowed_s() + (GATHER_S if phase == "rendezvous" else 0):
             return None
         return self._dump({"kind": Outcome.HANG, "message": f"silent for {silent:.0f} s in the phase `{phase}`"})
+
+    def _allowed_s(self) -> float:
+        """The longest silence that the phase allows."""
+        limits, phase = self.config.watchdog, self.box.phase
+        return limits.checkpoint_s if phase == "end" else getattr(limits, f"{phase}_s")
 
     def _join_in(self) -> dict[str, Any]:
         """Another rank has failed: give its trainer a moment to end by itself, then say what it was doing."""
@@ -164,7 +175,7 @@ class Supervisor:
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.child, os.WNOHANG)
             if pid:
-                return self._after_exit(os.waitstatus_to_exitcode(status))[0] or {"kind": Outcome.DONE}
+                return self._after_exit(os.waitstatus_to_exitcode(status))[0]
             time.sleep(TICK_S)
         return self._dump({"kind": Outcome.WAITING, "message": "ended because another rank failed"})
 
@@ -195,14 +206,16 @@ class Supervisor:
                 time.sleep(TICK_S)
 
     def _kill(self) -> None:
+        self.ended = time.monotonic()
         os.kill(self.child, signal.SIGKILL)
         deadline = time.monotonic() + 5  # a process in a hung driver or file system does not even die
         while os.waitpid(self.child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    def _after_exit(self, code: int) -> tuple[dict[str, Any] | None, int]:
+    def _after_exit(self, code: int) -> tuple[dict[str, Any], int]:
+        self.ended = time.monotonic()
         if code == 0:
-            return None, 0
+            return {"kind": Outcome.DONE, "message": ""}, 0
         if code < 0:
             name = signal.strsignal(-code) if -code >= signal.SIGRTMIN else signal.Signals(-code).name
             return {"kind": Outcome.DIED, "message": f"killed by {name}", "signal": name}, 1
@@ -228,57 +241,89 @@ class Supervisor:
 
     # --------------------------------------------------------------------------------------------------- reporting
 
-    def _others_reported(self) -> bool:
-        return self.reports.exists() and bool(self._read())
+    def _report_of(self, cause: dict[str, Any]) -> Report:
+        """What this rank was doing; without the stacks, which nobody judges."""
+        box = self.box
+        return {
+            "rank": self.place.rank,
+            "world": self.place.world,
+            "node": self.place.node,
+            "time": time.time(),
+            "phase": box.phase,
+            "step": box.state.step,
+            "silent": self.ended - max(box.state.since, self.resumed),  # before its end, in seconds
+            "allowed": self._allowed_s(),
+            "lasted": time.time() - box.state.began[0],
+            "arrived": box.state.began[1] > 0,  # in the rendezvous
+            "entered": box.state.entered,
+            "cause": {name: value for name, value in cause.items() if name != "stacks"},
+            "top": _innermost(cause.get("stacks", "")),
+            "groups": box.group_counts(),
+            "collectives": box.collectives(),
+        }
 
-    def _read(self) -> dict[int, verdict.Report]:
-        """This run's reports; where an earlier run had the same name, as under torchrun, its own may still be there."""
-        reports = verdict.read(self.reports, self.started - CLOCK_SKEW_S)
-        here, since = self.place.node, self.started - APART_S
-        return {rank: report for rank, report in reports.items() if report["node"] != here or report["time"] >= since}
-
-    def _report(self, cause: dict[str, Any]) -> None:
-        """What this rank was doing, into the run directory; a disk that is full or gone is no reason to hang."""
+    def _write(self, report: Report, stacks: str) -> None:
+        """Into the run directory, unless the rank ended well; a disk that is full or gone is no reason to hang."""
+        if report["cause"]["kind"] in (Outcome.DONE, Outcome.SUPERSEDED):
+            return
         with contextlib.suppress(OSError):
             if not self.run_dir.exists():  # `train` was refused before it was made
                 return
             self.reports.mkdir(parents=True, exist_ok=True)
             name = self.reports / f"rank-{self.place.rank:05d}"
-            stacks = cause.pop("stacks", "")
             if stacks:
                 name.with_suffix(".stacks").write_text(stacks)
-            report = {
-                "rank": self.place.rank,
-                "world": self.place.world,
-                "node": self.place.node,
-                "time": time.time(),
-                "phase": self.box.phase,
-                "step": self.box.state.step,
-                "entered": self.box.state.entered,
-                "cause": cause,
-                "top": _innermost(stacks),
-                "groups": self.box.group_counts(),
-                "collectives": self.box.collectives(),
-            }
             write_atomically(name.with_suffix(".json"), json.dumps(report))
 
-    def _conclude(self) -> None:
-        """Wait for the other ranks' reports; the first that reported judges, once, for all."""
-        deadline = time.monotonic() + GATHER_S
-        while True:
-            reports = self._read()
-            if len(reports) == self.place.world or time.monotonic() > deadline:
+    def _await_verdict(self, outcome: Outcome) -> None:
+        """Wait until the reports of all ranks are judged: the end of the first rank ends the others. Where there is no
+        connection to who judges, the lowest of the ranks that left a file does.
+        """
+        connected = begun = time.monotonic()
+        while not self.reporter.released:
+            now = time.monotonic()
+            if self.reporter.connected:
+                connected = now
+            elif outcome in (Outcome.DONE, Outcome.SUPERSEDED) or outcome.announced:
+                return
+            elif now - connected > GATHER_S or len(list(self.reports.glob("rank-*.json"))) == self.place.world:
+                break
+            if now - begun > JUDGE_S and outcome != Outcome.DONE:  # who ended well waits for the others' end
                 break
             time.sleep(TICK_S)
-        judges = [rank for rank, report in reports.items() if Outcome(report["cause"]["kind"]).concludes]
-        if not judges or min(judges) != self.place.rank:
+        else:
             return
-        judged = verdict.judge(reports, self.place.world, verdict.nodes(self.run_dir, self.place.attempt))
-        if judged.kind.announced:
-            return
-        print(f"verdict: {judged.text}\n  every rank's last collectives and stacks: {self.reports}", flush=True)
+        reports = self._read()
+        if min(reports, default=-1) == self.place.rank and files.written(self.reports) is None:
+            self._judge(reports, {}, {})
+
+    def _read(self) -> dict[int, Report]:
+        """The files of this run's reports; an earlier run's may be there where it had the name, as under torchrun."""
+        reports = files.read(self.reports, self.started - CLOCK_SKEW_S)
+        here, since = self.place.node, self.started - APART_S
+        return {rank: report for rank, report in reports.items() if report["node"] != here or report["time"] >= since}
+
+    def _judge_packed(self, packed: dict[int, Packed], absent: dict[int, Absence], nodes: dict[int, str]) -> None:
+        """For the collector, which has received these. The file of a rank that it cannot reach may be there."""
+        reports = unpack(packed)
+        if absent:
+            reports |= {rank: report for rank, report in self._read().items() if rank in absent}
+        self._judge(reports, {rank: how for rank, how in absent.items() if rank not in reports}, nodes)
+
+    def _judge(self, reports: dict[int, Report], absent: dict[int, Absence], nodes: dict[int, str]) -> None:
+        """Print the verdict, and leave it to the launcher."""
+        place = self.place
+        seen = nodes | {rank: report["node"] for rank, report in reports.items()}
+        noted = place.nodes or files.nodes(self.run_dir, place.attempt)
+        if any(noted[rank] != node for rank, node in seen.items() if rank < len(noted)):
+            noted = ()  # ranks lie otherwise than node by node
+        placed = [seen.get(rank) or (noted[rank] if rank < len(noted) else "") for rank in range(place.world)]
+        judged = verdict.judge(reports, place.world, placed, absent)
+        if not judged.kind.announced:
+            print(f"verdict: {judged.text}\n  every rank's last collectives and stacks: {self.reports}", flush=True)
         with contextlib.suppress(OSError):
-            write_atomically(self.reports / "verdict.json", json.dumps(vars(judged)))
+            if self.run_dir.exists():
+                files.write(self.reports, judged, len(reports), stands_in=place.rank != 0)
 
     def _name(self) -> str:
         return f"[rank {self.place.rank}] " if self.place.rank else ""

@@ -4,16 +4,16 @@ Ranks may run different programs (pipeline stages, experts), so collectives are 
 that one member of a group enters is the n-th of every other member. The numbers in the sentences are these. Where the
 n-th differs in operation, shape or call site, the odd one out did something else; otherwise the rank to blame is the
 one at the end of the chain of ranks that wait for one another (waits.py). Where the evidence is missing or
-equal, the sentence says so, and `rank` and `node` are None.
+equal, the sentence says so, and `rank` and `node` are None. A failed device, a killed process and a node that cannot be
+reached come before what follows from them: lost peers, an abort in a collective.
 """
 
-import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from enum import Enum
 from typing import Any
 
-from tptrain.records.run_dir import events
 from tptrain.watch.outcome import Outcome
 from tptrain.watch.waits import (
     Call,
@@ -37,45 +37,44 @@ class Verdict:
     rank: int | None
     node: str | None
     step: int  # the last that was finished
+    error: str | None = None  # how the rank to blame ended, in its own words
 
 
-def folder_of(run_dir: Path, attempt: str) -> Path:
-    """Where the ranks of an attempt leave their reports."""
-    return run_dir / "logs" / f"attempt-{attempt}"
+class Absence(Enum):
+    """What is known of a rank that left no report, for people."""
+
+    ENDED = "its processes are gone"  # its supervisor's connection was closed, and it did not come back
+    CUT_OFF = "its node is gone, or cut off from the others"  # the connection broke: nothing answers there
+    NEVER_CAME = "it never came"
+    SILENT = "it can be reached, and has sent no report"
+    UNKNOWN = "no report of it can be read"  # all that is known without connections
 
 
-def read(folder: Path, since: float = 0) -> dict[int, Report]:
-    """The reports that ranks have written, by rank; `since`: unix time, before which a report is another run's."""
-    reports: dict[int, Report] = {}
-    for path in folder.glob("rank-*.json"):
-        try:
-            report = json.loads(path.read_text())
-        except (OSError, ValueError):  # just being written
-            continue
-        if report["time"] >= since:
-            reports[report["rank"]] = report
-    return reports
-
-
-def nodes(run_dir: Path, attempt: str) -> list[str]:
-    """The node of each rank of an attempt, as its start noted them; empty where it did not come that far."""
-    starts = [event for event in events(run_dir) if event["event"] == "start" and event["attempt"] == attempt]
-    return starts[-1]["nodes"] if starts else []
-
-
-def judge(reports: dict[int, Report], world: int, placed: list[str]) -> Verdict:
-    """Who is to blame, out of at least one report; `placed`: the node of each rank, where known."""
+def judge(
+    reports: dict[int, Report], world: int, placed: list[str], absent: Mapping[int, Absence] | None = None
+) -> Verdict:
+    """Who is to blame. `placed`: the node of each rank, where known; `absent`: what is known of ranks without a report,
+    those whose connection ended first in front.
+    """
     reports = dict(sorted(reports.items()))  # a folder is listed in any order
-    step = max(report["step"] for report in reports.values())
+    step = max((report["step"] for report in reports.values()), default=0)
+    missing = dict(absent or {})
+    missing |= {rank: Absence.UNKNOWN for rank in range(world) if rank not in reports and rank not in missing}
     by_kind: dict[str, list[Report]] = {}
     for report in sorted(reports.values(), key=lambda report: report["time"]):
         by_kind.setdefault(report["cause"]["kind"], []).append(report)
 
-    def blame(kind: Outcome, rank: int, text: str) -> Verdict:
-        node = reports[rank]["node"] if rank in reports else (placed[rank] if rank < len(placed) else None)
-        return Verdict(f"rank {rank} on {node or 'an unknown node'} {text}", kind, rank, node, step)
+    def node_of(rank: int) -> str | None:
+        return reports[rank]["node"] if rank in reports else (placed[rank] if rank < len(placed) else "") or None
 
-    for kind in (*(outcome for outcome in Outcome if outcome.announced), Outcome.BUG):
+    def blame(kind: Outcome, rank: int, text: str) -> Verdict:
+        node, error = node_of(rank), reports[rank]["cause"].get("message") if rank in reports else None
+        return Verdict(f"rank {rank} on {node or 'an unknown node'} {text}", kind, rank, node, step, error)
+
+    def blame_nobody(kind: Outcome, text: str) -> Verdict:
+        return Verdict(text, kind, None, None, step)
+
+    for kind in (*(outcome for outcome in Outcome if outcome.announced), Outcome.DEVICE, Outcome.BUG):
         if kind in by_kind:
             first = by_kind[kind][0]
             return blame(kind, first["rank"], f"ended after step {first['step']}: {first['cause']['message']}")
@@ -83,25 +82,85 @@ def judge(reports: dict[int, Report], world: int, placed: list[str]) -> Verdict:
     if (odd := _odd_one_out(histories)) is not None:
         rank, text = odd
         kind = Outcome.MISMATCH
-        return Verdict(text, kind, None, None, step) if rank is None else blame(kind, rank, text)
-    missing = sorted(set(range(world)) - reports.keys())
-    died = [report for report in by_kind.get(Outcome.DIED, []) if report["cause"]["signal"] == "SIGKILL"]
-    died = died or by_kind.get(Outcome.DIED, [])
-    if died:
-        how = f"was {died[0]['cause']['message']}"
-        return blame(Outcome.DIED, died[0]["rank"], _left_off(histories[died[0]["rank"]], how, histories))
+        return blame_nobody(kind, text) if rank is None else blame(kind, rank, text)
+    died = by_kind.get(Outcome.DIED, [])
+    aborted = [report for report in died if report["cause"]["signal"] == "SIGABRT"]
+    killed = [report for report in died if report["cause"]["signal"] == "SIGKILL"]
+    killed = killed or [report for report in died if report not in aborted]
+    if killed:
+        how = f"was {killed[0]['cause']['message']}"
+        return blame(Outcome.DIED, killed[0]["rank"], _left_off(histories[killed[0]["rank"]], how, histories))
     halted = [report for report in reports.values() if report["cause"].get("stopped")]
     if halted:
         rank = halted[0]["rank"]
         return blame(Outcome.HANG, rank, _left_off(histories[rank], "was stopped (SIGSTOP)", histories))
-    if missing:
-        call = first_call_without(missing[0], histories)
+    if gone := _gone(missing, {rank: node_of(rank) for rank in missing}, len(reports)):
+        call = first_call_without(gone[0], histories)
         which = f", without entering {_describe(call)}" if call else ""
-        return blame(Outcome.GONE, missing[0], f"does not answer: its node or its processes are gone{which}")
+        return blame(Outcome.GONE, gone[0], f"does not answer: {missing[gone[0]].value}{which}")
+    if away := _not_met(reports, missing):
+        places = {node_of(rank) for rank in away}
+        if len(places) == 1:
+            others = f", and so did {_ranks(away[1:])}" if away[1:] else ""
+            kind = Outcome.HANG if away[0] in reports else Outcome.GONE
+            return blame(kind, away[0], f"kept the others waiting in the rendezvous{others}")
+        where = ", ".join(sorted(place or "an unknown node" for place in places))
+        return blame_nobody(Outcome.INFRA, f"{_ranks(away)}, on {where}, kept the others waiting in the rendezvous")
+    if missing:
+        return blame_nobody(Outcome.HANG if Outcome.HANG in by_kind else Outcome.INFRA, _incomplete(missing, by_kind))
+    if aborted:
+        return _aborted(aborted, histories, blame, blame_nobody)
     if Outcome.HANG not in by_kind:
         first = next(iter(by_kind.get(Outcome.INFRA, reports.values())))
-        return blame(Outcome.INFRA, first["rank"], f"ended after step {first['step']}: {first['cause']['message']}")
+        place = f"rank {first['rank']} on {first['node']}"
+        return blame_nobody(Outcome.INFRA, f"{place} ended after step {first['step']}: {first['cause']['message']}")
     return _hang(histories, blame, step)
+
+
+def _gone(missing: Mapping[int, Absence], nodes: Mapping[int, str | None], reports: int) -> list[int]:
+    """The ranks to blame among those without a report, if all of these are on one node and there is no doubt that it is
+    this one that fails. Whoever is cut off from half of the others sees the same as they do.
+    """
+    first = [rank for rank, how in missing.items() if how is Absence.ENDED]
+    if not first and reports > len(missing):
+        first = [rank for rank, how in missing.items() if how is Absence.CUT_OFF]
+    return first if len(set(nodes.values())) == 1 else []
+
+
+def _not_met(reports: dict[int, Report], missing: Mapping[int, Absence]) -> list[int]:
+    """The ranks for which others waited in a rendezvous that failed; none where it failed soon, or all are alike."""
+    if any(report["phase"] != "rendezvous" for report in reports.values()):
+        return []
+    idle = [rank for rank, report in reports.items() if report["silent"] > report["allowed"] / 2]
+    away = [rank for rank in idle if not reports[rank]["arrived"]]
+    if any(report["lasted"] > report["allowed"] / 2 for report in reports.values()):
+        away += [rank for rank, how in missing.items() if how is Absence.NEVER_CAME]
+    if (
+        not away and 0 in reports and 0 not in idle
+    ):  # whoever waits there shows signs of life, unless it cannot reach rank 0
+        away = idle
+    return sorted(away) if len(away) < len(reports) + len(missing) else []
+
+
+def _incomplete(missing: Mapping[int, Absence], by_kind: dict[str, list[Report]]) -> str:
+    """Why nobody is to blame where reports are missing that could tell."""
+    by_text: dict[str, list[int]] = {}
+    for rank, how in sorted(missing.items()):
+        by_text.setdefault(how.value, []).append(rank)
+    reasons = "; ".join(f"{_ranks(ranks)} left no report: {text}" for text, ranks in by_text.items())
+    first = next((by_kind[kind][0] for kind in (Outcome.HANG, Outcome.INFRA, Outcome.DIED) if kind in by_kind), None)
+    seen = f". Rank {first['rank']} on {first['node']}: {first['cause']['message']}" if first else ""
+    return f"evidence is missing, and nobody is to blame for sure: {reasons}{seen}"
+
+
+def _aborted(aborted: list[Report], histories: dict[int, History], blame: Any, blame_nobody: Any) -> Verdict:
+    """Of ranks that ended themselves by SIGABRT, as libraries do also where they lose a peer in a collective."""
+    first = aborted[0]
+    text = _left_off(histories[first["rank"]], f"was {first['cause']['message']}", histories)
+    if len({report["node"] for report in aborted}) == 1 and histories[first["rank"]].inside() is None:
+        return blame(Outcome.DIED, first["rank"], text)
+    place = f"rank {first['rank']} on {first['node']}"
+    return blame_nobody(Outcome.DIED, f"no rank is to blame for sure: {place} {text}, as where a peer is lost")
 
 
 def _hang(histories: dict[int, History], blame: Any, step: int) -> Verdict:
