@@ -8,8 +8,8 @@ from tptrain.models.spec import DecoderSpec
 
 CHECKPOINT_BYTES = 4 * 3  # of a parameter: a float32 master and two moments
 STAGING_BYTES = 256 * 2**20  # of pinned memory, through which a rank's state goes from its GPU to its host
-# A checkpoint of less than CHEAP bytes is written every OFTEN steps. Writing larger ones takes at most SHARE of the time
-# of GPUs that each compute FLOPS a second (0.4 of an H100's peak) and write BANDWIDTH bytes a second.
+# A checkpoint of less than CHEAP bytes is written every OFTEN steps. Writing larger ones takes at most SHARE of the
+# time of GPUs that each compute FLOPS a second (0.4 of an H100's peak) and write BANDWIDTH bytes a second.
 CHEAP, OFTEN = 10e9, 100
 SHARE, FLOPS, BANDWIDTH = 0.01, 4e14, 1e8
 
@@ -35,10 +35,8 @@ def checkpoint_size(spec: DecoderSpec) -> int:
 
 
 def copy_size(config: Config, ranks: int, ranks_of_node: int) -> int:
-    """Bytes that the state takes in a node's memory while it is saved, so many of the run's ranks being there.
-
-    Its GPUs' part of masters and moments, and the pinned memory that these go through.
+    """Bytes that the saving of a GPU run takes in a node's memory: of each rank there its part of the masters and
+    moments, and the pinned memory that they go through.
     """
-    tp = config.parallel.tp
-    parts = ranks if config.parallel.zero else tp
+    parts = ranks if config.parallel.zero else config.parallel.tp
     return ranks_of_node * (checkpoint_size(decoder_spec(config.model)) // parts + STAGING_BYTES)
