@@ -14,6 +14,7 @@ from launch.allocation import SlurmAllocation
 from launch.place import find_place, on_slurm
 from launch.slurm import SlurmError
 from tptrain.config import Config, UserError, read_config
+from tptrain.config.variables import IN_CUDA_RANK, exports
 from tptrain.watch import files
 from tptrain.watch.black_box import BlackBox
 from tptrain.watch.outcome import Outcome
@@ -74,20 +75,14 @@ def supervised(entry: Entry, config: Config, launched: float = 0.0) -> int:
 def _flight_recorder(config: Config, place: Place) -> FlightRecorder:
     """Have NCCL keep PyTorch's flight record, and write it where the other reports of a hang lie."""
     reports = files.folder_of(Path(config.run.dir), place.attempt)
-    record = os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(reports / "nccl-trace-"))
-    pipe = os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", f"/tmp/tptrain-{place.attempt}-")
+    for_record, for_pipe = IN_CUDA_RANK
+    record = os.environ.setdefault(for_record, str(reports / "nccl-trace-"))
+    pipe = os.environ.setdefault(for_pipe, f"/tmp/tptrain-{place.attempt}-")
     return FlightRecorder(Path(f"{record}{place.rank}"), Path(f"{pipe}{place.rank}.pipe"))
 
 
 def shell_lines(config: Config) -> list[str]:
     """The shell lines to run before the trainer: defaults, exported variables, then the user's own set-up."""
-    defaults = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    if config.train.device != "cpu":
-        defaults |= {
-            "PYTORCH_ALLOC_CONF": "${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}",  # against fragmentation
-            # Kernels start in the order of their launch: an all-reduce before the product that is to hide it.
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        }
-    lines = [f"export {name}=${{{name}:-{value}}}" for name, value in defaults.items()]
+    lines = [f"export {name}=${{{name}:-{value}}}" for name, value in exports(config).items()]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in config.cluster.env.items()]
     return lines + list(config.cluster.setup)

@@ -136,14 +136,24 @@ class Follower:
 
     def _alive(self) -> bool:
         """Whether the controller lives; or ranks, where it was killed: each of them then gets a SIGTERM."""
-        if not self.lost_at:
-            if self.controller.is_running() and self.controller.status() != psutil.STATUS_ZOMBIE:
-                return True
-            if not self._running():
-                return False
+        if self.controller.is_running() and self.controller.status() != psutil.STATUS_ZOMBIE:
+            return True
+        orphans = self._orphans()
+        if orphans and not self.lost_at:
             self.lost_at = time.monotonic()
             self._say(f"{self._lost()}: the ranks stop after this step, with a checkpoint")
-        return bool(self._running())
+        return orphans
+
+    def _orphans(self) -> bool:
+        """Whether ranks live on. One that is just starting another program shows no command for an instant."""
+        deadline = time.monotonic() + 1
+        while any(self._result(rank) is None for rank in range(self.ranks)):
+            if self._running():
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return False
 
     def _lost(self) -> str:
         return f"the process that started the ranks (pid {self.job}) was killed"

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from launch.job import Entry, command_time, run_rank, shell_lines
 from launch.run_dir import record_job
 from tptrain.config import Config, UserError
 from tptrain.config.schema import CPUS_OF_GPU
+from tptrain.models.cost import copy_size
 
 
 def prepare(configs: list[Config], base: Path) -> None:
@@ -43,6 +45,8 @@ def prepare(configs: list[Config], base: Path) -> None:
     ask_for_share(configs[0])
     for config in configs[1:]:  # of a sweep, which is one job array
         config.cluster = replace(configs[0].cluster)
+    for config in configs:
+        check_memory(config)
     if line := container.notice(configs, base):
         print(line, file=sys.stderr)
 
@@ -62,6 +66,20 @@ def ask_for_share(config: Config) -> None:
     share = node.cpus * cluster.gpus_per_node // whole // tasks
     cluster.cpus_per_task = cluster.cpus_per_task or max(1, min(max(share, CPUS_OF_GPU), node.cpus // tasks))
     cluster.mem = cluster.mem or f"{node.memory_mb * cluster.gpus_per_node // whole}M"
+
+
+def check_memory(config: Config) -> None:
+    """Raises UserError for a job with GPUs that asks for less of a node's memory than its saves take there."""
+    cluster, tasks = config.cluster, config.cluster.tasks_per_node or 1
+    asked = re.fullmatch(r"([1-9]\d*)([KMGT]?)", (cluster.mem or "").upper())  # 0 is all that a node has
+    if not cluster.gpus_per_node or asked is None:
+        return
+    needed = copy_size(config, cluster.nodes * tasks, tasks)
+    if int(asked[1]) * 1024 ** (" KMGT".index(asked[2] or "M")) < needed:
+        raise UserError(
+            f"cluster.mem={cluster.mem}: saves of {config.model.name} take {needed / 2**30:,.1f} GiB of a node's "
+            f"memory for a copy of the state of its {tasks} ranks. Ask for more, or for more nodes."
+        )
 
 
 def submit(configs: list[Config], base: Path, entry: Entry) -> str:

@@ -2,9 +2,9 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
@@ -14,6 +14,8 @@ from tests.distributed import mesh
 from tests.models import training
 from tptrain.checkpoint import save
 from tptrain.checkpoint.commit import CheckpointError
+from tptrain.checkpoint.host_copy import HostCopy
+from tptrain.checkpoint.layout import flat
 from tptrain.checkpoint.load import load_newest
 from tptrain.config import Config, load_config
 from tptrain.optim.state import MOMENTS
@@ -178,9 +180,9 @@ def test_training_goes_on_while_a_save_is_written(run: Run) -> None:
 def test_the_weights_do_not_change_before_they_are_copied(run: Run) -> None:
     gate, right = threading.Event(), save.Saver._copy
 
-    def slow(saver: save.Saver) -> Any:
+    def slow(saver: save.Saver, stream: None) -> Any:
         assert gate.wait(60)
-        return right(saver)
+        return right(saver, stream)
 
     with patch.object(save.Saver, "_copy", slow):
         run.fill(5)
@@ -193,6 +195,38 @@ def test_the_weights_do_not_change_before_they_are_copied(run: Run) -> None:
         update.join(60)
         run.saver.finish()
     assert run.load() == 5
+
+
+class Pinned(torch.Tensor):
+    """A stand-in for page-locked memory: what is copied into it is there when `arrive` has been called, not before."""
+
+    under_way: ClassVar[list[Callable[[], None]]] = []
+
+    def copy_(self, other: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        assert non_blocking
+        assert not self.under_way, "the part before has been waited for"
+        memory = self.as_subclass(torch.Tensor)
+        self.under_way.append(lambda: (memory.copy_(other), None)[1])
+        return self
+
+    @classmethod
+    def arrive(cls) -> None:
+        cls.under_way.pop()()
+
+
+def test_a_state_reaches_the_host_through_little_pinned_memory(run: Run) -> None:
+    """The buffer is smaller than a block, so each tensor comes in parts; the last one is cut."""
+    pinned = torch.zeros(4 * 100_003, dtype=torch.uint8).as_subclass(Pinned)
+    copy = HostCopy(run.optimizer.state, pinned)
+    assert max(len(tensor) for block in copy.tensors for tensor in block.values()) > 100_003
+    for _ in range(2):
+        for tensor, _ in run.tensors():
+            tensor.normal_()
+        renewed = copy.renew(Pinned.arrive)
+        for block, now in zip(renewed, flat(run.optimizer.state), strict=True):
+            assert list(block) == list(now)
+            assert all((block[kind] == now[kind]).all() for kind in now)
+        assert renewed[0]["model"].data_ptr() == copy.tensors[0]["model"].data_ptr(), "the memory is that of the first"
 
 
 def test_a_save_waits_for_the_one_before(run: Run) -> None:

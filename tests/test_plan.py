@@ -166,10 +166,12 @@ def test_the_report_says_all_of_it_in_plain_lines() -> None:
     lines = report.splitlines()
     assert "8,030.3 M parameters" in lines[0]
     assert "89.75 GiB" in lines[0]
+    # Two are kept, and a third is written.
+    assert "every 100 steps (checkpoint.every), the newest 2 of them kept: up to 269.24 GiB of disk" in lines[1]
     table = [line.split() for line in lines if line[:2].strip().isdigit()]
     assert [row[0] for row in table] == [str(2**i) for i in range(6)] * 2, "each table has a row for each legal tp"
     assert [row[1] for row in table[6:]] == ["16", "8", "4", "2", "1", "-"], "dp is what tp leaves of the 16 ranks"
-    assert table[3][-2] == "17.19"
+    assert table[3][-2:] == ["17.19", f"{89.75 / 16:.2f}"], "the peak, and a sixteenth of the state on the host"
     assert any(line.startswith("parallel.tp=32: does not divide the 16 ranks") for line in lines)
     assert any(line.startswith("a TP group that spans nodes (here: tp > 8)") for line in lines)
     assert "450 GB/s" in report

@@ -10,7 +10,7 @@ from launch import slurm
 from launch.place import interface_towards
 from launch.run_dir import record_job
 from launch.runs import check_not_running
-from launch.submit import ask_for_share
+from launch.submit import ask_for_share, check_memory
 from tptrain.config import UserError, load_config
 from tptrain.records.run_dir import add_event
 
@@ -126,6 +126,28 @@ def test_a_job_with_gpus_asks_for_its_share_of_cores_and_memory(
     config = load_config(["cluster=slurm", f"run.dir={tmp_path / 'run'}", *lines])
     ask_for_share(config)
     assert (config.cluster.cpus_per_task, config.cluster.mem) == (cpus, mem)
+
+
+def test_a_gpu_job_whose_saves_need_more_memory_than_it_asks_for_is_refused(tmp_path: Path) -> None:
+    """A node of a run of one node holds the whole state, 89.8 GiB; and 256 MiB for each rank."""
+    lines = [
+        "cluster=slurm",
+        f"run.dir={tmp_path / 'run'}",
+        "model=llama3_8b",
+        "parallel.tp=8",
+        "cluster.gpus_per_node=8",
+    ]
+    check_memory(load_config([*lines, "cluster.mem=92G"]))
+    check_memory(load_config([*lines, "cluster.mem=0"]))  # all of the node's
+    check_memory(load_config([*lines, "cluster.mem=47G", "cluster.nodes=2"]))
+    check_memory(load_config([*lines[:-1], "cluster.tasks_per_node=8", "cluster.mem=1G"]))  # without GPUs
+    for changes in (
+        ["cluster.mem=91G"],
+        ["cluster.mem=93183M"],
+        ["cluster.mem=91G", "parallel.zero=0", "cluster.nodes=2"],
+    ):
+        with pytest.raises(UserError, match=r"^cluster\.mem=9\d+[GM]: saves of llama3_8b take 91\.7 GiB"):
+            check_memory(load_config([*lines, *changes]))
 
 
 HOSTLISTS = {

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from tptrain.checkpoint.commit import CheckpointError, Commit, body_digest, reason
 from tptrain.checkpoint.files import measure, sync
+from tptrain.checkpoint.host_copy import HostCopy
 from tptrain.checkpoint.index import INDEX
-from tptrain.checkpoint.layout import State, flat, rng_state, training_state
+from tptrain.checkpoint.layout import State, rng_state, training_state
 from tptrain.config import Config, UserError, write_config
 from tptrain.config.load import write_atomically
+from tptrain.models.cost import STAGING_BYTES
 from tptrain.optim.adamw import Optimizer
 from tptrain.parallel.mesh import Mesh
 from tptrain.records.run_dir import COMMIT, committed, step_folder, step_folders, step_of
@@ -35,7 +37,7 @@ class Saver:
         self.folder, self.optimizer, self.config, self.data, self.mesh = folder, optimizer, config, data, mesh
         self.copied = threading.Event()  # not set while the state is copied
         self.copied.set()
-        self.copies: list[dict[str, Tensor]] | None = None  # on the host, for each block; made by the first save
+        self.host_copy: HostCopy | None = None  # made by the first save
         self.thread: threading.Thread | None = None
         self.problem: BaseException | None = None
         self.seconds = 0.0  # the last one took, from the copy to the marker
@@ -82,10 +84,7 @@ class Saver:
             torch.cuda.set_device(self.mesh.device)  # a thread begins with the first GPU, whichever is the rank's
         try:
             try:
-                with torch.cuda.stream(stream):
-                    copies = self._copy()
-                if stream is not None:
-                    stream.synchronize()
+                copies = self._copy(stream)
             finally:
                 self.copied.set()
             state = training_state(self.optimizer.state, copies) | rng
@@ -112,17 +111,13 @@ class Saver:
         except (OSError, UserError) as error:
             print(f"warning: {checkpoint.name} was not exported: {error}", flush=True)
 
-    def _copy(self) -> list[dict[str, Tensor]]:
-        """This rank's state on the host, or on its way there."""
-        if self.copies is None:
-            self.copies = [
-                {kind: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for kind, t in now.items()}
-                for now in flat(self.optimizer.state)
-            ]
-        for copy, now in zip(self.copies, flat(self.optimizer.state), strict=True):
-            for kind, tensor in now.items():
-                copy[kind].copy_(tensor, non_blocking=True)
-        return self.copies
+    def _copy(self, stream: torch.cuda.Stream | None) -> list[dict[str, Tensor]]:
+        """This rank's state on the host."""
+        if self.host_copy is None:
+            pinned = None if stream is None else torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+            self.host_copy = HostCopy(self.optimizer.state, pinned)
+        with torch.cuda.stream(stream):
+            return self.host_copy.renew(stream.synchronize if stream is not None else lambda: None)
 
 
 def write_checkpoint(folder: Path, state: State, commit: Commit, config: Config, mesh: Mesh) -> None:

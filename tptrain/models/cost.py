@@ -35,10 +35,8 @@ def checkpoint_size(spec: DecoderSpec) -> int:
 
 
 def copy_size(config: Config, ranks: int, ranks_of_node: int) -> int:
-    """Bytes that the state takes in a node's memory while it is saved, so many of the run's ranks being there.
-
-    Its GPUs' part of masters and moments, and the pinned memory that these go through.
+    """Bytes that the saving of a GPU run takes in a node's memory: of each rank there its part of the masters and
+    moments, and the pinned memory that they go through.
     """
-    tp = config.parallel.tp
-    parts = ranks if config.parallel.zero else tp
+    parts = ranks if config.parallel.zero else config.parallel.tp
     return ranks_of_node * (checkpoint_size(decoder_spec(config.model)) // parts + STAGING_BYTES)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import sys
 import time
 import traceback
@@ -44,7 +45,7 @@ def run(
 
     from tptrain.checkpoint.commit import CheckpointError
     from tptrain.run.preflight import RendezvousError, ReportedByRank0, check_disk, check_run_dir
-    from tptrain.run.rendezvous import connect_ranks, meet
+    from tptrain.run.rendezvous import connect_ranks, meet, surroundings
     from tptrain.train.loop import Diverged, train
     from tptrain.train.stop import Stop
 
@@ -68,6 +69,8 @@ def run(
             check_run_dir(rendezvous.meeting, rendezvous.reports, config)
             mesh = connect_ranks(config, box, rendezvous)
             if mesh.is_main:
+                for line in surroundings(config, rendezvous, os.environ):
+                    print(line, flush=True)
                 begin = {"event": "start", "attempt": attempt, "time": time.time()}
                 add_event(folder, begin | {"tp": mesh.size("tp"), "dp": mesh.size("dp"), "nodes": rendezvous.nodes})
             agreed = train(config, mesh, Stop(mesh, allocation), rendezvous.ops)

@@ -1,6 +1,8 @@
 """From a process to a rank of a run: it meets the others, they see that they fit together, and connect their mesh."""
 
 import os
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tptrain.config import Config, UserError, check_topology
+from tptrain.config import Config, UserError, check_topology, variables
 from tptrain.models.settings import decoder_spec
 from tptrain.ops.choose import choose
 from tptrain.ops.node_cache import node_cache
@@ -60,7 +62,7 @@ def meet(config: Config, box: BlackBox) -> Rendezvous:
 def connect_ranks(config: Config, box: BlackBox, rendezvous: Rendezvous) -> Mesh:
     """The mesh of ranks that have met. Every rank calls it."""
     meeting, backend = rendezvous.meeting, rendezvous.backend
-    timeout = timedelta(seconds=max(vars(config.watchdog).values()) + 60)  # the watchdog speaks first
+    timeout = timedelta(seconds=timeout_s(config))
     dist.init_process_group(
         backend,
         store=meeting.store,
@@ -80,6 +82,22 @@ def connect_ranks(config: Config, box: BlackBox, rendezvous: Rendezvous) -> Mesh
         sequence_parallel=config.parallel.sequence_parallel,
         timeout=timeout,
     )
+
+
+def timeout_s(config: Config) -> float:
+    """Of a collective, in every process group: the watchdog speaks first."""
+    return max(vars(config.watchdog).values()) + 60
+
+
+def surroundings(config: Config, rendezvous: Rendezvous, environment: Mapping[str, str]) -> list[str]:
+    """Lines that say which variables of those that tptrain or cluster.env sets have which value, and how NCCL runs."""
+    names = [name for name in variables.names(config, rendezvous.device.type) if name in environment]
+    values = [f"{name}={shlex.quote(environment[name])}" for name in names]
+    lines = [f"environment: {' '.join(values)}"] if values else []
+    if rendezvous.backend == "nccl":
+        first = "the tp group's stream has high priority; " if config.parallel.tp > 1 else ""
+        lines.append(f"NCCL: {first}a collective may take {timeout_s(config):,.0f} s in any group")
+    return lines
 
 
 def _backend(config: Config, device: torch.device) -> str:
