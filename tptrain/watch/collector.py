@@ -147,7 +147,9 @@ class Collector:
         await self._release()
 
     def _awaited(self, began: float) -> bool:
-        """Whether a report may still come."""
+        """Whether a report is still needed, and may come: a rank that has told the user why it ends is cause enough."""
+        if any(Outcome(report["cause"]["kind"]).announced for report in self.reports.values()):
+            return False
         now = time.monotonic()
         for rank in range(self.place.world):
             if rank in self.reports:
