@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 
+from launch.local import Follower, supervisors
+from launch.run_dir import record_job
 from tests.commands import (
     finish,
     losses,
@@ -28,6 +31,7 @@ from tests.commands import (
 from tests.corpus import overrides
 from tests.wandb_files import wandb_rows
 from tptrain.checkpoint.commit import damage, read_commit
+from tptrain.config import load_config
 from tptrain.records.run_dir import COMMIT, committed, step_of
 from tptrain.train.metrics import read_rows
 
@@ -211,6 +215,41 @@ def test_ranks_whose_controller_is_killed_stop_as_on_a_sigterm(finished: Path, m
         assert step_of(run_dir / "checkpoints" / newest) == len(losses(run_dir))
     else:
         assert "before the first step: nothing was trained" in output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_supervisor_killed_in_start_up_is_named(finished: Path, rank: int) -> None:
+    run_dir = finished / f"start-up-{rank}"
+    launch = start_launch(*launch_lines(finished, "train.steps=5000", name=run_dir.name))
+
+    def connected() -> bool:
+        """To the supervisor of rank 0, both of them."""
+        ends = [psutil.Process(each.pid).net_connections("tcp") for each in ranks_of(launch)]
+        return len(ends) == 2 and all(any(end.status == "ESTABLISHED" for end in each) for each in ends)
+
+    wait_until(connected, "connections", launch)
+    ranks_of(launch)[rank].kill()
+    output = finish(launch)
+    assert launch.returncode == 1
+    assert re.search(rf"(verdict|error): rank {rank} on \S+ does not answer: its processes are gone", output), output
+    assert f"rank {1 - rank} " not in output
+
+
+def test_of_ranks_that_were_killed_the_one_that_ended_before_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A supervisor that was killed before it could connect: the launcher ends the others, and nobody left a report."""
+    sleep = f"{sys.executable} -c 'import time; time.sleep(60)' submitit.core._submit"
+    controller = subprocess.Popen(["bash", "-c", f"SUBMITIT_LOCAL_GLOBALID=0 SUBMITIT_LOCAL_JOB_ID=$$ {sleep} & wait"])
+    config = load_config([*launch_lines(tmp_path), "cluster.tasks_per_node=2"])
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    record_job(tmp_path / "run", attempt="local.1-0")
+    follower = Follower(config, Mock(job_id=str(controller.pid)), [])
+    wait_until(lambda: len(supervisors(follower.job)) == 1, "rank 0")
+    follower._kill()
+    assert controller.wait(60) is not None
+    assert follower.follow() == 1
+    assert "error: rank 1 was killed or crashed" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("harm", ["truncated", "bit-flipped", "no marker"])

@@ -89,11 +89,15 @@ class Supervisor:
         if self.flight_recorder is not None:
             with contextlib.suppress(OSError):
                 self.flight_recorder.pipe.unlink(missing_ok=True)  # NCCL makes it and leaves it
+        self.conclude(cause)
+        return code
+
+    def conclude(self, cause: dict[str, Any]) -> None:
+        """Report how this rank ended, and wait for the verdict."""
         report = self._report_of(cause)
         self.reporter.report(pack(report))  # before the files: they may lie on the disk that is full or gone
-        self._write(report, cause.pop("stacks", ""))
+        self._write(report, cause.get("stacks", ""))
         self._await_verdict(Outcome(cause["kind"]))
-        return code
 
     def _be_trainer(self, trainer: Trainer, parent: int) -> None:
         """In the child: does not return."""
