@@ -34,7 +34,7 @@ without a job:
 
 overrides are Hydra's:
   python -m tptrain launch model=hf model.path=Qwen/Qwen3-8B parallel.tp=4 data=files 'data.files=[corpus/*.jsonl]'
-  python -m tptrain launch model=llama3_8b parallel.tp=8 train=pretrain cluster=slurm cluster.gpus_per_node=8
+  python -m tptrain plan model=llama3_8b train=pretrain cluster.nodes=2 cluster.tasks_per_node=8
   torchrun --nproc-per-node 2 -m tptrain train parallel.tp=2 run.name=mine
 
 `launch` again with the same run.name or run.dir resumes the run. RUN is a run's name below runs/, or its directory.
