@@ -183,14 +183,14 @@ def test_config_shows_a_large_model_without_data_and_a_refusal_needs_no_torch() 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_writing_checkpoints_takes_3_hundredths_of_the_time(model: str) -> None:
-    """Of GPUs of 400 TFLOP/s that each write 100 MB/s; to the next hundred of steps, and never more often than that."""
+    """Of GPUs of 400 TFLOP/s that each write 100 MB/s; to the next hundred of steps, and a thousand at most."""
     for changes in ([], ["train.global_batch_size=128", "parallel.tp=4", "cluster.nodes=8", "cluster.gpus_per_node=8"]):
         config = load_config([f"model={model}", *changes, "run.name=x"])
         spec, train, size = decoder_spec(config.model), config.train, 12e6 * MODELS[model]
         assert checkpoint_size(spec) == pytest.approx(size, rel=0.01)
         step_s = spec.flops_per_token(train.seq_len) * train.global_batch_size * train.seq_len / 400e12
         least = size / 100e6 / step_s / 0.03
-        expected = 100 if size < 10e9 else 100 * math.ceil(least / 100)
+        expected = 100 if size < 10e9 else min(1000, 100 * math.ceil(least / 100))
         assert checkpoint_every(config) == expected
         alone = load_config([f"model={model}", *changes[:1], "run.name=x"])
         assert checkpoint_every(alone) == expected, "ranks have no say"

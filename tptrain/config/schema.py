@@ -146,7 +146,7 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    # Steps between checkpoints; 0: only the last step's; None: 100, or more where one costs much (models/cost.py)
+    # Steps between checkpoints; 0: only the last step's; None: 100 to 1,000, by what one costs (models/cost.py)
     every: int | None = number(None, least=0)
     keep: int = size(2)  # newest committed checkpoints left on disk
     # Write a Hugging Face directory below exports/ too: with the last step's checkpoint, or with every one

@@ -9,8 +9,9 @@ from tptrain.models.spec import DecoderSpec
 CHECKPOINT_BYTES = 4 * 3  # of a parameter: a float32 master and two moments
 STAGING_BYTES = 256 * 2**20  # of pinned memory, through which a rank's state goes from its GPU to its host
 # A checkpoint of less than CHEAP bytes is written every OFTEN steps. Writing larger ones takes at most SHARE of the
-# time of GPUs that each compute FLOPS a second (0.4 of an H100's peak) and write BANDWIDTH bytes a second.
-CHEAP, OFTEN = 10e9, 100
+# time of GPUs that each compute FLOPS a second (0.4 of an H100's peak) and write BANDWIDTH bytes a second; but no more
+# than SELDOM steps are at stake, for small steps take longer than their FLOPs.
+CHEAP, OFTEN, SELDOM = 10e9, 100, 1000
 SHARE, FLOPS, BANDWIDTH = 0.03, 4e14, 1e8
 
 
@@ -26,7 +27,7 @@ def checkpoint_every(config: Config) -> int:
     if size < CHEAP:
         return OFTEN
     step_s = spec.flops_per_token(train.seq_len) * train.global_batch_size * train.seq_len / FLOPS
-    return OFTEN * math.ceil(size / BANDWIDTH / (SHARE * step_s) / OFTEN)
+    return min(SELDOM, OFTEN * math.ceil(size / BANDWIDTH / (SHARE * step_s) / OFTEN))
 
 
 def checkpoint_size(spec: DecoderSpec) -> int:
