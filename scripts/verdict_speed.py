@@ -125,7 +125,8 @@ def measure(world: int, made_before: bool) -> None:
 
 
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}")
     for size in [int(word) for word in sys.argv[1:]] or [128, 1024]:
         for before in (True, False):
