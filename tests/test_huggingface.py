@@ -302,7 +302,7 @@ def test_a_full_disk_leaves_no_half_of_a_copy(model: Path, tmp_path: Path, monke
     full.clear()
     (tmp_path / "run" / ".model").mkdir()  # as where a launch was killed within the copy
     claim(_config(model, tmp_path / "run"))
-    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["config.yaml", "logs", "model"]
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == [".secret", "config.yaml", "logs", "model"]
 
 
 @pytest.mark.parametrize(
