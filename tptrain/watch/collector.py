@@ -50,7 +50,7 @@ class Collector:
         ports = wire.ports_of(self.place.attempt) if self.place.rank == 0 else [0]
         for port in ports:
             try:
-                self.server = await asyncio.start_server(self._serve, host, port, backlog=4096)
+                self.server = await asyncio.start_server(self._take_connection, host, port, backlog=4096)
             except OSError:
                 if port == ports[-1]:
                     raise
@@ -67,6 +67,11 @@ class Collector:
         """What a rank is told when it connects and whenever this changes."""
         progress = {"failed": self.failed, "released": self.released}
         return {"node": self.place.node, "stand_in": self.stand_in} | progress
+
+    async def _take_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """The end of the loop cancels it, of which Python 3.11 would print a traceback."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._serve(reader, writer)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One rank's connection, from its first message to its end."""
