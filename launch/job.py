@@ -1,6 +1,5 @@
 """What runs on a node: one rank, under its supervisor."""
 
-import ctypes
 import os
 import shlex
 import signal
@@ -19,7 +18,7 @@ from tptrain.watch import files
 from tptrain.watch.black_box import BlackBox
 from tptrain.watch.outcome import Outcome
 from tptrain.watch.place import Allocation, FlightRecorder, Place
-from tptrain.watch.supervisor import Supervisor
+from tptrain.watch.supervisor import Supervisor, end_with
 
 # Trains as one rank: config, black box, allocation (on Slurm), the attempt's name; returns the exit code.
 Entry = Callable[[Config, BlackBox, Allocation | None, str], int]
@@ -40,8 +39,8 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None], launc
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    if "SUBMITIT_LOCAL_JOB_ID" in os.environ:
-        end_with(int(os.environ["SUBMITIT_LOCAL_JOB_ID"]))
+    if "SUBMITIT_LOCAL_JOB_ID" in os.environ:  # the pid of submitit's controller, which has started this process
+        end_with(int(os.environ["SUBMITIT_LOCAL_JOB_ID"]), signal.SIGTERM)
     try:
         code = supervised(entry, read_config(Path(run_dir) / "config.yaml"), launched=launched)
     except UserError as error:
@@ -50,17 +49,6 @@ def run_rank(entry: Entry, run_dir: str, variables: dict[str, str | None], launc
     if code and os.environ.get("SUBMITIT_EXECUTOR") != "local":
         sys.exit(code)
     return code
-
-
-def end_with(controller: int) -> None:
-    """Have this process get a SIGTERM when submitit's controller, its parent, ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    try:
-        alive = psutil.Process(controller).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        alive = False
-    if not alive:  # it ended before
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def supervised(entry: Entry, config: Config, launched: float = 0.0) -> int:

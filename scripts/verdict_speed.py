@@ -50,7 +50,7 @@ def fill(box: BlackBox, rank: int, world: int) -> None:
     box.touch("step")
 
 
-def node(index: int, world: int, run_dir: Path, made_before: bool, ready: Any, go: Any, results: Any) -> None:
+def node(index: int, world: int, run_dir: Path, reports_ready: bool, ready: Any, go: Any, results: Any) -> None:
     """The ranks of a node."""
     config = Config()
     config.run.dir = str(run_dir)
@@ -73,7 +73,7 @@ def node(index: int, world: int, run_dir: Path, made_before: bool, ready: Any, g
         rank = supervisor.place.rank
         while rank != HUNG and not supervisor.reporter.failed:
             time.sleep(0.1)
-        if made_before:
+        if reports_ready:
             supervisor.reporter.report(packed[rank])
             while not supervisor.reporter.released:
                 time.sleep(0.1)
@@ -94,13 +94,13 @@ def cause(supervisor: Supervisor) -> dict[str, Any]:
     return {"kind": "hang" if hung else "waiting", "message": text}
 
 
-def measure(world: int, made_before: bool) -> None:
+def measure(world: int, reports_ready: bool) -> None:
     count = world // TP
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
         wire.make_secret(run_dir)
         ready, go, results = FORK.Semaphore(0), FORK.Event(), FORK.Queue()
-        shared = world, run_dir, made_before, ready, go, results
+        shared = world, run_dir, reports_ready, ready, go, results
         nodes = [FORK.Process(target=node, args=(index, *shared)) for index in range(count)]
         for process in nodes:
             process.start()
@@ -117,7 +117,7 @@ def measure(world: int, made_before: bool) -> None:
         assert judged.rank == HUNG, judged.text
     cpus = [cpu for _, _, cpu in rows]
     print(
-        f"{world:5d} ranks, reports made {'before' if made_before else 'on the failure'}: a verdict in "
+        f"{world:5d} ranks, reports made {'before' if reports_ready else 'on the failure'}: a verdict in "
         f"{seconds:.1f} s, "
         f"CPU of rank 0's node {cpus[0]:.2f} s, of the others {median(cpus[1:]):.2f} s, at most {max(cpus[1:]):.2f} s",
         flush=True,

@@ -96,8 +96,6 @@ class Collector:
                 await self._take((await link.receive())["report"])
         except wire.LOST as error:
             how = Absence.ENDED if wire.ended_well(error) else Absence.CUT_OFF
-        except asyncio.CancelledError:  # with the loop; asyncio would log it as an error
-            pass
         finally:
             link.close()
             if self.links.get(rank) is link:

@@ -13,9 +13,7 @@ class Place:
     job: str  # who started it: the same for all attempts of a requeued job
     restart: int  # how often the job was restarted before
     address: str = "127.0.0.1"  # of the node of rank 0
-    stand_in: int = (
-        1  # the rank whose supervisor collects reports where rank 0's is gone: on another node, if there is one
-    )
+    stand_in: int = 1  # the rank whose supervisor collects reports where rank 0's is gone: on another node if it can be
     nodes: tuple[str, ...] = ()  # of each rank, where the scheduler tells
 
     @property

@@ -33,9 +33,7 @@ from tptrain.watch.verdict import Absence, Report
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STACKS = signal.SIGRTMIN + 3  # asks a trainer for the Python stacks of its threads
 TICK_S = 0.1
-GATHER_S = (
-    6  # for a connection to the other supervisors, or else for the files of their reports, once a rank has failed
-)
+GATHER_S = 6  # once a rank has failed: for a connection to the other supervisors, else for the files of their reports
 JUDGE_S = 90  # for the verdict, as long as there is a connection
 CLOCK_SKEW_S = 60  # between nodes; what is older than this process is another run's
 APART_S = 5  # the starts of the ranks of one node, whose clock is one
@@ -103,9 +101,7 @@ class Supervisor:
         """In the child: does not return."""
         code = 1
         try:
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no trainer outlives its supervisor
-            if os.getppid() != parent:
-                os._exit(1)
+            end_with(parent, signal.SIGKILL)  # no trainer outlives its supervisor
             self.box.counts_signals = False
             faulthandler.register(STACKS, file=self.stacks, all_threads=True)
             code = trainer(self.box)
@@ -331,6 +327,13 @@ class Supervisor:
 
     def _name(self) -> str:
         return f"[rank {self.place.rank}] " if self.place.rank else ""
+
+
+def end_with(parent: int, number: int) -> None:
+    """Have this process get a signal when its parent ends, or at once where that has ended."""
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 def _innermost(stacks: str) -> str:

@@ -135,10 +135,8 @@ def _not_met(reports: dict[int, Report], missing: Mapping[int, Absence]) -> list
     away = [rank for rank in idle if not reports[rank]["arrived"]]
     if any(report["lasted"] > report["allowed"] / 2 for report in reports.values()):
         away += [rank for rank, how in missing.items() if how is Absence.NEVER_CAME]
-    if (
-        not away and 0 in reports and 0 not in idle
-    ):  # whoever waits there shows signs of life, unless it cannot reach rank 0
-        away = idle
+    if not away and 0 in reports and 0 not in idle:
+        away = idle  # whoever waits there shows signs of life, unless it cannot reach rank 0
     return sorted(away) if len(away) < len(reports) + len(missing) else []
 
 
