@@ -48,13 +48,10 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"),
         **{key: cluster.env[key] for key in ("MASTER_PORT", "CUDA_VISIBLE_DEVICES") if key in cluster.env},
     }
-    # Children inherit both: a SIGTERM that comes while a rank starts waits until its supervisor listens.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the children inherit
     try:
         job = executor.submit(run_rank, entry, str(run_dir), variables, command_time())
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, before)
     record_job(run_dir, kind="local", id=job.job_id, logs=str(run_dir / "logs" / job.job_id), attempt=f"{name}-0")
     return job
@@ -62,10 +59,11 @@ def submit(config: Config, entry: Entry) -> submitit.Job[int]:
 
 def _python(config: Config) -> str:
     """The command that starts a rank's Python: the shell lines run first, in the same process."""
+    python = f"{shlex.quote(sys.executable)} -u -m launch.local_rank"
     lines = shell_lines(config)
     if not lines:
-        return shlex.quote(sys.executable)
-    script = "\n".join(["set -e", *lines, f'exec {shlex.quote(sys.executable)} "$@"'])
+        return python
+    script = "\n".join(["set -e", *lines, f'exec {python} "$@"'])
     return f"bash -c {shlex.quote(script)} bash"
 
 

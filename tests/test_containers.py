@@ -298,7 +298,7 @@ def test_ranks_without_slurms_commands_stop_and_go_on(
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
         pytest.skip("no mount namespaces here")
     folder, run = tmp_path_factory.mktemp("image"), tmp_path / "run"
-    lines = [*overrides(tmp_path), "train.steps=60", "train.seq_len=64", "checkpoint.every=0", "parallel.tp=2"]
+    lines = [*overrides(tmp_path), "train.steps=200", "train.seq_len=64", "checkpoint.every=0", "parallel.tp=2"]
     lines += ["cluster=slurm", "cluster.tasks_per_node=2", "cluster.srun.container-image=pretended"]
     lines += [f"data.cache_dir={folder}/packed"]  # to be mounted, and not there yet
     lines += [f"cluster.python='unshare --mount {sys.executable} -I {folder}/enter.py'"]
@@ -315,7 +315,7 @@ def test_ranks_without_slurms_commands_stop_and_go_on(
     assert log.count("of Slurm inside: []") == 2
     stopped, done = [event for event in events(run) if event["event"] == "end"]
     assert (stopped["kind"], stopped["requeued"], done["kind"]) == ("stopped", True, "done")
-    assert 5 <= stopped["step"] < 60
+    assert 5 <= stopped["step"] < 200
     assert stopped["checkpoint"] == f"step-{stopped['step']:08d}"
-    assert len(losses(run)) == 60
-    assert [path.name for path in committed(run / "checkpoints")][-1] == "step-00000060"
+    assert len(losses(run)) == 200
+    assert [path.name for path in committed(run / "checkpoints")][-1] == "step-00000200"

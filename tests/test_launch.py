@@ -217,6 +217,28 @@ def test_ranks_whose_controller_is_killed_stop_as_on_a_sigterm(finished: Path, m
         assert "before the first step: nothing was trained" in output
 
 
+@pytest.mark.parametrize("moment", ["training", "start-up"])
+def test_a_sigterm_to_the_controller_reaches_the_ranks(finished: Path, moment: str) -> None:
+    run_dir = finished / f"passed-on-{moment}"
+    launch = start_launch(*launch_lines(finished, "train.steps=5000", name=run_dir.name))
+    if moment == "training":
+        wait_until(lambda: rows_in(run_dir) >= 3, "three steps", launch)
+    else:
+        wait_until(lambda: len(supervisors := ranks_of(launch)) == 2 and all(map(defers_sigterm, supervisors)), "ranks")
+    (controller,) = psutil.Process(launch.pid).children()
+    controller.terminate()
+    output = finish(launch)
+    assert launch.returncode == (0 if moment == "training" else 1), output
+    assert ("saved; launch again" if moment == "training" else "before the first step: nothing was trained") in output
+    assert "killed" not in output
+
+
+def defers_sigterm(process: psutil.Process) -> bool:
+    """Whether the process blocks or handles it."""
+    masks = re.findall(r"Sig(?:Blk|Cgt):\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_supervisor_killed_in_start_up_is_named(finished: Path, rank: int) -> None:
     run_dir = finished / f"start-up-{rank}"

@@ -382,9 +382,7 @@ def test_preflight_finds_each_fault_in_one_message(folder: Path, tmp_path: Path,
     nodes = ["-N2", "--ntasks-per-node=1"] if before == ["-N2"] else ["-N1"]
     prefix = [] if before == ["-N2"] else before
     script = f"{shell.replace('OTHER', str(tmp_path))}\nexec {command}"
-    began = time.monotonic()
     done = run(*prefix, "srun", "-K1", *nodes, "-n2", "bash", "-c", script)
-    assert time.monotonic() - began < 20
     assert done.returncode != 0
     errors = [
         line for line in done.stdout.splitlines() if "error: " in line and not line.startswith(("srun", "slurmst"))
