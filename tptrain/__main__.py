@@ -11,35 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tptrain.config.command_line import HELP, parser
+
 if TYPE_CHECKING:
     from tptrain.config import Config
-
-HELP = """\
-Tensor-parallel training of transformer language models on Slurm clusters.
-
-  python -m tptrain VERB [arguments]        python -m tptrain VERB --help
-
-runs:
-  launch [-m] [key=value ...]   check the config, submit the run to this machine or to Slurm; -m: a sweep, a=1,2 b=3,4
-  status [RUN ...]              how runs stand: job, state, step, loss, tokens/s, restarts, last checkpoint
-  logs RUN [-f] [--rank N]      what a rank of the run's last job printed; -f follows it
-  cancel RUN                    stop a run for good, with a checkpoint
-without a job:
-  config [key=value ...]        print the resolved, checked config
-  plan [key=value ...]          legal TP degrees, memory a rank, traffic and operations of a step; needs no GPU
-  train [key=value ...]         run one rank here, under torchrun, under srun, or alone
-  eval [RUN] [key=value ...]    perplexity on data=..., of a run, a checkpoint or model=hf; alone, under torchrun, srun
-  import DIR OUT [key=value ...]  a Hugging Face directory as a checkpoint; alone, under torchrun, srun
-  export RUN OUT                a run's newest checkpoint, or a checkpoint, as a Hugging Face directory
-
-overrides are Hydra's:
-  python -m tptrain launch model=hf model.path=Qwen/Qwen3-8B parallel.tp=4 data=files 'data.files=[corpus/*.jsonl]'
-  python -m tptrain launch model=hf model.path=DIR parallel.tp=8 data=hub data.name=NAME cluster=slurm
-  torchrun --nproc-per-node 2 -m tptrain train parallel.tp=2 run.name=mine
-
-`launch` again with the same run.name or run.dir resumes the run. RUN is a run's name below runs/, or its directory.
-exit codes: 0 done, 2 a mistake in what was asked for, 1 anything else
-"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         "plan": show_plan,
         "train": train,
         "eval": evaluate,
+        "verify": verify,
         "import": import_model,
         "export": export_model,
     }
@@ -62,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given[0] not in verbs:
         print(f"error: {given[0]}: no such verb. Known: {', '.join(verbs)}.", file=sys.stderr)
         return 2
-    options = _parser(given[0]).parse_intermixed_args(given[1:])
+    options = parser(given[0]).parse_intermixed_args(given[1:])
     from tptrain.config import UserError
 
     try:
@@ -79,35 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1
-
-
-def _parser(verb: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m tptrain {verb}", epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    if verb in ("logs", "cancel"):
-        parser.add_argument("run", metavar="RUN")
-    elif verb == "export":
-        parser.add_argument("run", metavar="RUN", help="or a checkpoint's directory")
-        parser.add_argument("out", metavar="OUT", help="a directory that does not exist yet")
-    elif verb == "status":
-        parser.add_argument("runs", nargs="*", metavar="RUN", help="default: all below runs/")
-    elif verb == "import":
-        parser.add_argument("model", metavar="DIR", help="a Hugging Face directory, or a name of the hub")
-        parser.add_argument("out", metavar="OUT", help="a directory that does not exist yet")
-        parser.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="parallel.tp=N, as many ranks as there are"
-        )
-    else:
-        parser.add_argument("overrides", nargs="*", metavar="key=value")
-    if verb == "launch":
-        parser.add_argument(
-            "-m", "--multirun", action="store_true", help="one run for every combination of a=1,2 b=3,4"
-        )
-    if verb == "logs":
-        parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until the job ends")
-        parser.add_argument("--rank", type=int, default=0, help="default: 0, the one that tells progress")
-    return parser
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -288,6 +235,15 @@ def evaluate(options: argparse.Namespace) -> int:
     if is_main:
         print(json.dumps({"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}))
     return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    from launch.verify import verify
+    from tptrain.config import load_config, validate
+
+    config = load_config(options.overrides)
+    validate(config)
+    return verify(config)
 
 
 def import_model(options: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -76,14 +76,22 @@ class _Part:
         return reader.read(self.entry, self.rows, self.columns)
 
 
-def load_pretrained(config: ModelConfig, model: Decoder, fill: Fill, alive: Callable[[], None] = lambda: None) -> str:
+def load_pretrained(
+    config: ModelConfig,
+    model: Decoder,
+    fill: Fill,
+    alive: Callable[[], None] = lambda: None,
+    source: Callable[[str], str] = lambda name: name,
+) -> str:
     """Read this rank's slices of a directory's weights into `fill`, and return a digest of all weights.
 
     Every rank calls it; it reads its own slices and nothing else, some at a time. The digest does not depend on the
-    topology. Raises UserError for a directory that has not what the model needs.
+    topology. `source`: the directory's name of a parameter, where the model is a part of it with names of its own.
+    Raises UserError for a directory that has not what the model needs.
     """
-    entries, where, spec, mesh = tensors(config), keys(config), model.spec, model.mesh
+    entries, known, spec, mesh = tensors(config), keys(config), model.spec, model.mesh
     ours = {name: p.sharding.shape for name, p in parameters(model)}
+    where = {name: replace(known[source(name)], ours=name) for name in ours}
     for theirs, group in by_tensor(where.values()).items():
         if entries[theirs].shape != (shape := their_shape(group, ours, spec)):
             actual, expected = list(entries[theirs].shape), list(shape)

@@ -201,6 +201,15 @@ class ClusterConfig:
 
 
 @dataclass
+class VerifyConfig:
+    """What `verify` runs: a few of the model's layers, at their real widths unless these say otherwise."""
+
+    width: int | None = number(None, least=16)  # hidden size; heads and FFN shrink with it
+    vocab: int | None = number(None, least=16)  # entries of the vocabulary
+    weights: str = choice("auto", "auto", "model", "random")  # auto: the model's own where it has some
+
+
+@dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig, metadata=MAY_CHANGE)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -213,6 +222,7 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig, metadata=MAY_CHANGE)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig, metadata=MAY_CHANGE)
     cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata=MAY_CHANGE)
+    verify: VerifyConfig = field(default_factory=VerifyConfig, metadata=MAY_CHANGE)
 
 
 MODEL_FILES = "model"  # below a run directory: the files of a Hugging Face directory, without the weights

@@ -28,7 +28,7 @@ class _Graph:
 
 
 @dataclass
-class _MicroBatch:
+class MicroBatch:
     """One that is under way."""
 
     context: Context
@@ -69,14 +69,14 @@ class Runner:
 
     def run(self, actions: Sequence[Action], batch: Batch, scale: float) -> Tensor:
         """Add the gradients of `scale` times the micro-batches' summed cross entropy; returns that, a scalar."""
-        under_way: dict[int, _MicroBatch] = {}
+        under_way: dict[int, MicroBatch] = {}
         total = torch.zeros((), device=self.model.mesh.device)
         for action in actions:
             match action:
                 case Forward(number, segment):
                     if segment == 0:
                         tokens, targets = batch(number)
-                        under_way[number] = _MicroBatch(self.model.context(tokens), targets, Stream(tokens))
+                        under_way[number] = MicroBatch(self.model.context(tokens), targets, Stream(tokens))
                     self._forward(under_way[number], segment)
                 case Loss(number):
                     total += self._loss(under_way[number], scale)
@@ -90,7 +90,7 @@ class Runner:
         assert not under_way, "a schedule that ends before its last backward pass"
         return total
 
-    def _forward(self, micro: _MicroBatch, segment: int) -> None:
+    def _forward(self, micro: MicroBatch, segment: int) -> None:
         if segment < self.lowest:
             with torch.no_grad():
                 micro.stream = self.segments[segment].forward(micro.stream, micro.context)
@@ -101,7 +101,7 @@ class Runner:
         else:
             micro.graphs[segment], micro.stream = self._graph(micro, segment, micro.stream)
 
-    def _graph(self, micro: _MicroBatch, segment: int, inputs: Stream) -> tuple[_Graph, Stream]:
+    def _graph(self, micro: MicroBatch, segment: int, inputs: Stream) -> tuple[_Graph, Stream]:
         """Run a segment with autograd; what comes out is cut from its graph."""
         entry: list[Tensor] = []
         if segment > self.lowest:
@@ -112,13 +112,13 @@ class Runner:
         x, *ys = (tensor.detach() for tensor in _tensors(outputs))
         return _Graph(edges, entry), Stream(x, _carried(outputs.branch, ys[0]) if ys else None)
 
-    def _loss(self, micro: _MicroBatch, scale: float) -> Tensor:
+    def _loss(self, micro: MicroBatch, scale: float) -> Tensor:
         needs_gradient = self.lowest < len(self.segments)
         loss, grad = self.loss.backward(micro.stream.x, micro.targets, scale, needs_gradient)
         micro.gradients, micro.stream = [grad], Stream(micro.stream.x.new_empty(0))
         return loss
 
-    def _backward(self, micro: _MicroBatch, segment: int) -> None:
+    def _backward(self, micro: MicroBatch, segment: int) -> None:
         if segment < self.lowest:
             return
         graph = micro.graphs.pop(segment)

@@ -1,0 +1,191 @@
+"""`verify` on this machine: one rank computes the reference, then all ranks compute the same and compare."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from launch.place import free_port
+from tptrain.config import Config, UserError, write_config
+from tptrain.models.check import check_tp, checked_spec
+from tptrain.models.cut import BATCHES, LENGTH, SEQUENCES, Cut, cut
+from tptrain.models.directory import tensors
+from tptrain.models.spec import DecoderSpec
+from tptrain.records.verification import CARD, VERIFICATION, Verification
+
+PROCESS_BYTES = 0.4e9  # of a rank: Python and torch
+GIB = 2.0**30
+
+
+def prepare(config: Config) -> tuple[Config, Cut, int]:
+    """The config of the ranks, the model that they run, and how many they are. Raises UserError."""
+    spec, tp, options, cluster = checked_spec(config.model), config.parallel.tp, config.verify, config.cluster
+    world = cluster.nodes * (cluster.tasks_per_node or tp)
+    if world % tp:
+        raise UserError(f"parallel.tp={tp}: does not divide the {world} ranks. Leave out cluster.tasks_per_node.")
+    if options.width is not None and options.width > spec.hidden_size:
+        raise UserError(f"verify.width={options.width}: more than the model's {spec.hidden_size}. Leave it out.")
+    check_tp(spec, tp)
+    smaller = cut(spec, tp, options.width, options.vocab)
+    check_tp(smaller.spec, tp)
+    shrunk = options.width is not None or options.vocab is not None
+    if options.weights == "model" and (shrunk or config.model.path is None):
+        why = "verify.width and verify.vocab shrink it" if config.model.path else "only model=hf has weights"
+        raise UserError(f"verify.weights=model: {why}. Use verify.weights=random.")
+    own = config.model.path is not None and not shrunk and options.weights != "random"
+    if own:
+        tensors(config.model)
+    train = replace(
+        config.train,
+        seq_len=LENGTH,
+        global_batch_size=SEQUENCES * BATCHES * (world // tp),
+        micro_batch_size=SEQUENCES,
+    )
+    verify = replace(options, weights="model" if own else "random")
+    return replace(config, train=train, verify=verify), smaller, world
+
+
+def verify(config: Config) -> int:
+    """Say what it takes, run it, show and write what comes out. Returns the exit code."""
+    config, smaller, world = prepare(config)
+    folder = Path(config.run.dir)
+    facts = _facts(config, smaller, world)
+    for name in ("model", "topology"):
+        print(f"{name}: {facts[name]}", flush=True)
+    _check_memory(config, smaller.spec, world)
+    scratch = folder / ".verify"
+    _make(scratch)
+    try:
+        write_config(config, scratch / "config.yaml")
+        began = time.monotonic()
+        code = _run(scratch, "reference", 1, world) or _run(scratch, "ranks", world, world)
+        if code:
+            return code
+        result = json.loads((scratch / "result.json").read_text())
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    facts |= {name: result[name] for name in ("device", "torch", "kernels")} | {"time": time.time()}
+    verification = Verification(facts, result["items"])
+    verification.write(folder)
+    _show(verification)
+    print(f"{verification.verdict} ({time.monotonic() - began:.0f} s)\n{folder / VERIFICATION}\n{folder / CARD}")
+    return 1 if verification.wrong else 0
+
+
+def _facts(config: Config, smaller: Cut, world: int) -> dict[str, object]:
+    """What is verified, in words."""
+    spec, whole, parallel = smaller.spec, checked_spec(config.model), config.parallel
+
+    def size(name: str, ours: int, theirs: int) -> str:
+        return f"{name} {ours}" if ours == theirs else f"{name} {ours} for {theirs}"
+
+    layers = ", ".join(map(str, smaller.layers))
+    kinds = "all of one kind" if smaller.kinds == 1 else f"one of each of its {smaller.kinds} kinds"
+    widths = size("width", spec.hidden_size, whole.hidden_size)
+    vocabulary = size("vocabulary", spec.vocab_size, whole.vocab_size)
+    axes = [f"tp={parallel.tp}", f"dp={world // parallel.tp}"]
+    axes += [name for name in ("sequence_parallel", "overlap") if getattr(parallel, name)]
+    axes += [f"zero={parallel.zero}"] if world > parallel.tp else []
+    axes += [] if config.train.recompute == "none" else [f"recompute={config.train.recompute}"]
+    return {
+        "model": f"{config.model.name}: layers {layers} of its {len(whole.layers)}, {kinds}; {widths}, {vocabulary}",
+        "weights": "the model's own" if config.verify.weights == "model" else "random, every parameter drawn",
+        "topology": " ".join(axes),
+        "precision": config.train.precision,
+        "batch": f"{config.train.global_batch_size} sequences of {LENGTH} tokens in {BATCHES} micro-batches a rank",
+    }
+
+
+def _make(scratch: Path) -> None:
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"run.dir={scratch.parent}: cannot be made ({error.strerror}). Choose another.") from error
+
+
+def _check_memory(config: Config, spec: DecoderSpec, world: int) -> None:
+    """Say how much memory and disk it takes. Raises UserError where this machine's CPUs have less."""
+    count = spec.matrix_parameters
+    tokens = config.train.global_batch_size * LENGTH
+    state = 16 if config.train.precision == "fp32" else 18  # weights, gradients, moments, masters
+    logits = 4 * tokens * spec.vocab_size * 3
+    one = PROCESS_BYTES + (state + 4) * count + logits
+    copies, shares = world // config.parallel.tp, config.parallel.tp
+    each = PROCESS_BYTES + (state + 4) * count / shares + logits / world
+    together = each * copies * shares
+    files = 12 * count + 2 * logits
+    print(
+        f"memory: about {one / GIB:.1f} GiB for the reference, then {together / GIB:.1f} GiB for {world} ranks; "
+        f"{files / GIB:.1f} GiB of files for the time being",
+        flush=True,
+    )
+    free = psutil.virtual_memory().available
+    advice = "Shrink the model with verify.width=512 or verify.vocab=4096 (random weights then)."
+    if config.train.device == "cpu" and max(one, together) > free:
+        raise UserError(f"verify: this machine has {free / GIB:.1f} GiB of memory free. {advice}")
+    base = Path(config.run.dir)
+    while not base.exists():
+        base = base.parent
+    if files > shutil.disk_usage(base).free:
+        raise UserError(f"run.dir={config.run.dir}: {shutil.disk_usage(base).free / GIB:.1f} GiB are free. {advice}")
+
+
+def _run(scratch: Path, role: str, count: int, world: int) -> int:
+    """Run so many processes, which print what they are at; returns 0 or the exit code of the first that failed."""
+    port, node = free_port(), os.uname().nodename
+    shared = {
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TPTRAIN_NODE": node,
+        "TPTRAIN_ATTEMPT": f"verify-{os.getpid()}-0",
+        "VERIFY_WORLD": world,
+    }
+    command = [sys.executable, "-m", "tptrain.run.verify", str(scratch), role]
+    processes = []
+    try:
+        for rank in range(count):
+            own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            processes.append(subprocess.Popen(command, env={**os.environ, **own}))
+        while any(process.poll() is None for process in processes):
+            failed = next((process.returncode for process in processes if process.poll()), 0)
+            if failed:
+                time.sleep(1)  # for its last words
+                return _explained(failed)
+            time.sleep(0.05)
+        return _explained(next((process.returncode for process in processes if process.returncode), 0))
+    finally:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        for process in processes:
+            process.wait()
+
+
+def _explained(code: int) -> int:
+    if code < 0:
+        print(f"error: a rank was killed by signal {-code}: out of memory, most likely", file=sys.stderr)
+    return code if code in (0, 2) else 1
+
+
+def _show(verification: Verification) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("compared", "tensors", "worst", "distance", "allowed"):
+        table.add_column(name, justify="left" if name in ("compared", "worst") else "right")
+    for row in verification.rows:
+        distance = "no number" if math.isinf(row.distance) else f"{row.distance:.1e}"
+        table.add_row(row.name, str(row.count), row.module, distance, f"{row.allowed:.1e}")
+    Console(width=110, soft_wrap=True).print(table)

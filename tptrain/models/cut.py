@@ -1,0 +1,82 @@
+"""A model cut down to what `verify` runs: a few layers, one of every kind at least. Imports no torch."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec, LayerSpec, LongScaling, RotarySpec
+
+LENGTH = 64  # tokens of a sequence
+SEQUENCES = 2  # of a micro-batch
+BATCHES = 2  # micro-batches of a step, on each dp rank: gradients are added up
+WINDOW = 24  # keys that a query of a layer with a sliding window sees at most: fewer than a sequence has
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A smaller decoder, and how it differs from the model."""
+
+    spec: DecoderSpec
+    layers: tuple[int, ...]  # which of the model's layers it has
+    kinds: int  # how many kinds of layers the model has; all of them are among those
+
+    def source(self, name: str) -> str:
+        """The name in the model of a parameter or module of the cut."""
+        if not name.startswith("layers."):
+            return name
+        _, number, *rest = name.split(".")
+        return ".".join(["layers", str(self.layers[int(number)]), *rest])
+
+
+def cut(spec: DecoderSpec, tp: int, width: int | None = None, vocab: int | None = None) -> Cut:
+    """The first layer of every kind, and the last one where there is one kind only.
+
+    `width` in place of the hidden size shrinks heads and FFN with it, but not their numbers; `vocab` cuts the
+    vocabulary. Sliding windows are cut so that the sequences reach beyond them.
+    """
+    first = {layer: i for i, layer in reversed(list(enumerate(spec.layers)))}
+    chosen = set(first.values()) | ({len(spec.layers) - 1} if len(first) == 1 else set())
+    layers = tuple(sorted(chosen))
+    ratio = 1.0 if width is None else width / spec.hidden_size
+    smaller = replace(
+        spec,
+        layers=tuple(_smaller(spec.layers[i], ratio, tp) for i in layers),
+        hidden_size=width or spec.hidden_size,
+        vocab_size=min(vocab or spec.vocab_size, spec.vocab_size),
+    )
+    return Cut(smaller, layers, len(first))
+
+
+def _smaller(layer: LayerSpec, ratio: float, tp: int) -> LayerSpec:
+    mixers: list[Any] = [layer.token_mixer, layer.channel_mixer]
+    for i, mixer in enumerate(mixers):
+        if isinstance(mixer, AttentionSpec):
+            mixers[i] = _smaller_attention(mixer, ratio)
+        elif isinstance(mixer, FFNSpec) and ratio != 1.0:
+            step = math.lcm(tp, 8)
+            mixers[i] = replace(mixer, width=max(1, round(mixer.width * ratio / step)) * step)
+    return replace(layer, token_mixer=mixers[0], channel_mixer=mixers[1])
+
+
+def _smaller_attention(attention: AttentionSpec, ratio: float) -> AttentionSpec:
+    window = None if attention.window is None else min(attention.window, WINDOW)
+    attention = replace(attention, window=window)
+    if ratio == 1.0:
+        return attention
+    head_dim, rotary = _even(attention.head_dim * ratio), attention.rotary
+    if rotary is not None:
+        dims = None if rotary.dims is None else min(head_dim, _even(rotary.dims * ratio))
+        rotary = _with_dims(rotary, dims, head_dim)
+    return replace(attention, head_dim=head_dim, rotary=rotary)
+
+
+def _with_dims(rotary: RotarySpec, dims: int | None, head_dim: int) -> RotarySpec:
+    scaling = rotary.scaling
+    if isinstance(scaling, LongScaling):
+        count = (dims or head_dim) // 2
+        scaling = replace(scaling, short=scaling.short[:count], long=scaling.long[:count])
+    return replace(rotary, dims=dims, scaling=scaling)
+
+
+def _even(size: float) -> int:
+    return max(4, 2 * round(size / 2))

@@ -1,0 +1,96 @@
+"""A process of `verify`: `python -m tptrain.run.verify FOLDER reference`, then one `... FOLDER ranks` for each rank.
+
+FOLDER has the config (`config.yaml`), gets the reference's tensors, and at the end what the ranks have seen (RESULT).
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tptrain.checkpoint.huggingface import load_pretrained
+from tptrain.config import Config, UserError, read_config
+from tptrain.config.load import write_atomically
+from tptrain.config.schema import ParallelConfig
+from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut
+from tptrain.models.settings import decoder_spec
+from tptrain.ops.table import REFERENCE
+from tptrain.parallel.connect import connect
+from tptrain.parallel.mesh import tp_grid
+from tptrain.run.device import pick_device
+from tptrain.run.rendezvous import connect_ranks, meet
+from tptrain.verify.prove import Say, prove, write_reference
+from tptrain.verify.reference import Reference
+from tptrain.verify.step import Step, token_ids
+from tptrain.watch.black_box import BlackBox
+
+RESULT = "result.json"
+
+
+def cut_of(config: Config) -> Cut:
+    return cut(decoder_spec(config.model), config.parallel.tp, config.verify.width, config.verify.vocab)
+
+
+def fill(step: Step, config: Config, cut: Cut) -> None:
+    """The weights at the start: the model's own, or random ones."""
+    if config.verify.weights == "model":
+        load_pretrained(config.model, step.model, step.optimizer.state.fill, source=cut.source)
+    else:
+        step.draw()
+
+
+def reference(config: Config, folder: Path) -> None:
+    """Run the step on one rank, by PyTorch alone."""
+    cut, dp = cut_of(config), int(os.environ["VERIFY_WORLD"]) // config.parallel.tp
+    config = replace(config, parallel=ParallelConfig(zero=0), train=replace(config.train, recompute="none"))
+    device = pick_device(config, 0, 1)
+    mesh = connect(tp_grid(1, 1, cut.spec.kv_heads), device)
+    step = Step(cut, config, mesh, replace(REFERENCE, device=device.type))
+    fill(step, config, cut)
+    tokens = token_ids(cut.spec.vocab_size, SEQUENCES * BATCHES * dp, config.train.seed)
+    write_reference(step, tokens, Reference(folder), _say("one rank"))
+
+
+def ranks(config: Config, folder: Path) -> None:
+    """Run the step as one of the ranks, and compare."""
+    cut, box = cut_of(config), BlackBox()
+    rendezvous = meet(config, box)
+    mesh = connect_ranks(config, box, rendezvous)
+    step = Step(cut, config, mesh, rendezvous.ops)
+    fill(step, config, cut)
+    tokens = token_ids(cut.spec.vocab_size, SEQUENCES * BATCHES * mesh.size("dp"), config.train.seed)
+    say = _say(f"{mesh.world} ranks") if mesh.is_main else lambda _: None
+    comparisons = prove(step, tokens, Reference(folder), mesh, say)
+    if mesh.is_main:
+        facts = {"device": _device_name(mesh.device), "torch": torch.__version__, "kernels": rendezvous.ops.backend}
+        facts["items"] = [asdict(replace(each, module=cut.source(each.module))) for each in comparisons]
+        write_atomically(folder / RESULT, json.dumps(facts))
+    dist.destroy_process_group()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _say(who: str) -> Say:
+    return lambda what: print(f"{who}: {what}", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    folder = Path(arguments[0])
+    config = read_config(folder / "config.yaml")
+    try:
+        (reference if arguments[1] == "reference" else ranks)(config, folder)
+    except UserError as error:
+        if os.environ["RANK"] == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
