@@ -13,7 +13,7 @@ from tptrain.config import Config, UserError, read_config, write_config
 from tptrain.config.load import write_atomically
 from tptrain.config.schema import MODEL_FILES
 from tptrain.models.directory import PARTIAL, adopt
-from tptrain.records.run_dir import newest_checkpoint, step_folder
+from tptrain.records.run_dir import CARD, VERIFICATION, newest_checkpoint, step_folder
 from tptrain.watch.wire import make_secret
 
 
@@ -98,13 +98,13 @@ def _holds_import(run_dir: Path, config: Config) -> bool:
     entries = {entry.name for entry in run_dir.iterdir()}
     return (
         snapshot.exists()
-        and entries <= {"checkpoints", MODEL_FILES, "logs"}
+        and entries <= {"checkpoints", MODEL_FILES, "logs", VERIFICATION, CARD}
         and (read_config(snapshot).model.source == config.model.source)
     )
 
 
 def _foreign(run_dir: Path) -> bool:
-    return any(entry.name not in ("logs", ".lock", PARTIAL) for entry in run_dir.iterdir())
+    return any(entry.name not in ("logs", ".lock", PARTIAL, VERIFICATION, CARD) for entry in run_dir.iterdir())
 
 
 def _fixed_settings(node: Any, prefix: str = "") -> dict[str, Any]:

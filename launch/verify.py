@@ -19,10 +19,11 @@ from rich.table import Table
 from launch.place import free_port
 from tptrain.config import Config, UserError, write_config
 from tptrain.models.check import check_tp, checked_spec
-from tptrain.models.cut import BATCHES, LENGTH, SEQUENCES, Cut, cut
+from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut
 from tptrain.models.directory import tensors
 from tptrain.models.spec import DecoderSpec
-from tptrain.records.verification import CARD, VERIFICATION, Verification
+from tptrain.records.run_dir import CARD, VERIFICATION
+from tptrain.records.verification import Verification
 
 PROCESS_BYTES = 0.4e9  # of a rank: Python and torch
 GIB = 2.0**30
@@ -48,7 +49,7 @@ def prepare(config: Config) -> tuple[Config, Cut, int]:
         tensors(config.model)
     train = replace(
         config.train,
-        seq_len=LENGTH,
+        seq_len=smaller.length,
         global_batch_size=SEQUENCES * BATCHES * (world // tp),
         micro_batch_size=SEQUENCES,
     )
@@ -103,7 +104,7 @@ def _facts(config: Config, smaller: Cut, world: int) -> dict[str, object]:
         "weights": "the model's own" if config.verify.weights == "model" else "random, every parameter drawn",
         "topology": " ".join(axes),
         "precision": config.train.precision,
-        "batch": f"{config.train.global_batch_size} sequences of {LENGTH} tokens in {BATCHES} micro-batches a rank",
+        "batch": f"{config.train.global_batch_size} sequences of {smaller.length} tokens, {BATCHES} parts a rank",
     }
 
 
@@ -118,7 +119,7 @@ def _make(scratch: Path) -> None:
 def _check_memory(config: Config, spec: DecoderSpec, world: int) -> None:
     """Say how much memory and disk it takes. Raises UserError where this machine's CPUs have less."""
     count = spec.matrix_parameters
-    tokens = config.train.global_batch_size * LENGTH
+    tokens = config.train.global_batch_size * config.train.seq_len
     state = 16 if config.train.precision == "fp32" else 18  # weights, gradients, moments, masters
     logits = 4 * tokens * spec.vocab_size * 3
     one = PROCESS_BYTES + (state + 4) * count + logits
@@ -133,7 +134,8 @@ def _check_memory(config: Config, spec: DecoderSpec, world: int) -> None:
     )
     free = psutil.virtual_memory().available
     advice = "Shrink the model with verify.width=512 or verify.vocab=4096 (random weights then)."
-    if config.train.device == "cpu" and max(one, together) > free:
+    on_gpu = config.train.device == "cuda" or (config.train.device == "auto" and Path("/dev/nvidiactl").exists())
+    if not on_gpu and max(one, together) > free:
         raise UserError(f"verify: this machine has {free / GIB:.1f} GiB of memory free. {advice}")
     base = Path(config.run.dir)
     while not base.exists():

@@ -1,6 +1,7 @@
 """`verify`: right models are found right, and each fault is found in its module, with its kind."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,11 +11,15 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from tests.commands import tptrain
+from tests.corpus import overrides
+from tests.directories import save_model, save_tokenizer
 from tests.distributed import mesh, run_ranks
+from tests.families import FAMILIES
 from tests.parity import MUTATIONS
 from tptrain.config import Config, ModelConfig
 from tptrain.config.schema import ParallelConfig
-from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut
+from tptrain.models.cut import Cut, cut
 from tptrain.models.settings import decoder_spec
 from tptrain.nn.decoder import Decoder
 from tptrain.nn.parameter import Parameter, initial_values, parameter, parameters
@@ -202,7 +207,7 @@ def _reference(config: Config, folder: Path, dp: int = 1) -> Reference:
     step = Step(small, alone, mesh(1, small.spec.kv_heads), REFERENCE)
     step.draw()
     reference = Reference(folder)
-    write_reference(step, token_ids(small.spec.vocab_size, SEQUENCES * BATCHES * dp, 0), reference)
+    write_reference(step, token_ids(small, dp, 0), reference)
     return reference
 
 
@@ -211,7 +216,7 @@ def _prove(config: Config, folder: Path) -> list[Comparison]:
     grid = mesh(TP, small.spec.kv_heads, shared=True, sequence_parallel=config.parallel.sequence_parallel)
     step = Step(small, config, grid, REFERENCE)
     step.draw()
-    tokens = token_ids(small.spec.vocab_size, SEQUENCES * BATCHES * grid.size("dp"), 0)
+    tokens = token_ids(small, grid.size("dp"), 0)
     return prove(step, tokens, Reference(folder), grid)
 
 
@@ -266,3 +271,89 @@ def _tied(config: Config, folder: Path) -> tuple[list[Comparison], list[Comparis
     right = _prove(config, folder)
     with _untied():
         return right, _prove(config, folder)
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Phi-3: q, k, v are one tensor of its files, gate and up another."""
+    folder = tmp_path_factory.mktemp("packed") / "phi"
+    save_model(FAMILIES["phi3"], folder)
+    save_tokenizer(folder)
+    (folder / "README.md").write_text("# Phi\n")
+    return folder
+
+
+def test_a_directory_is_verified_then_trained_then_exported_with_its_card(packed: Path) -> None:
+    run = packed.parent / "run"
+    model = ["model=hf", f"model.path={packed}", "parallel.tp=2", f"run.dir={run}"]
+    done = tptrain("verify", *model, "cluster.tasks_per_node=4", "train.recompute=full")
+    assert done.returncode == 0, done.stdout
+    assert "memory: about" in done.stdout
+    assert "right: tp=2 dp=2 zero=1 recompute=full gives what one rank gives" in done.stdout
+    seen = json.loads((run / "verification.json").read_text())
+    assert (seen["verdict"], seen["weights"], seen["device"]) == ("right", "the model's own", "CPU")
+    named = {item["module"] for item in seen["items"]}
+    assert {"layers.0", "layers.1.mlp.gate_proj.weight", "gradient norm"} <= named
+    assert all(item["distance"] <= item["allowed"] for item in seen["items"])
+    assert not (run / ".verify").exists()
+
+    lines = [each for each in overrides(packed.parent, "run") if not each.startswith(("model", "run.", "train.seq"))]
+    trained = tptrain("launch", *lines, *model, "train.steps=2", "train.seq_len=24")
+    assert trained.returncode == 0, trained.stdout
+    assert tptrain("export", str(run), f"{packed}-out").returncode == 0
+    readme = Path(f"{packed}-out/README.md").read_text()
+    assert readme.startswith("# Phi\n\n## Verification of training\n")
+    assert "**right: tp=2 dp=2" in readme
+
+    checked = tptrain("verify", str(run))
+    assert checked.returncode == 0, checked.stdout
+    assert "step-00000002: whole: " in checked.stdout
+    (file,) = (run / "checkpoints" / "step-00000002").glob("__1_0.distcp")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    checked = tptrain("verify", str(run / "checkpoints" / "step-00000002"))
+    assert checked.returncode == 1
+    assert "step-00000002: damaged: __1_0.distcp: checksum " in checked.stdout
+
+
+def test_a_wrong_model_is_exit_code_1(tmp_path: Path) -> None:
+    """Ranks whose Python, from its start, drops the sum of every row-parallel linear."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('WORLD_SIZE') == '2':\n"
+        "    from tptrain.parallel import collectives\n"
+        "    collectives.sum_partial = lambda x, group, sequence_parallel: (x.clone(), collectives.NOTHING)\n"
+    )
+    lines = ["model=llama3_8b", "verify.width=64", "verify.vocab=300", f"run.dir={tmp_path}/run", "parallel.tp=2"]
+    done = tptrain("verify", *lines, PYTHONPATH=f"{tmp_path}:{Path(__file__).parent.parent}")
+    assert done.returncode == 1, done.stdout
+    assert "width 64 for 4096, vocabulary 300 for 128256" in done.stdout
+    assert "wrong: embed_tokens: its output is" in done.stdout
+    assert "a sum over tp is missing" in done.stdout
+    assert "**wrong: embed_tokens" in (tmp_path / "run" / "verification.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["parallel.tp=3"], "error: parallel.tp=3: does not divide model.num_attention_heads=8."),
+        (
+            ["verify.weights=model"],
+            "verify.weights=model: only model=hf has weights. Use verify.weights=random.",
+        ),
+        (["verify.width=4096"], "error: verify.width=4096: more than the model's 192. Leave it out."),
+        (["verify.witdh=64"], "error: verify.witdh: unknown key. Did you mean verify.width?"),
+        (["parallel.tp=2", "cluster.tasks_per_node=3"], "error: parallel.tp=2: does not divide the 3 ranks."),
+        (["model=llama3_70b", "train.device=cpu", "model.hidden_size=65536"], "Shrink the model with verify.width=512"),
+        (["nowhere"], "error: nowhere: no run of that name or directory"),
+    ],
+)
+def test_a_mistake_is_one_message(tmp_path: Path, lines: list[str], message: str) -> None:
+    done = tptrain("verify", *lines, *([] if "nowhere" in lines else [f"run.dir={tmp_path}/run"]))
+    assert done.returncode == 2, done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not list(tmp_path.rglob("*.npy"))

@@ -238,12 +238,28 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
+    from launch.runs import find
     from launch.verify import verify
-    from tptrain.config import load_config, validate
+    from tptrain.config import UserError, load_config, validate
+    from tptrain.records.run_dir import COMMIT
 
-    config = load_config(options.overrides)
-    validate(config)
-    return verify(config)
+    overrides: list[str] = options.overrides
+    if not overrides or "=" in overrides[0]:
+        config = load_config(overrides)
+        validate(config)
+        return verify(config)
+    if len(overrides) > 1:
+        raise UserError(f"verify: {overrides[0]} is checked as it is, without {overrides[1]}.")
+    from tptrain.checkpoint.integrity import check_all, checkpoints_of
+
+    folder = Path(overrides[0]).absolute()
+    if not (folder / COMMIT).exists() and not (folder / "checkpoints").is_dir():
+        folder = find(overrides[0])
+    whole = True
+    for checkpoint, text, right in check_all(checkpoints_of(folder)):
+        print(f"{checkpoint.name}: {text}", flush=True)
+        whole = whole and right
+    return 0 if whole else 1
 
 
 def import_model(options: argparse.Namespace) -> int:

@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tptrain.checkpoint import safetensors
-from tptrain.checkpoint.commit import CheckpointError, Commit, damage, read_commit
+from tptrain.checkpoint.commit import CheckpointError
 from tptrain.checkpoint.huggingface import Shapes, by_tensor, join, shapes, their_shape
 from tptrain.checkpoint.index import Index
+from tptrain.checkpoint.integrity import problem_of
 from tptrain.checkpoint.layout import Part
 from tptrain.config import Config, UserError, read_config
 from tptrain.config.schema import MODEL_FILES
@@ -22,6 +23,7 @@ from tptrain.models.directory import OWN_FILES, TENSORS, file_name
 from tptrain.models.families.keys import Key
 from tptrain.models.settings import decoder_spec, family, family_of_settings
 from tptrain.models.spec import DecoderSpec
+from tptrain.records.run_dir import CARD
 
 SHARD_BYTES = 5 * 10**9  # of a file, where the run did not begin with a directory whose files say more
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of an export, by train.precision
@@ -46,6 +48,7 @@ def export(checkpoint: Path, out: Path, verify: bool = True) -> None:
             target = Path(folder) / "model"
             target.mkdir()
             _write_others(config, kept, target)
+            _add_card(checkpoint.parent.parent / CARD, target / "README.md")
             _write_weights(contents, Index(checkpoint), target)
             target.rename(out)
     except CheckpointError as error:
@@ -54,11 +57,7 @@ def export(checkpoint: Path, out: Path, verify: bool = True) -> None:
 
 def _check(checkpoint: Path) -> None:
     """Raises UserError unless the checkpoint is whole."""
-    commit = read_commit(checkpoint)
-    if not isinstance(commit, Commit):
-        raise UserError(f"{checkpoint}: is not a committed checkpoint: {commit}.")
-    problems = (damage(checkpoint / name, *measured) for name, measured in commit.files.items())
-    if (problem := next(filter(None, problems), None)) is not None:
+    if (problem := problem_of(checkpoint)) is not None:
         raise UserError(f"{checkpoint}: is damaged: {problem}. Export another checkpoint.")
 
 
@@ -93,6 +92,13 @@ def _contents(config: Config, kept: Path) -> _Contents:
             shape = their_shape(groups[name], ours, spec)
             files.setdefault(file, safetensors.Shard(file)).add(name, safetensors.DTYPES[dtype], shape)
     return _Contents(spec, ours, list(files.values()), groups)
+
+
+def _add_card(card: Path, readme: Path) -> None:
+    """What `verify` has seen of the run's model, at the end of the model's own README."""
+    if card.exists():
+        before = readme.read_text().rstrip() + "\n\n" if readme.exists() else ""
+        readme.write_text(before + card.read_text())
 
 
 def _write_weights(contents: _Contents, index: Index, target: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec, LayerSpec, LongScaling, RotarySpec
 
-LENGTH = 64  # tokens of a sequence
+LENGTH = 64  # tokens of a sequence, where the model has so many positions
 SEQUENCES = 2  # of a micro-batch
 BATCHES = 2  # micro-batches of a step, on each dp rank: gradients are added up
 WINDOW = 24  # keys that a query of a layer with a sliding window sees at most: fewer than a sequence has
@@ -19,6 +19,11 @@ class Cut:
     spec: DecoderSpec
     layers: tuple[int, ...]  # which of the model's layers it has
     kinds: int  # how many kinds of layers the model has; all of them are among those
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return min(LENGTH, self.spec.max_positions)
 
     def source(self, name: str) -> str:
         """The name in the model of a parameter or module of the cut."""

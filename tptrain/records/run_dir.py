@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 COMMIT = "commit.json"
+VERIFICATION, CARD = "verification.json", "verification.md"  # what `verify` leaves
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 

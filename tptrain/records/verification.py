@@ -9,8 +9,8 @@ from typing import Any
 
 from tptrain import __version__
 from tptrain.config.load import write_atomically
+from tptrain.records.run_dir import CARD, VERIFICATION
 
-VERIFICATION, CARD = "verification.json", "verification.md"
 # Kinds of items by `what`, as the card's rows have them.
 ROWS = {
     "at the start": "weights at the start",

@@ -5,6 +5,7 @@ FOLDER has the config (`config.yaml`), gets the reference's tensors, and at the 
 
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from tptrain.checkpoint.huggingface import load_pretrained
 from tptrain.config import Config, UserError, read_config
 from tptrain.config.load import write_atomically
 from tptrain.config.schema import ParallelConfig
-from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut
+from tptrain.models.cut import Cut, cut
 from tptrain.models.settings import decoder_spec
 from tptrain.ops.table import REFERENCE
 from tptrain.parallel.connect import connect
@@ -27,6 +28,7 @@ from tptrain.verify.prove import Say, prove, write_reference
 from tptrain.verify.reference import Reference
 from tptrain.verify.step import Step, token_ids
 from tptrain.watch.black_box import BlackBox
+from tptrain.watch.supervisor import end_with
 
 RESULT = "result.json"
 
@@ -51,7 +53,7 @@ def reference(config: Config, folder: Path) -> None:
     mesh = connect(tp_grid(1, 1, cut.spec.kv_heads), device)
     step = Step(cut, config, mesh, replace(REFERENCE, device=device.type))
     fill(step, config, cut)
-    tokens = token_ids(cut.spec.vocab_size, SEQUENCES * BATCHES * dp, config.train.seed)
+    tokens = token_ids(cut, dp, config.train.seed)
     write_reference(step, tokens, Reference(folder), _say("one rank"))
 
 
@@ -62,7 +64,7 @@ def ranks(config: Config, folder: Path) -> None:
     mesh = connect_ranks(config, box, rendezvous)
     step = Step(cut, config, mesh, rendezvous.ops)
     fill(step, config, cut)
-    tokens = token_ids(cut.spec.vocab_size, SEQUENCES * BATCHES * mesh.size("dp"), config.train.seed)
+    tokens = token_ids(cut, mesh.size("dp"), config.train.seed)
     say = _say(f"{mesh.world} ranks") if mesh.is_main else lambda _: None
     comparisons = prove(step, tokens, Reference(folder), mesh, say)
     if mesh.is_main:
@@ -81,6 +83,8 @@ def _say(who: str) -> Say:
 
 
 def main(arguments: list[str]) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches `verify` too, which ends its ranks
+    end_with(os.getppid(), signal.SIGKILL)
     folder = Path(arguments[0])
     config = read_config(folder / "config.yaml")
     try:

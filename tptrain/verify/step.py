@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tptrain.config import Config
-from tptrain.models.cut import BATCHES, LENGTH, SEQUENCES, Cut
+from tptrain.models.cut import BATCHES, SEQUENCES, Cut
 from tptrain.nn.decoder import Decoder, Stream
 from tptrain.nn.parameter import Parameter, initial_values, parameters
 from tptrain.nn.store import Store
@@ -125,7 +125,7 @@ class Step:
         self.store = Store(self.model, DTYPES[config.train.precision], mesh.size("dp"))
         self.optimizer = Optimizer(self.store, config.optim, mesh, config.parallel.zero == 1)
         self.parts, self.schedule = micro_batches(config, mesh)
-        first = mesh.index("dp") * self.sequences * LENGTH
+        first = mesh.index("dp") * self.sequences * cut.length
         self.recorder = Recorder(self.model, self.optimizer, ops, config.train.recompute, first)
 
     def draw(self) -> None:
@@ -149,7 +149,7 @@ class Step:
         batches = [(each[:, :-1], each[:, 1:].flatten()) for each in rows.chunk(BATCHES * self.parts)]
         self.optimizer.state.zero_grad()
         actions = self.schedule(len(batches), self.recorder.units)
-        self.recorder.run(actions, batches.__getitem__, 1 / (len(tokens) * LENGTH))
+        self.recorder.run(actions, batches.__getitem__, 1 / tokens[:, 1:].numel())
         reducer = self.optimizer.reducer
         reducer.finish()
         if self.optimizer.zero:  # each dp rank has the sum of its part only
@@ -202,7 +202,7 @@ class Step:
         return Item(name, what, value[:rows], place, depth)
 
 
-def token_ids(vocabulary: int, sequences: int, seed: int) -> Tensor:
+def token_ids(cut: Cut, dp: int, seed: int) -> Tensor:
     """(S, T + 1) random ids."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocabulary, (sequences, LENGTH + 1), generator=generator)
+    return torch.randint(cut.spec.vocab_size, (SEQUENCES * BATCHES * dp, cut.length + 1), generator=generator)
