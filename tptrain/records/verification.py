@@ -71,7 +71,7 @@ class Verification:
         more = len({(item["module"], item["what"]) for item in wrong}) - 1
         what = {"gradient": "its gradient", "output": "its output"}.get(first["what"], first["what"])
         return f"wrong: {first['module']}: {what} is {off} on rank {first['rank']}: {first['kind']}" + (
-            f". {more} more differ, most likely in consequence" if more else ""
+            f". {more} more tensors differ" if more else ""
         )
 
     def card(self) -> str:
