@@ -53,13 +53,11 @@ class Recorder(Runner):
 
     def __init__(self, model: Decoder, optimizer: Optimizer, ops: Operations, recompute: str, first: int) -> None:
         """`first`: of all tokens of a step, this dp rank's first one."""
-        self.ops, self.first, self.items, self.starts = ops, first, [], {}
         super().__init__(model, cross_entropy(model, ops), optimizer.reducer, recompute)
-        self.names = ["embed_tokens", *self._layer_names(recompute == "full"), "norm"]
-        self.begun = 0  # tokens of the micro-batches that have begun
-
-    items: list[Item]
-    starts: dict[int, int]  # of a micro-batch's tokens, by the id of its state
+        self.names = ["embed_tokens", *self._layer_names(recompute == "full"), "norm"]  # of the segments
+        self.items: list[Item] = []
+        self.next = first  # the first token of the micro-batch that begins next
+        self.starts: dict[int, int] = {}  # of a micro-batch's tokens, by the id of its state
 
     def _layer_names(self, whole: bool) -> Iterator[str]:
         for i in range(len(self.model.spec.layers)):
@@ -67,7 +65,8 @@ class Recorder(Runner):
 
     def _forward(self, micro: MicroBatch, segment: int) -> None:
         if segment == 0:
-            self.starts[id(micro)], self.begun = self.first + self.begun, self.begun + micro.stream.x.numel()
+            self.starts[id(micro)] = self.next
+            self.next += micro.stream.x.numel()
         super()._forward(micro, segment)
         stream = micro.stream
         if stream.branch is not None:
@@ -76,25 +75,24 @@ class Recorder(Runner):
         with torch.no_grad():
             x = stream.x if micro.stream.branch is None else micro.stream.branch.wait()
             self._keep(micro, self.names[segment], "output", x, segment)
-            if self._begins_or_ends("mlp", segment):
-                self._keep(micro, f"layers.{(segment - 1) // 2}", "output", stream.x + x, segment)
+            if layer := self._layer_of("mlp", segment):
+                self._keep(micro, layer, "output", stream.x + x, segment)
 
-    def _begins_or_ends(self, part: str, segment: int) -> bool:
-        """Whether a layer does here, in the reference: it has whole layers as well, which a run of recomputed ones has
-        alone.
+    def _layer_of(self, half: str, segment: int) -> str:
+        """The layer whose half a segment is; empty where it is no such half, or where this is not the reference. That
+        has whole layers as well: where layers are recomputed, ranks have nothing smaller.
         """
-        return self.model.mesh.world == 1 and self.names[segment].endswith(f".{part}")
+        layer, _, own = self.names[segment].rpartition(".")
+        return layer if own == half and self.model.mesh.world == 1 else ""
 
     def _loss(self, micro: MicroBatch, scale: float) -> Tensor:
-        x, rows = micro.stream.x, slice(self.starts[id(micro)], self.starts[id(micro)] + len(micro.targets))
+        x, start, depth = micro.stream.x, self.starts[id(micro)], len(self.segments)
+        rows = slice(start, start + len(micro.targets))
         with torch.no_grad():
-            logits = self.model.logits(x)  # (N, V/tp)
-        first = self.loss.first
-        place = rows, slice(first, first + self.loss.columns)
-        depth = len(self.segments)
-        self.items.append(Item("lm_head", "output", logits[:, : self.loss.columns].clone(), place, depth))
-        with torch.no_grad():
+            logits = self.model.logits(x)[:, : self.loss.columns].clone()  # (N, v)
             losses = self.loss.losses(x, micro.targets)  # (N,)
+        columns = slice(self.loss.first, self.loss.first + self.loss.columns)
+        self.items.append(Item("lm_head", "output", logits, (rows, columns), depth))
         self.items.append(Item("loss", "of each token", losses, (rows,), depth))
         total = super()._loss(micro, scale)
         self._keep(micro, "lm_head", "input gradient", micro.gradients[0], depth)
@@ -102,10 +100,11 @@ class Recorder(Runner):
 
     def _backward(self, micro: MicroBatch, segment: int) -> None:
         super()._backward(micro, segment)
+        depth = 2 * len(self.segments) - segment
         for gradient, what in zip(micro.gradients, ("input gradient", "branch's gradient"), strict=False):
-            self._keep(micro, self.names[segment], what, gradient, 2 * len(self.segments) - segment)
-        if self._begins_or_ends("self_attn", segment):
-            self._keep(micro, f"layers.{(segment - 1) // 2}", "input gradient", micro.gradients[0], segment)
+            self._keep(micro, self.names[segment], what, gradient, depth)
+        if layer := self._layer_of("self_attn", segment):
+            self._keep(micro, layer, "input gradient", micro.gradients[0], depth)
 
     def _keep(self, micro: MicroBatch, module: str, what: str, x: Tensor, depth: int) -> None:
         """Of (n, D): all of a micro-batch's tokens or, with sequence parallelism, this rank's part of them."""
@@ -159,7 +158,7 @@ class Step:
 
     def _in_order(self) -> Iterator[Item]:
         """Items of the run, and after those of each segment its parameters' gradients."""
-        recorder, units = self.recorder, 2 * len(self.recorder.segments)
+        recorder = self.recorder
         names = {id(p): (name, p) for name, p in parameters(self.model)}
         backward = [item for item in recorder.items if "gradient" in item.what]
         yield from (item for item in recorder.items if "gradient" not in item.what)
@@ -169,10 +168,10 @@ class Step:
             for p in members:
                 if module == "lm_head" and self.model.spec.tied:  # complete only once the embedding has added its part
                     continue
-                name, slice_ = names[id(p)]
-                if slice_.main_grad is not None:
-                    yield self._of_parameter(name, slice_, "gradient", slice_.main_grad, units // 2 + number)
-            yield from (item for item in backward if item.module == module or module == item.module + ".self_attn")
+                name, own = names[id(p)]
+                if own.main_grad is not None:
+                    yield self._of_parameter(name, own, "gradient", own.main_grad, len(recorder.segments) + number)
+            yield from (item for item in backward if module in (item.module, f"{item.module}.self_attn"))
 
     def norm(self) -> Item:
         """Of all gradients, before clipping."""
