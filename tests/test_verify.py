@@ -39,7 +39,7 @@ def config_of(tied: bool = False) -> Config:
     """Everything that a fault can be in: biases, norms of queries and keys, one KV head for two ranks."""
     config = Config(parallel=ParallelConfig(tp=TP))
     config.model = ModelConfig(
-        vocab_size=250,
+        vocab_size=60,  # padded to 128: the second rank has no row of it
         hidden_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -333,6 +333,11 @@ def test_a_wrong_model_is_exit_code_1(tmp_path: Path) -> None:
     assert "wrong: embed_tokens: its output is" in done.stdout
     assert "a sum over tp is missing" in done.stdout
     assert "**wrong: embed_tokens" in (tmp_path / "run" / "verification.md").read_text()
+
+
+def test_it_starts_its_ranks_by_itself() -> None:
+    done = tptrain("verify", "parallel.tp=2", WORLD_SIZE="2")
+    assert (done.returncode, done.stdout[:39]) == (2, "error: verify: starts its ranks by itself")
 
 
 @pytest.mark.parametrize(

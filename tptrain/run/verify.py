@@ -93,6 +93,10 @@ def main(arguments: list[str]) -> int:
         if os.environ["RANK"] == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        return 1  # another rank is gone, and says why
     return 0
 
 

@@ -68,6 +68,8 @@ def _distance(item: Item, reference: Reference, norm: float, dtype: torch.dtype)
     theirs, ours = reference.part(item), item.value.float().cpu()
     size, eps = theirs.norm().item(), EPS[dtype]
     allowed = allowance(dtype, item.depth)
+    if not theirs.numel():  # rows of the vocabulary's padding alone
+        return 0.0, allowed
     if item.what == "at the start":
         allowed = 0.0
     elif item.what == "gradient":
@@ -123,6 +125,8 @@ def _kind(item: Item, reference: Reference, mesh: Mesh) -> str:
 def _own_kind(item: Item, reference: Reference) -> str:
     """By this rank's part alone; empty where that shows nothing."""
     ours, theirs = item.value.float().cpu(), reference.part(item)
+    if not ours.numel():
+        return ""
     if not ours.isfinite().all():
         return "not finite"
     if _close(ours, theirs) and (ours - theirs).norm() <= 1e-6 * theirs.norm():
