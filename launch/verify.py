@@ -32,9 +32,7 @@ GIB = 2.0**30
 def prepare(config: Config) -> tuple[Config, Cut, int]:
     """The config of the ranks, the model that they run, and how many they are. Raises UserError."""
     if any(int(os.environ.get(name, 1)) > 1 for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
-        raise UserError(
-            "verify: starts its ranks by itself, on one machine. Start it once, without torchrun or srun -n."
-        )
+        raise UserError("verify: starts its ranks by itself, on one machine. Start it once: no torchrun, no srun -n.")
     spec, tp, options, cluster = checked_spec(config.model), config.parallel.tp, config.verify, config.cluster
     world = cluster.nodes * (cluster.tasks_per_node or tp)
     if world % tp:

@@ -337,7 +337,8 @@ def test_a_wrong_model_is_exit_code_1(tmp_path: Path) -> None:
 
 def test_it_starts_its_ranks_by_itself() -> None:
     done = tptrain("verify", "parallel.tp=2", WORLD_SIZE="2")
-    assert (done.returncode, done.stdout[:39]) == (2, "error: verify: starts its ranks by itself")
+    assert done.returncode == 2
+    assert done.stdout.startswith("error: verify: starts its ranks by itself")
 
 
 @pytest.mark.parametrize(
