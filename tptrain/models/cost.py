@@ -30,6 +30,14 @@ def checkpoint_every(config: Config) -> int:
     return min(SELDOM, OFTEN * math.ceil(size / BANDWIDTH / (SHARE * step_s) / OFTEN))
 
 
+def saves_after(step: int, config: Config) -> int:
+    """How many checkpoints a run writes after that step, to its end."""
+    every, steps = checkpoint_every(config), config.train.steps
+    if step >= steps:
+        return 0
+    return 1 if every == 0 else steps // every - step // every + (steps % every > 0)
+
+
 def checkpoint_size(spec: DecoderSpec) -> int:
     """Bytes of a checkpoint, but for norms and biases: less than a hundredth."""
     return CHECKPOINT_BYTES * spec.matrix_parameters
