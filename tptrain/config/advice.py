@@ -19,4 +19,9 @@ def _of_run(config: Config, keys: set[str]) -> list[str]:
             f"train.steps={train.steps}: the warm-up of optim.warmup_steps={warmup_steps} does not end before the last "
             "step. Lower optim.warmup_steps."
         )
+    if config.model.path is not None and not keys & {"train", "train.seq_len", "train.global_batch_size"}:
+        lines.append(
+            f"model=hf has no length or batch of its own: train.seq_len={train.seq_len} (tokens) and "
+            f"train.global_batch_size={train.global_batch_size} (sequences) are tptrain's defaults. Set both."
+        )
     return lines
