@@ -12,8 +12,9 @@ from typing import Any
 import launch
 from launch import slurm
 from tptrain.config import Config, UserError
+from tptrain.config.containers import PYXIS
 from tptrain.config.schema import ClusterConfig
-from tptrain.config.validate import PYXIS, data_files
+from tptrain.config.validate import data_files
 
 
 def checkout() -> Path | None:

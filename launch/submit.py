@@ -19,7 +19,7 @@ from launch.job import Entry, command_time, run_rank, shell_lines
 from launch.run_dir import record_job
 from tptrain.config import Config, UserError
 from tptrain.config.schema import CPUS_OF_GPU
-from tptrain.models.cost import copy_size
+from tptrain.models.cost import RANK_BYTES, copy_size
 
 
 def prepare(configs: list[Config], base: Path) -> None:
@@ -69,16 +69,17 @@ def ask_for_share(config: Config) -> None:
 
 
 def check_memory(config: Config) -> None:
-    """Raises UserError for a job with GPUs that asks for less of a node's memory than its saves take there."""
+    """Raises UserError for a job with GPUs that asks for less of a node's memory than its ranks and saves take."""
     cluster, tasks = config.cluster, config.cluster.tasks_per_node or 1
     asked = re.fullmatch(r"([1-9]\d*)([KMGT]?)", (cluster.mem or "").upper())  # 0 is all that a node has
     if not cluster.gpus_per_node or asked is None:
         return
-    needed = copy_size(config, cluster.nodes * tasks, tasks)
-    if int(asked[1]) * 1024 ** (" KMGT".index(asked[2] or "M")) < needed:
+    copies, programs = copy_size(config, cluster.nodes * tasks, tasks), tasks * RANK_BYTES
+    if int(asked[1]) * 1024 ** (" KMGT".index(asked[2] or "M")) < copies + programs:
         raise UserError(
-            f"cluster.mem={cluster.mem}: saves of {config.model.name} take {needed / 2**30:,.1f} GiB of a node's "
-            f"memory for a copy of the state of its {tasks} ranks. Ask for more, or for more nodes."
+            f"cluster.mem={cluster.mem}: the {tasks} ranks of a node take {(copies + programs) / 2**30:,.1f} GiB of "
+            f"its memory: {copies / 2**30:,.1f} GiB for the copy of their state that saves of {config.model.name} "
+            f"make, {programs / 2**30:,.1f} GiB for Python, torch and NCCL. Ask for more, or for more nodes."
         )
 
 

@@ -304,3 +304,29 @@ def test_an_unreadable_snapshot_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: [")
     with pytest.raises(UserError, match=r"config\.yaml"):
         read_config(tmp_path / "config.yaml")
+
+
+# ------------------------------------------------------------------------------------------------------------- warnings
+
+WARM_UP = "the warm-up of optim.warmup_steps=20 does not end before the last step. Lower optim.warmup_steps."
+
+
+@pytest.mark.parametrize(
+    ("lines", "warnings"),
+    [
+        ([], []),
+        (["train.steps=21"], []),
+        (["train.steps=20"], [f"train.steps=20: {WARM_UP}"]),
+        (["train.steps=1", "optim.warmup_steps=0"], []),
+        (["-m", "train.steps=10", "optim.lr=1e-3,2e-3"], [f"train.steps=10: {WARM_UP}"]),
+        (["-m", "train.steps=9,10,30"], [f"train.steps={steps}: {WARM_UP}" for steps in (9, 10)]),
+    ],
+)
+def test_what_is_most_likely_not_meant_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: list[str], warnings: list[str]
+) -> None:
+    """Once, on stderr, by `launch` and by `config`, which takes no sweep."""
+    monkeypatch.setattr("tptrain.__main__._launch_here", lambda configs: 0)
+    for verb in ("launch", "config") if "-m" not in lines else ("launch",):
+        assert main([verb, *lines]) == 0
+        assert capsys.readouterr().err.splitlines() == [f"warning: {line}" for line in warnings]

@@ -21,6 +21,7 @@ from tests.commands import TPTRAIN, environment, losses, rows_in, wait_until
 from tests.corpus import overrides
 from tests.test_slurm import ask, wait_for_end
 from tptrain.config import Config, UserError, check_cluster, load_config
+from tptrain.config.containers import PYXIS_OPTIONS
 from tptrain.records.run_dir import committed, events
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +119,13 @@ MISTAKES = {
     "cluster.srun.export=NONE": "Use cluster.env.",
     "cluster.srun.container.image=a": "cluster.srun.container={'image': 'a'}: not the value of an option.",
     "cluster.srun.container-image=a": "cluster.python: not set, and cluster.srun.container-image has the ranks run in",
+    "cluster.srun.container_mount=a:b": "cluster.srun.container_mount=a:b: not the full name of an option for "
+    "containers. Did you mean cluster.srun.container-mounts?",
+    "cluster.srun.container-im=a": "Did you mean cluster.srun.container-image?",
+    "cluster.srun.container-u=net": "Did you mean cluster.srun.container-unshare?",
+    "cluster.srun.container_writeable=true": "Did you mean cluster.srun.container-writable?",
+    "cluster.srun.container-mount-hme=true": "Did you mean cluster.srun.container-mount-home?",
+    "cluster.srun.container-picture=a": "not the full name of an option for containers. Did you mean cluster.srun.",
     "cluster.sbatch.container-image=a": "Use cluster.srun.container-image.",
     "cluster.sbatch.no_container_mount_home=true": "Use cluster.srun.no_container_mount_home.",
     """cluster.python="'python" """.strip(): "not a shell command (No closing quotation)",
@@ -130,6 +138,13 @@ MISTAKES = {
 def test_a_mistake_is_named_before_anything_is_submitted(tmp_path: Path, line: str) -> None:
     with pytest.raises(UserError, match=re.escape(MISTAKES[line])):
         check_cluster(config(tmp_path, "cluster.srun.mpi=none", line))
+
+
+def test_pyxis_s_options_and_slurm_s_own_are_known(tmp_path: Path) -> None:
+    names = re.findall(r'(?:WITH_ARGUMENT|FLAG)\("([\w-]+)"', (ROOT / "scripts" / "pyxis_options.c").read_text())
+    assert {name for name in names if name.startswith("container")} == set(PYXIS_OPTIONS)
+    lines = [f"cluster.srun.{name}=true" for name in (*names, "container", "container-id")]
+    check_cluster(config(tmp_path, "cluster.python=python", *lines))
 
 
 @pytest.mark.parametrize(
@@ -236,11 +251,11 @@ def test_the_readmes_command_makes_a_script_that_slurm_takes(tmp_path: Path, wit
 @pytest.mark.usefixtures("slurm")
 def test_an_option_that_srun_does_not_know_is_refused(tmp_path: Path) -> None:
     """It would end the job when it starts, after days in the queue."""
-    lines = [*overrides(tmp_path), "cluster=slurm", "cluster.tasks_per_node=1", "cluster.srun.container-picture=a"]
+    lines = [*overrides(tmp_path), "cluster=slurm", "cluster.tasks_per_node=1", "cluster.srun.no-picture=a"]
     refused = launch(*lines, python_path="")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: cluster.srun: Slurm refuses it: ")
-    assert "unrecognized option '--container-picture=a'" in refused.stderr
+    assert "unrecognized option '--no-picture=a'" in refused.stderr
     assert not (tmp_path / "run").exists()
 
 

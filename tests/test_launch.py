@@ -1,5 +1,6 @@
 """`launch` on this machine, end to end: what it leaves behind, what it survives, and how it goes on."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -299,29 +300,41 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished: Path
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_stops_with_a_message_and_harms_nothing(finished: Path) -> None:
-    """A file system with room for two checkpoints of four."""
-    size = sum(file.stat().st_size for file in (finished / "run/checkpoints/step-00000020").iterdir())
-    disk = finished / "disk"
+    """Something else fills it up once the run has begun: before, the run would be refused."""
+    one = sum(file.stat().st_size for file in (finished / "run/checkpoints/step-00000020").iterdir())
+    disk, filler = finished / "disk", finished / "disk" / "filler"
+    longer = "checkpoint.keep=99", "train.steps=100"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(size * 2.5)}", "tmpfs", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
     try:
-        lines = [*launch_lines(finished, "checkpoint.keep=9"), f"run.dir={disk}/run"]
-        full = tptrain("launch", *lines)
-        assert full.returncode == 1, full.stdout
-        assert "no space left" in full.stdout
+        lines = [*launch_lines(finished, *longer), f"run.dir={disk}/run"]
+        launch = start_launch(*lines)
+        wait_until(lambda: len(committed(disk / "run" / "checkpoints")) >= 2, "two checkpoints", launch)
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):  # a save takes its part meanwhile
+            while shutil.disk_usage(disk).free > one // 2:
+                file.write(bytes(2**16))
+        output = finish(launch)
+        assert launch.returncode == 1, output
+        assert "no space left" in output
         left = committed(disk / "run" / "checkpoints")
-        assert [path.name for path in left] == ["step-00000005", "step-00000010"]
+        assert 2 <= len(left) < 20
+        assert [step_of(path) for path in left] == [5 * (i + 1) for i in range(len(left))]
         for path in left:
             commit = read_commit(path)
             assert not isinstance(commit, str)
             assert not any(damage(path / name, *entry) for name, entry in commit.files.items())
-        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        refused = tptrain("launch", *lines)
+        assert refused.returncode == 2, refused.stdout
+        assert "With checkpoint.keep=99 those to come need" in refused.stdout
+        filler.unlink()
         again = tptrain("launch", *lines)
         assert again.returncode == 0, again.stdout
-        assert "resuming from step-00000010" in again.stdout
-        assert losses(disk / "run") == losses(finished / "run")
+        assert f"resuming from {left[-1].name}" in again.stdout
+        undisturbed = tptrain("launch", *launch_lines(finished, *longer, "checkpoint.every=0", name="no-disk"))
+        assert undisturbed.returncode == 0, undisturbed.stdout
+        assert losses(disk / "run") == losses(finished / "no-disk")
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_silent_wandb_server_does_not_stop_training(finished: Path) -> None:

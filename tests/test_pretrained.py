@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.directories import save_model, save_tokenizer
 from tests.families import FAMILIES
 from tests.hub import COMMIT, hub
 from tests.test_slurm import submit, wait_for_end
+from tptrain.__main__ import main
 from tptrain.checkpoint.export import export
 
 STEPS, MORE_STEPS = 6, 9
@@ -96,6 +98,38 @@ def test_the_learning_rate_and_the_tokenizer_are_the_model_s(run_dir: Path) -> N
     assert f"tokenizer: {run_dir}/model/tokenizer.json" in config
     assert "bos_token: <s>" in config
     assert "eod_token: </s>" in config
+
+
+@pytest.mark.parametrize(
+    ("lines", "shown"),
+    [
+        ([], True),
+        (["train.precision=bf16"], True),
+        (["train=default"], False),
+        (["train.seq_len=64"], False),
+        (["++train.global_batch_size=4"], False),
+    ],
+)
+def test_a_default_length_and_batch_are_no_silent_choice(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lines: list[str],
+    shown: bool,
+) -> None:
+    monkeypatch.setattr("tptrain.__main__._launch_here", lambda configs: 0)
+    shutil.copytree(folder / "model", tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 256}))
+    model = ["model=hf", f"model.path={tmp_path}/model", f"run.dir={tmp_path}/run", "data=stdlib"]
+    warning = (
+        "warning: model=hf has no length or batch of its own: train.seq_len=256 (tokens) and train.global_batch_size=8 "
+        "(sequences) are tptrain's defaults. Set both.\n"
+    )
+    for verb in ("launch", "config"):
+        assert main([verb, *model, *lines]) == 0
+        assert capsys.readouterr().err == (warning if shown else "")
 
 
 def test_evaluation_is_that_of_transformers(folder: Path, run_dir: Path) -> None:

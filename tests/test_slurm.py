@@ -143,6 +143,7 @@ def test_options_set_up_lines_and_variables_reach_the_job(folder: Path) -> None:
         *JOB[:1],
         "parallel.tp=1",
         "train.steps=2",
+        "optim.warmup_steps=0",  # else a warning precedes the script
         "cluster.gpus_per_node=2",
         "cluster.tasks_per_node=1",
         "cluster.partition=high",

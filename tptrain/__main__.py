@@ -74,11 +74,12 @@ def launch(options: argparse.Namespace) -> int:
     cluster = configs[0].cluster
     if cluster.kind == "slurm":
         submit.prepare(configs, base)
-        if cluster.dry_run:
-            print(submit.script(configs, base))
-            return 0
     elif cluster.dry_run:
         raise UserError("cluster.dry_run: shows the sbatch script, and cluster=local has none. Use cluster=slurm.")
+    _warn(configs, options.overrides)
+    if cluster.dry_run:
+        print(submit.script(configs, base))
+        return 0
     if cluster.kind == "local":
         return _launch_here(configs)
     with ExitStack() as stack:
@@ -172,6 +173,7 @@ def show_config(options: argparse.Namespace) -> int:
     config = load_config(options.overrides)
     _settle(config)
     check_cluster(config)
+    _warn([config], options.overrides)
     print(to_yaml(config), end="")
     return 0
 
@@ -306,6 +308,13 @@ def _settle(config: "Config") -> None:
     validate(config)
     check_model(config)
     config.checkpoint.every = checkpoint_every(config)
+
+
+def _warn(configs: "list[Config]", overrides: list[str]) -> None:
+    from tptrain.config.advice import advice
+
+    for line in advice(configs, overrides):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def _check_free(folder: Path) -> None:

@@ -5,12 +5,12 @@ import glob
 import json
 import math
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
+from tptrain.config.containers import check_container
 from tptrain.config.errors import UserError
-from tptrain.config.schema import SMALL_VOCABULARY, ClusterConfig, Config, DataConfig, micro_batch_size
+from tptrain.config.schema import SMALL_VOCABULARY, Config, DataConfig, micro_batch_size
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "mem", "cpus_per_task", "sbatch", "srun", "python")
@@ -23,7 +23,6 @@ FIXED |= {"requeue": "cluster.max_restarts", "no-requeue": "cluster.max_restarts
 FIXED |= {name: "" for name in ("array", "chdir", "error", "job-name", "open-mode", "output", "signal", "wrap")}
 FIXED_BY_SRUN = FIXED | {"export": "cluster.env"}
 FIXED_BY_SRUN |= {name: "" for name in ("kill-on-bad-exit", "label", "multi-prog", "test-only", "unbuffered")}
-PYXIS = ("container-image", "container-name")  # either option has pyxis run the ranks in a container
 # Whole words of a name: TOKEN, but not TOKENIZERS.
 SECRET_NAME = re.compile(
     r"(^|_)(\w*KEY(?<!MONKEY)|TOKEN|SECRETS?|PASS|PASSWD|PASSWORD|PASSPHRASE|PWD|PAT|AUTH|CREDENTIALS?)($|_)",
@@ -72,7 +71,7 @@ def check_cluster(config: Config) -> None:
             )
     _check_options("sbatch", cluster.sbatch, FIXED)
     _check_options("srun", cluster.srun, FIXED_BY_SRUN)
-    _check_container(cluster)
+    check_container(cluster)
     if cluster.time is not None and 0 < 60 * minutes(cluster.time) <= cluster.grace_s and cluster.kind == "slurm":
         raise UserError(
             f"cluster.grace_s={cluster.grace_s}: as long as cluster.time={cluster.time}, so the run would be stopped "
@@ -108,23 +107,6 @@ def _check_options(command: str, options: dict[str, Any], fixed: dict[str, str])
             )
         if isinstance(value, dict):
             raise UserError(f"cluster.{command}.{key}={value}: not the value of an option. Give a text or a list.")
-
-
-def _check_container(cluster: ClusterConfig) -> None:
-    if cluster.python is None:
-        keys = (key for key in cluster.srun if key.replace("_", "-") in PYXIS)
-        if image := next((key for key in keys if cluster.srun[key]), None):
-            raise UserError(
-                f"cluster.python: not set, and cluster.srun.{image} has the ranks run in a container. Name the Python "
-                "inside, which needs torch and tptrain's other dependencies: cluster.python=python."
-            )
-        return
-    try:
-        problem = "" if shlex.split(cluster.python) else "it is empty"
-    except ValueError as error:
-        problem = str(error)
-    if problem:
-        raise UserError(f"cluster.python={cluster.python}: not a shell command ({problem}). Name the Python to run.")
 
 
 def minutes(limit: str) -> int:

@@ -8,6 +8,7 @@ from tptrain.models.spec import DecoderSpec
 
 CHECKPOINT_BYTES = 4 * 3  # of a parameter: a float32 master and two moments
 STAGING_BYTES = 256 * 2**20  # of pinned memory, through which a rank's state goes from its GPU to its host
+RANK_BYTES = 2 * 2**30  # of the host, for Python, torch and NCCL of a rank with a GPU: assumed, not measured
 # A checkpoint of less than CHEAP bytes is written every OFTEN steps. Writing larger ones takes at most SHARE of the
 # time of GPUs that each compute FLOPS a second (0.4 of an H100's peak) and write BANDWIDTH bytes a second; but no more
 # than SELDOM steps are at stake, for small steps take longer than their FLOPs.
@@ -28,6 +29,14 @@ def checkpoint_every(config: Config) -> int:
         return OFTEN
     step_s = spec.flops_per_token(train.seq_len) * train.global_batch_size * train.seq_len / FLOPS
     return min(SELDOM, OFTEN * math.ceil(size / BANDWIDTH / (SHARE * step_s) / OFTEN))
+
+
+def saves_after(step: int, config: Config) -> int:
+    """How many checkpoints a run writes after that step, to its end."""
+    every, steps = checkpoint_every(config), config.train.steps
+    if step >= steps:
+        return 0
+    return 1 if every == 0 else steps // every - step // every + (steps % every > 0)
 
 
 def checkpoint_size(spec: DecoderSpec) -> int:

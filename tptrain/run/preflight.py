@@ -3,6 +3,7 @@
 Every rank reports over the rendezvous store; rank 0 judges, and its one message is what every rank ends with.
 """
 
+import contextlib
 import json
 import shutil
 import socket
@@ -10,7 +11,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,9 +24,10 @@ import xxhash
 import tptrain
 from tptrain import __version__
 from tptrain.config import Config, UserError
-from tptrain.models.cost import CHECKPOINT_BYTES
+from tptrain.models.cost import CHECKPOINT_BYTES, saves_after
 from tptrain.models.settings import decoder_spec
 from tptrain.nn.decoder import parameter_count
+from tptrain.records.run_dir import COMMIT, step_folders, step_of
 
 SOURCES = (".py", ".c", ".h")
 SHARED_FS_S = 10  # until a new file must be seen on every node
@@ -181,17 +183,36 @@ def problem(reports: list[Report], config: Config) -> str | None:
 
 
 def check_disk(config: Config) -> None:
-    """Whether a checkpoint fits where the run directory is, or is to be. Raises UserError."""
-    folder = Path(config.run.dir)
+    """Whether the checkpoints that are to come fit where the run directory is, or is to be. Raises UserError."""
+    folder, keep = Path(config.run.dir), config.checkpoint.keep
+    checkpoints = step_folders(folder / "checkpoints")
+    kept = [path for path in checkpoints if (path / COMMIT).exists()]
+    on_disk, unfinished = _size(kept), _size(path for path in checkpoints if path not in kept)
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    needed = CHECKPOINT_BYTES * parameter_count(decoder_spec(config.model))
-    if free <= needed:
+    free = shutil.disk_usage(folder).free + unfinished  # which the next save takes away
+    one = CHECKPOINT_BYTES * parameter_count(decoder_spec(config.model))
+    at_once = max((keep + 1) * one - on_disk, one)  # the newest is written before the oldest goes
+    needed = min(at_once, one * saves_after(step_of(kept[-1]) if kept else 0, config))
+    if needed and free <= needed:
+        several = (
+            f" With checkpoint.keep={keep} those to come need {needed / 2**30:,.1f} GiB beside the "
+            f"{on_disk / 2**30:,.1f} GiB that are there: the newest is written before the oldest goes."
+        )
         raise UserError(
             f"run.dir={config.run.dir}: {free / 2**30:,.1f} GiB free, and one checkpoint of {config.model.name} takes "
-            f"{needed / 2**30:,.1f} GiB. Free some space or choose another run.dir."
+            f"{one / 2**30:,.1f} GiB.{several if needed > one else ''} Free some space"
+            f"{', lower checkpoint.keep' if needed > one and keep > 1 else ''} or choose another run.dir."
         )
+
+
+def _size(folders: Iterable[Path]) -> int:
+    """Bytes of the files in these folders. One may vanish meanwhile: only later does this job own the run."""
+    size = 0
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
+            size += sum(file.stat().st_size for file in folder.iterdir())
+    return size
 
 
 # ---------------------------------------------------------------------------------------------------------- the store
