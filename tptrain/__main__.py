@@ -247,7 +247,7 @@ def verify(options: argparse.Namespace) -> int:
 
     overrides: list[str] = options.overrides
     if not overrides or "=" in overrides[0]:
-        config = load_config(overrides)
+        config = load_config([*overrides, "data.tokenizer=bytes"])  # no text is read
         validate(config)
         return verify(config)
     if len(overrides) > 1:
