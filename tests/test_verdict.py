@@ -291,6 +291,23 @@ def test_a_killed_rank_of_the_grid_names_what_it_was_in() -> None:
     assert "inside collective 12, all_reduce of (16, 16) float32 over tp [4, 5, 6, 7]" in verdict.text
 
 
+@pytest.mark.parametrize(
+    ("world", "members", "waited"),
+    [
+        (8, "0, 1, 2, 3, 4, 5, 6, 7", "ranks 0, 1, 2, 3, 4, 6, 7"),
+        (64, "0, 1, 2, ..., 63", "ranks 0, 1, 2, ..., 63"),
+    ],
+)
+def test_a_text_is_as_short_for_many_ranks(world: int, members: str, waited: str) -> None:
+    """Whether or not a record describes the collective."""
+    reports = [report(rank, STEP + "E" * (rank != 5), tp=world, world=world, inside=rank != 5) for rank in range(world)]
+    assert f"over tp [{members}] (layers.py" in judged(*reports).text
+    assert judged(*reports).text.endswith(f"while {waited} waited")
+    for each in reports:
+        each["collectives"] = []
+    assert f"collective 11 over tp [{members}], while {waited} waited" in judged(*reports).text
+
+
 # ---------------------------------------------------------------------------------------------------------- mismatches
 
 
