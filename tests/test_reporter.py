@@ -136,7 +136,8 @@ def test_messages_and_bytes_are_linear_in_the_ranks_and_reports_are_judged_once(
     few, many = for_a_rank
     assert few["messages"] <= 6
     assert few["bytes"] < 8_000
-    assert all(many[what] <= 1.05 * few[what] for what in traffic), for_a_rank
+    # A sixth message to a rank names the stand-in, unless that came before the rank. Not 4 times as much:
+    assert all(many[what] <= 1.25 * few[what] for what in traffic), for_a_rank
 
 
 @pytest.mark.usefixtures("hurried")

@@ -291,6 +291,23 @@ def test_a_killed_rank_of_the_grid_names_what_it_was_in() -> None:
     assert "inside collective 12, all_reduce of (16, 16) float32 over tp [4, 5, 6, 7]" in verdict.text
 
 
+@pytest.mark.parametrize(
+    ("world", "members", "waited"),
+    [
+        (8, "0, 1, 2, 3, 4, 5, 6, 7", "ranks 0, 1, 2, 3, 4, 6, 7"),
+        (64, "0, 1, 2, ..., 63", "ranks 0, 1, 2, ..., 63"),
+    ],
+)
+def test_a_text_is_as_short_for_many_ranks(world: int, members: str, waited: str) -> None:
+    """Whether or not a record describes the collective."""
+    reports = [report(rank, STEP + "E" * (rank != 5), tp=world, world=world, inside=rank != 5) for rank in range(world)]
+    assert f"over tp [{members}] (layers.py" in judged(*reports).text
+    assert judged(*reports).text.endswith(f"while {waited} waited")
+    for each in reports:
+        each["collectives"] = []
+    assert f"collective 11 over tp [{members}], while {waited} waited" in judged(*reports).text
+
+
 # ---------------------------------------------------------------------------------------------------------- mismatches
 
 
@@ -534,6 +551,40 @@ def test_all_ranks_note_the_same_collectives_in_the_same_order() -> None:
     """What every found rests on within a group, and what a validation that does not divide by dp would break."""
     assert len(validated(0)) > 5
     assert validated(2) == validated(0)
+
+
+# ------------------------------------------------------------------------------------------- what a judge needs of many
+
+
+def needed(*reports: Report) -> list[list[int]]:
+    """Of each rank, the numbers of the collectives that come out of `unpack`."""
+    unpacked = unpack({r["rank"]: json.loads(json.dumps(pack(r))) for r in reports})
+    return [[call["number"] for call in each["collectives"]] for each in unpacked.values()]
+
+
+def test_of_a_common_course_a_judge_needs_the_end() -> None:
+    calls = "EA" * 10
+    assert needed(*(report(rank, calls, world=2) for rank in (0, 1))) == [[18, 19, 20]] * 2
+    assert needed(report(0, calls, world=2), report(1, calls[:15], world=2)) == [list(range(13, 21)), [13, 14, 15]]
+
+
+def test_a_judge_needs_all_from_one_that_has_not_returned() -> None:
+    running = report(0, "EA" * 10, world=2)
+    running["collectives"][6] |= {"left": False, "background": True}
+    assert needed(running, report(1, "EA" * 10, world=2)) == [list(range(7, 21)), [18, 19, 20]]
+
+
+def test_a_judge_needs_all_where_the_courses_differ() -> None:
+    everything = list(range(1, 21))
+    assert needed(report(0, "E" * 20, world=2), report(1, "A" * 20, world=2)) == [everything] * 2
+    assert needed(report(0, "EA" * 10, world=2), report(1, "EEA" + "EA" * 8 + "E", world=2)) == [everything] * 2
+
+
+def test_a_judge_needs_all_where_a_record_is_missing() -> None:
+    """What is left of the first rank's reads like the second's, one place off."""
+    reports = report(0, "EEEAB" + "E" * 15, world=2), report(1, "EEAB" + "E" * 16, world=2)
+    del reports[0]["collectives"][1]
+    assert needed(*reports) == [[1, *range(3, 21)], list(range(1, 21))]
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from types import CodeType, FrameType
 from typing import Any
 
@@ -170,11 +171,7 @@ class BlackBox:
 
     def _add_group(self, axis: str, ranks: tuple[int, ...] | range) -> tuple[int, _Group]:
         """A new entry of the table. Its name is whole before `state.groups` shows it to the reader."""
-        index, members = self.state.groups, list(ranks)
-        stride = max(1, members[1] - members[0]) if len(members) > 1 else 1
-        evenly = range(members[0], members[-1] + 1, stride)
-        text = f"{evenly.start}:{evenly.stop}:{stride}" if list(evenly) == members else ",".join(map(str, members))
-        name = f"{axis}\t{text}".encode()
+        index, name = self.state.groups, f"{axis}\t{text_of(ranks)}".encode()
         assert index < GROUPS, f"a rank in more than {GROUPS} groups"
         assert len(name) < GROUP_BYTES - 8, f"{len(ranks)} ranks at uneven distances in the group {axis}"
         self.table[index].name = name
@@ -201,12 +198,14 @@ class BlackBox:
                 calls.append(call | {name: state == value for name, value in states.items()})
         return calls
 
-    def group_counts(self) -> list[dict[str, Any]]:
-        """How many collectives of each group this rank has entered; on a GPU, how many its device has come to."""
+    def group_counts(self, calls: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+        """How many collectives of each group this rank has entered; on a GPU, how many its device has come to. `calls`:
+        the `collectives`, where they have been read already.
+        """
         counts = [
             name | {"entered": group.entered} for name, group in zip(self._group_names(), self.table, strict=False)
         ]
-        calls = self.collectives()
+        calls = self.collectives() if calls is None else calls
         for count in counts:
             own = [call for call in calls if (call["axis"], call["ranks"]) == (count["axis"], count["ranks"])]
             if own:  # the last may be published and not yet counted
@@ -218,10 +217,22 @@ class BlackBox:
         """Axis and ranks of each group, in the order of the table."""
         names = []
         for group in self.table[: self.state.groups]:
-            axis, _, members = group.name.decode().partition("\t")
-            numbers = [int(n) for n in members.replace(":", ",").split(",")]
-            names.append({"axis": axis, "ranks": list(range(*numbers)) if ":" in members else numbers})
+            axis, _, text = group.name.decode().partition("\t")
+            names.append({"axis": axis, "ranks": ranks_of(text)})
         return names
+
+
+def text_of(ranks: Sequence[int]) -> str:
+    """Ranks at even distances by their ends: a group of all ranks must not be as long as the world, at every rank."""
+    stride = max(1, ranks[1] - ranks[0]) if len(ranks) > 1 else 1
+    even = range(ranks[0], ranks[-1] + 1, stride)
+    return f"{even.start}:{even.stop}:{stride}" if list(even) == list(ranks) else ",".join(map(str, ranks))
+
+
+def ranks_of(text: str) -> list[int]:
+    """What `text_of` wrote."""
+    numbers = [int(number) for number in text.replace(":", ",").split(",")]
+    return list(range(*numbers)) if ":" in text else numbers
 
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep

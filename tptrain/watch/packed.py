@@ -1,114 +1,113 @@
-"""A report as it travels: collectives as numbers, the text of each distinct one once. And what a judge needs of many.
+"""A report as it travels: a group's collectives as texts, a letter for each. And what a judge needs of many reports.
 
-A report in full is a megabyte, nearly all of it the last 4,096 collectives. Packed and compressed it is some kilobytes.
-Of 1,024 of these a judge reads what its judgement can depend on: where all members of a group have entered the same
-collectives, the last few.
+A report in full is a megabyte, nearly all of it the last 4,096 collectives. They are of few kinds: with a letter for
+each kind, and compressed, they are some hundred bytes. Where the texts of a group's members agree, a judge reads only
+the end of them.
 """
 
+from collections.abc import Iterable
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
-Report = dict[str, Any]
-Packed = dict[str, Any]
+from tptrain.watch.black_box import ranks_of, text_of
+from tptrain.watch.waits import KIND, Call, Report
 
-NUMBERS = ("number", "number_in_group")
-GROUP = ("axis", "ranks")
-KIND = ("op", "shape", "dtype", "site")  # the same at every member of a group; what else a record holds is a rank's own
-NO_RECORD = -1
-CONTEXT = 8  # collectives before the first that not all members have entered
+Packed = dict[str, Any]
+Column = tuple[list[Any], str]  # a list's distinct values, sorted, and a letter for each entry: (["a", "b"], "0010")
+
+STATE, NUMBERS = ("left", "background", "enqueued"), ("number", "number_in_group")  # what a rank's own calls hold
+FIRST_LETTER = ord("0")
+CONTEXT = 2  # collectives before the first that not all members have entered
 
 
 def pack(report: Report) -> Packed:
-    """The same report without what repeats itself."""
-    by_group: dict[Any, list[dict[str, Any]]] = {}
+    """The same report, its collectives as columns of their groups."""
+    by_group: dict[tuple[str, str], list[Call]] = {}
     for call in report["collectives"]:
-        by_group.setdefault((call["axis"], tuple(call["ranks"])), []).append(call)
-    kinds: dict[tuple, int] = {}
-    states: dict[tuple, int] = {}
+        by_group.setdefault((call["axis"], text_of(call["ranks"])), []).append(call)
     groups = []
     for count in report["groups"]:
-        calls = by_group.get((count["axis"], tuple(count["ranks"])), [])
-        first = calls[0]["number_in_group"] if calls else 1
-        size = calls[-1]["number_in_group"] + 1 - first if calls else 0
-        columns = {"kind": [NO_RECORD] * size, "state": [NO_RECORD] * size, "step": [0] * size}
-        before = 0
-        for call in calls:
-            i = call["number_in_group"] - first
-            state = tuple((name, call[name]) for name in call if name not in (*NUMBERS, *GROUP, *KIND))
-            columns["kind"][i] = kinds.setdefault(tuple(call[name] for name in KIND), len(kinds))
-            columns["state"][i] = states.setdefault(state, len(states))
-            columns["step"][i], before = call["number"] - before, call["number"]
-        groups.append(count | {"ranks": _ends(count["ranks"]), "first": first, "columns": columns})
-    rest = {name: value for name, value in report.items() if name != "collectives"}
-    return rest | {"groups": groups, "kinds": list(kinds), "states": [dict(state) for state in states]}
+        ranks = text_of(count["ranks"])
+        calls = by_group.get((count["axis"], ranks), [])
+        numbers = [call["number_in_group"] for call in calls] or [1, 0]
+        columns = {"kind": _column(map(itemgetter(*KIND), calls)), "state": _column(map(itemgetter(*STATE), calls))}
+        columns |= {name: _steps([call[name] for call in calls]) for name in NUMBERS}
+        groups.append(count | columns | {"ranks": ranks, "first": numbers[0], "last": numbers[-1]})
+    return report | {"groups": groups, "collectives": []}
 
 
 def unpack(reports: dict[int, Packed]) -> dict[int, Report]:
     """What a judge needs of the reports of ranks: of each group the collectives from the last that all its members
-    have entered, or all on record where the members have not entered the same; and each that has not returned.
+    have entered, or all on record where the members have not entered the same; and all from one that has not returned.
     """
-    kinds: dict[tuple, int] = {}  # the ranks' tables made one
-    members: dict[Any, dict[int, _Calls]] = {}  # by group
+    members: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}  # by group, then by rank
     for rank, packed in reports.items():
-        numbers = [*(kinds.setdefault(tuple(kind), len(kinds)) for kind in packed["kinds"]), NO_RECORD]
         for group in packed["groups"]:
-            members.setdefault((group["axis"], tuple(_all(group["ranks"]))), {})[rank] = _Calls(group, packed, numbers)
-    texts = [dict(zip(KIND, kind, strict=True)) for kind in kinds]
-    collectives: dict[int, list[dict[str, Any]]] = {rank: [] for rank in reports}
-    counts: dict[int, list[dict[str, Any]]] = {rank: [] for rank in reports}
+            members.setdefault((group["axis"], group["ranks"]), {})[rank] = group
+    unpacked = {rank: packed | {"groups": [], "collectives": []} for rank, packed in reports.items()}
     for (axis, ranks), by_rank in members.items():
-        group, needed = {"axis": axis, "ranks": list(ranks)}, _first_needed(list(by_rank.values()))
-        for rank, calls in by_rank.items():
-            counts[rank].append(group | {"entered": calls.entered})
-            collectives[rank] += [group | texts[kind] | own for kind, own in calls.records(needed)]
-    names = ("groups", "kinds", "states")
-    return {
-        rank: {name: value for name, value in packed.items() if name not in names}
-        | {"groups": counts[rank], "collectives": sorted(collectives[rank], key=lambda call: call["number"])}
-        for rank, packed in reports.items()
-    }
+        name, needed = {"axis": axis, "ranks": ranks_of(ranks)}, _first_needed(list(by_rank.values()))
+        for rank, group in by_rank.items():
+            unpacked[rank]["groups"].append(name | {"entered": group["entered"]})
+            unpacked[rank]["collectives"] += [name | call for call in _calls(group, needed)]
+    for report in unpacked.values():
+        report["collectives"].sort(key=itemgetter("number"))
+    return unpacked
 
 
-class _Calls:
-    """The records that one rank has of one group's collectives."""
-
-    def __init__(self, group: dict[str, Any], packed: Packed, numbers: list[int]) -> None:
-        columns = group["columns"]
-        self.entered, self.first, self.states = group["entered"], group["first"], packed["states"]
-        self.kind = [numbers[kind] for kind in columns["kind"]]
-        self.state, self.step = columns["state"], columns["step"]
-        self.end = self.first + len(self.kind)
-
-    def records(self, needed: int) -> list[tuple[int, dict[str, Any]]]:
-        """Kind, and what is the rank's own: of the collectives from number `needed` on, and of those not returned."""
-        start = min(max(needed - self.first, 0), len(self.kind))
-        pending = {state for state in set(self.state) - {NO_RECORD} if not self.states[state]["left"]}
-        positions = [i for i in range(start) if self.state[i] in pending] if pending else []
-        number = list(accumulate(self.step))
-        return [
-            (self.kind[i], {"number": number[i], "number_in_group": self.first + i} | self.states[self.state[i]])
-            for i in [*positions, *range(start, len(self.kind))]
-            if self.kind[i] != NO_RECORD
-        ]
-
-
-def _first_needed(members: list[_Calls]) -> int:
+def _first_needed(members: list[dict[str, Any]]) -> int:
     """The number in a group from which on a judge needs its members' collectives."""
-    oldest, newest = min(members, key=lambda calls: calls.first), max(members, key=lambda calls: calls.end)
-    kinds = oldest.kind[: max(newest.first - oldest.first, 0)] + newest.kind
-    for calls in members:
-        start = calls.first - oldest.first
-        if kinds[start : start + len(calls.kind)] != calls.kind:
-            return 0
-    return min(min(calls.entered, calls.end - 1) for calls in members) - CONTEXT
+    common: dict[tuple, str] = {}  # the letter of a kind, whoever entered it
+    texts = []  # of each member: its first number, and the kinds from there on
+    for group in members:
+        kinds, letters = group["kind"]
+        own = {_letter(i): common.setdefault(tuple(kind), _letter(len(common))) for i, kind in enumerate(kinds)}
+        texts.append((group["first"], letters.translate(str.maketrans(own))))
+    start, oldest = min(texts)
+    newest = max(texts, key=lambda text: text[0] + len(text[1]))
+    course = oldest[: newest[0] - start] + newest[1]  # of the whole group, from `start` on, if its members agree
+    agree = all(course.startswith(letters, first - start) for first, letters in texts)
+    gapless = all(len(group["kind"][1]) == group["last"] + 1 - group["first"] for group in members)
+    return min(min(group["entered"], group["last"]) for group in members) - CONTEXT if agree and gapless else 0
 
 
-def _ends(ranks: list[int]) -> str | list[int]:
-    """Ranks at even distances by their ends: a group of all ranks must not be as long as the world, at every rank."""
-    step = max(1, ranks[1] - ranks[0]) if len(ranks) > 1 else 1
-    even = range(ranks[0], ranks[-1] + 1, step)
-    return f"{even.start}:{even.stop}:{step}" if list(even) == ranks else ranks
+def _calls(group: dict[str, Any], needed: int) -> list[Call]:
+    """The collectives from the number `needed` on, or from the first that has not returned."""
+    states, letters = group["state"]
+    not_returned = [letters.index(_letter(i)) for i, (left, *_) in enumerate(states) if not left]
+    start = min([max(needed - group["first"], 0), *not_returned])
+    kinds, own = _values(group["kind"], start), _values(group["state"], start)
+    numbers = [_sums(group[name], start) for name in NUMBERS]
+    names = (*KIND, *STATE, *NUMBERS)
+    rows = ((*kind, *state, *pair) for kind, state, *pair in zip(kinds, own, *numbers, strict=True))
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def _all(ranks: str | list[int]) -> list[int]:
-    return list(range(*map(int, ranks.split(":")))) if isinstance(ranks, str) else ranks
+def _column(values: Iterable[Any]) -> Column:
+    values = list(values)
+    distinct = sorted(set(values))
+    letters = {value: _letter(i) for i, value in enumerate(distinct)}
+    return distinct, "".join([letters[value] for value in values])
+
+
+def _values(column: Column, start: int) -> list[Any]:
+    """The column's values from a position on."""
+    distinct, letters = column
+    return [distinct[ord(letter) - FIRST_LETTER] for letter in letters[start:]]
+
+
+def _steps(numbers: list[int]) -> Column:
+    """Rising numbers: each less the one before, the first less 0. Few of these are distinct."""
+    return _column(number - before for before, number in zip([0, *numbers], numbers, strict=False))
+
+
+def _sums(steps: Column, start: int) -> list[int]:
+    """The numbers themselves, from a position on."""
+    distinct, letters = steps
+    before = sum(step * letters.count(_letter(i), 0, start) for i, step in enumerate(distinct))
+    return list(accumulate(_values(steps, start), initial=before))[1:]
+
+
+def _letter(index: int) -> str:
+    return chr(FIRST_LETTER + index)

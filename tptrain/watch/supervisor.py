@@ -244,6 +244,7 @@ class Supervisor:
     def _report_of(self, cause: dict[str, Any]) -> Report:
         """What this rank was doing; without the stacks, which nobody judges."""
         box = self.box
+        calls = box.collectives()
         return {
             "rank": self.place.rank,
             "world": self.place.world,
@@ -258,8 +259,8 @@ class Supervisor:
             "entered": box.state.entered,
             "cause": {name: value for name, value in cause.items() if name != "stacks"},
             "top": _innermost(cause.get("stacks", "")),
-            "groups": box.group_counts(),
-            "collectives": box.collectives(),
+            "groups": box.group_counts(calls),
+            "collectives": calls,
         }
 
     def _write(self, report: Report, stacks: str) -> None:

@@ -9,13 +9,15 @@ reached come before what follows from them: lost peers, an abort in a collective
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from operator import itemgetter
 from typing import Any
 
 from tptrain.watch.outcome import Outcome
 from tptrain.watch.waits import (
+    KIND,
     Call,
     Group,
     History,
@@ -282,13 +284,13 @@ def _usual(before: list[tuple]) -> tuple:
 
 
 def _kind(call: Call | None) -> tuple:
-    return () if call is None else tuple(call[key] for key in ("op", "shape", "dtype", "site"))
+    return () if call is None else itemgetter(*KIND)(call)
 
 
 def _describe(call: Call) -> str:
     """The number is the one within the group."""
     shape = f" of {call['shape']} {call['dtype']}" if call["dtype"] != "object" else ""
-    group = f"{call['axis']} {call['ranks']}"
+    group = f"{call['axis']} [{_few(call['ranks'])}]"
     return f"collective {call['number_in_group']}, {call['op']}{shape} over {group} ({call['site']})"
 
 
@@ -296,12 +298,13 @@ def _nth(group: Group, number: int, histories: dict[int, History]) -> str:
     """A collective of a group, as whichever member still has a record of it describes it."""
     records = (histories[rank].calls.get(group, {}).get(number) for rank in group[1] if rank in histories)
     call = next(filter(None, records), None)
-    return _describe(call) if call else f"collective {number} over {group[0]} {list(group[1])}"
+    return _describe(call) if call else f"collective {number} over {group[0]} [{_few(group[1])}]"
 
 
-def _ranks(ranks: list[int]) -> str:
-    return (
-        f"rank {ranks[0]}"
-        if len(ranks) == 1
-        else f"ranks {', '.join(map(str, ranks[:8]))}" + (" ..." * (len(ranks) > 8))
-    )
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"ranks {_few(ranks)}" if len(ranks) > 1 else f"rank {ranks[0]}"
+
+
+def _few(ranks: Sequence[int]) -> str:
+    """All ranks by number, or the first three and the last: a group may have a thousand."""
+    return ", ".join(map(str, ranks if len(ranks) <= 8 else (*ranks[:3], "...", ranks[-1])))

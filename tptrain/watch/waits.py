@@ -11,6 +11,7 @@ from typing import Any
 Report = dict[str, Any]
 Call = dict[str, Any]  # one collective in a report
 Group = tuple[str, tuple[int, ...]]  # axis and ranks
+KIND = ("op", "shape", "dtype", "site")  # of a call, the same at every member of the group
 Waits = dict[int, dict[int, tuple[Group, int]]]  # rank -> rank that it waits for -> the collective: group and number
 
 
@@ -37,6 +38,12 @@ class History:
         call = self.calls.get(group, {}).get(number)
         return call is None or call["left"]
 
+    def first_wait(self, group: Group, count: int) -> int | None:
+        """The first of its collectives in which it waits for whoever has entered `count`: not one in the background."""
+        calls = self.calls.get(group, {})  # the ring may have dropped a record, though not of the few in the background
+        numbers = range(count + 1, self.count(group) + 1)
+        return next((number for number in numbers if number not in calls or not calls[number]["background"]), None)
+
 
 def group_of(entry: dict[str, Any]) -> Group:
     return entry["axis"], tuple(entry["ranks"])
@@ -50,17 +57,14 @@ def waits_of(histories: dict[int, History]) -> Waits:
     """For each rank, those that it waits for, each with the collective in which it does."""
     waits: Waits = {rank: {} for rank in histories}
     for group in groups_of(histories):
-        counts = {rank: histories[rank].count(group) for rank in group[1] if rank in histories}
-        if len(set(counts.values())) == 1:
-            continue
-        for rank, count in counts.items():
-            calls = histories[rank].calls.get(group, {})
-            for other, other_count in counts.items():
-                for number in range(other_count + 1, count + 1):
-                    # Where the ring has dropped the record, the collective is not one of the few in the background.
-                    if number not in calls or not calls[number]["background"]:
-                        waits[rank].setdefault(other, (group, number))
-                        break
+        by_count: dict[int, list[int]] = {}  # its members: pairs of a thousand would be a million
+        for rank in group[1]:
+            if rank in histories:
+                by_count.setdefault(histories[rank].count(group), []).append(rank)
+        for count, others in by_count.items():
+            for rank in (rank for ahead in by_count if ahead > count for rank in by_count[ahead]):
+                if (number := histories[rank].first_wait(group, count)) is not None:
+                    waits[rank] = dict.fromkeys(others, (group, number)) | waits[rank]
     return waits
 
 
