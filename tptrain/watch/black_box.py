@@ -185,17 +185,20 @@ class BlackBox:
         """
         calls = []
         names = self._group_names()
+        kinds: dict[bytes, dict[str, Any]] = {}  # by what `enter` has written of them: few, of thousands of calls
         last = self.state.entered
         for number in range(max(1, last - SLOTS + 2), last + 1):
             start = self.slots + number % SLOTS * SLOT_BYTES
             length = int.from_bytes(self.memory[start + 1 : start + 3], "big")
-            fields = self.memory[start + 3 : start + 3 + length].decode(errors="replace").split("\t")
-            if len(fields) == 7 and fields[0] == str(number):
-                call = {"number": number, "number_in_group": int(fields[1]), **names[int(fields[2])]}
-                call |= dict(zip(("op", "shape", "dtype", "site"), fields[3:], strict=True))
+            own, in_group, text = [*self.memory[start + 3 : start + 3 + length].split(b"\t", 2), b"", b""][:3]
+            if own != b"%d" % number:
+                continue  # cut off while it was written
+            if text not in kinds:
+                kinds[text] = _kind(text, names)
+            if kind := kinds[text]:
                 state = self.memory[start]
-                states = {"left": LEFT, "background": BACKGROUND, "enqueued": ENQUEUED}
-                calls.append(call | {name: state == value for name, value in states.items()})
+                states = {"left": state == LEFT, "background": state == BACKGROUND, "enqueued": state == ENQUEUED}
+                calls.append({"number": number, "number_in_group": int(in_group)} | kind | states)
         return calls
 
     def group_counts(self, calls: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
@@ -220,6 +223,14 @@ class BlackBox:
             axis, _, text = group.name.decode().partition("\t")
             names.append({"axis": axis, "ranks": ranks_of(text)})
         return names
+
+
+def _kind(text: bytes, names: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all calls of one kind have in common; empty where the text is cut off."""
+    fields = text.decode(errors="replace").split("\t")
+    if len(fields) != 5:
+        return {}
+    return names[int(fields[0])] | dict(zip(("op", "shape", "dtype", "site"), fields[1:], strict=True))
 
 
 def text_of(ranks: Sequence[int]) -> str:
