@@ -1,0 +1,157 @@
+"""One step of a family's small model: alone, cut by Transformers, and cut by tptrain. Runs on ranks of `zoo_pool`."""
+
+import copy
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import transformers as hf
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tests import parity, zoo
+from tests import reference as ref
+from tptrain.config import ModelConfig
+from tptrain.models.families import FAMILIES
+
+hf.logging.set_verbosity(hf.logging.CRITICAL)
+hf.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", module="transformers")
+IN_A_LAYER = re.compile(r"\.\d+\.")
+FLOOR = 1e-4  # of the norm of all gradients: a smaller one is held against this. Some are zero in exact arithmetic
+
+
+@dataclass
+class Step:
+    """What one process computes."""
+
+    tokens: Tensor
+    weights: dict[str, Tensor]
+    loss: float
+    logits: Tensor
+    grads: dict[str, Tensor]
+
+    @property
+    def norm(self) -> float:
+        return sum(grad.double().square().sum().item() for grad in self.grads.values()) ** 0.5
+
+
+@dataclass
+class Distance:
+    """How far a rank's step is from that of one process, relative."""
+
+    loss: float
+    logits: float
+    grad: float
+    parameter: str  # whose gradient is the farthest
+    weight: float = 0.0  # the farthest of the weights, before the step
+    cut: tuple[int, int] = (0, 0)  # parameters of the layers, how many of them a rank has a slice of and how many are
+    share: float = 0.0  # elements in them, of the elements of all layers
+
+
+def alone(family: str, folder: Path) -> tuple[float, float]:
+    """Computes a step, saves it and the model in `folder`. Returns the loss, and how far the model is from what is
+    there: the largest distance of a weight after saving and loading."""
+    model = zoo.model(family)
+    tokens = zoo.tokens()
+    model.save_pretrained(folder)
+    loss, logits = zoo.loss_and_logits(model, tokens)
+    loss.backward()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    step = Step(tokens, weights, loss.item(), logits.detach(), grads)
+    torch.save(step, folder / "step.pt")
+    again = _load(folder)
+    return step.loss, max(_distance(p.detach(), weights[name]) for name, p in again.named_parameters())
+
+
+def theirs(folder: Path) -> Distance:
+    """Transformers' own tensor parallelism over all ranks, against the step in `folder`."""
+    step: Step = torch.load(folder / "step.pt", weights_only=False)
+    config = hf.distributed.DistributedConfig(tp_size=dist.get_world_size())
+    model = _load(folder, distributed_config=config).train()
+    own = dict(model.named_parameters())
+    weight = max(_distance(_whole(p.detach()), step.weights[name]) for name, p in own.items())
+    loss, logits = zoo.loss_and_logits(model, step.tokens)
+    loss.backward()
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, sorted(name for name, p in own.items() if p.grad is not None))
+    on_all = set.intersection(*map(set, everywhere))
+    grads = {name: _whole(p.grad) for name, p in own.items() if p.grad is not None and name in on_all}
+    grad, parameter = _worst_grad(step, grads)
+    in_layers = {name: p for name, p in own.items() if IN_A_LAYER.search(name)}
+    cut = {name: p for name, p in in_layers.items() if _is_cut(p)}
+    elements = sum(p.numel() for p in in_layers.values())
+    return Distance(
+        abs(float(_whole(loss.detach())) / step.loss - 1),
+        _distance(_whole(logits.detach()), step.logits),
+        grad,
+        parameter,
+        weight,
+        (len(cut), len(in_layers)),
+        sum(p.numel() for p in cut.values()) / max(elements, 1),
+    )
+
+
+def ours(family: str, folder: Path) -> Distance:
+    """tptrain's step over all ranks, against the step in `folder`."""
+    step: Step = torch.load(folder / "step.pt", weights_only=False)
+    source = hf.AutoConfig.from_pretrained(folder).to_dict()
+    case = ref.Case(family, ModelConfig(path="DIR", source=copy.deepcopy(source), dropout=0.0))
+    weights, grads = ref.to_ours(case, step.weights), ref.to_ours(case, step.grads)
+    logits = step.logits[..., : ref.VOCAB]
+    # `distances` also steps the weights, from which nothing is taken here.
+    reference = ref.Reference(weights, step.tokens, step.loss, logits, grads, step.norm, weights)
+    with patch.object(ref, "BATCH", zoo.BATCH):
+        values = parity.distances(case, reference, parity.Topology(dist.get_world_size()))
+    farthest = max((name for name in values if name.startswith("grad ")), key=lambda name: _rank_of(values[name]))
+    return Distance(values["loss"], values["logits"], values[farthest], farthest.removeprefix("grad "))
+
+
+def _load(folder: Path, **settings: Any) -> hf.PreTrainedModel:
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **settings
+    )
+    assert isinstance(model, hf.PreTrainedModel)
+    return model
+
+
+def _worst_grad(step: Step, grads: dict[str, Tensor]) -> tuple[float, str]:
+    """A gradient that is absent on a rank, and there in the step alone, is infinitely far."""
+    distances = {}
+    for name, weight in step.weights.items():
+        right = step.grads.get(name, torch.zeros_like(weight))
+        if name in grads:
+            distances[name] = _distance(grads[name], right, FLOOR * step.norm)
+        elif right.any():
+            distances[name] = float("inf")
+    name = max(distances, key=lambda name: _rank_of(distances[name]))
+    return _rank_of(distances[name]), name
+
+
+def _is_cut(p: Tensor) -> bool:
+    """Whether this rank has a slice of `p` only."""
+    return isinstance(p, DTensor) and p.to_local().numel() < p.numel()
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def _distance(x: Tensor, right: Tensor, floor: float = 1e-30) -> float:
+    if x.shape != right.shape:
+        return float("inf")
+    return ((x.double() - right.double()).norm() / right.double().norm().clamp(min=floor)).item()
+
+
+def _rank_of(distance: float) -> float:
+    """NaN is the farthest of all."""
+    return distance if distance == distance else float("inf")
+
+
+assert FAMILIES  # native families, by Transformers' model type
