@@ -89,9 +89,7 @@ def model(family: str, seed: int = 0) -> hf.PreTrainedModel:
 
 
 def _build(small: hf.PreTrainedConfig) -> hf.PreTrainedModel:
-    return hf.AutoModelForCausalLM.from_config(
-        copy.deepcopy(small), attn_implementation="eager", dtype=torch.float32
-    )
+    return hf.AutoModelForCausalLM.from_config(copy.deepcopy(small), attn_implementation="eager", dtype=torch.float32)
 
 
 def tokens() -> Tensor:

@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 from tests import parity, zoo
 from tests import reference as ref
 from tptrain.config import ModelConfig
-from tptrain.models.families import FAMILIES
 
 hf.logging.set_verbosity(hf.logging.CRITICAL)
 hf.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module="transformers")
 IN_A_LAYER = re.compile(r"\.\d+\.")
+ALLOWED = 1e-3  # relative, of the loss and of the gradients
 FLOOR = 1e-4  # of the norm of all gradients: a smaller one is held against this. Some are zero in exact arithmetic
 
 
@@ -30,6 +30,7 @@ FLOOR = 1e-4  # of the norm of all gradients: a smaller one is held against this
 class Step:
     """What one process computes."""
 
+    model: str  # Transformers' class
     tokens: Tensor
     weights: dict[str, Tensor]
     loss: float
@@ -50,8 +51,25 @@ class Distance:
     grad: float
     parameter: str  # whose gradient is the farthest
     weight: float = 0.0  # the farthest of the weights, before the step
-    cut: tuple[int, int] = (0, 0)  # parameters of the layers, how many of them a rank has a slice of and how many are
+    cut: tuple[int, int] = (
+        0,
+        0,
+    )  # parameters of layers that get a gradient: of how many a rank has a slice, of how many
     share: float = 0.0  # elements in them, of the elements of all layers
+
+
+def worst(ranks: list[Distance]) -> Distance:
+    """The rank that is farthest."""
+    return max(ranks, key=lambda each: max(_or_infinity(each.loss), _or_infinity(each.grad)))
+
+
+def difference(of: Distance) -> str:
+    """What is farther than allowed, in words; empty where nothing is."""
+    if _or_infinity(of.weight) > ALLOWED:
+        return f"loads other weights: {of.weight:.0e}"
+    if _or_infinity(of.loss) > ALLOWED:
+        return f"loss {of.loss:.0e}, logits {of.logits:.0e}, gradient of {of.parameter} {of.grad:.0e}"
+    return f"gradient of {of.parameter} {of.grad:.0e}" if _or_infinity(of.grad) > ALLOWED else ""
 
 
 def alone(family: str, folder: Path) -> tuple[float, float]:
@@ -64,9 +82,9 @@ def alone(family: str, folder: Path) -> tuple[float, float]:
     loss.backward()
     weights = {name: p.detach() for name, p in model.named_parameters()}
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    step = Step(tokens, weights, loss.item(), logits.detach(), grads)
+    step = Step(type(model).__name__, tokens, weights, loss.item(), logits.detach(), grads)
     torch.save(step, folder / "step.pt")
-    again = _load(folder)
+    again = _load(step, folder)
     return step.loss, max(_distance(p.detach(), weights[name]) for name, p in again.named_parameters())
 
 
@@ -74,7 +92,7 @@ def theirs(folder: Path) -> Distance:
     """Transformers' own tensor parallelism over all ranks, against the step in `folder`."""
     step: Step = torch.load(folder / "step.pt", weights_only=False)
     config = hf.distributed.DistributedConfig(tp_size=dist.get_world_size())
-    model = _load(folder, distributed_config=config).train()
+    model = _load(step, folder, distributed_config=config).train()
     own = dict(model.named_parameters())
     weight = max(_distance(_whole(p.detach()), step.weights[name]) for name, p in own.items())
     loss, logits = zoo.loss_and_logits(model, step.tokens)
@@ -84,7 +102,7 @@ def theirs(folder: Path) -> Distance:
     on_all = set.intersection(*map(set, everywhere))
     grads = {name: _whole(p.grad) for name, p in own.items() if p.grad is not None and name in on_all}
     grad, parameter = _worst_grad(step, grads)
-    in_layers = {name: p for name, p in own.items() if IN_A_LAYER.search(name)}
+    in_layers = {name: p for name, p in own.items() if IN_A_LAYER.search(name) and name in step.grads}
     cut = {name: p for name, p in in_layers.items() if _is_cut(p)}
     elements = sum(p.numel() for p in in_layers.values())
     return Distance(
@@ -109,16 +127,13 @@ def ours(family: str, folder: Path) -> Distance:
     reference = ref.Reference(weights, step.tokens, step.loss, logits, grads, step.norm, weights)
     with patch.object(ref, "BATCH", zoo.BATCH):
         values = parity.distances(case, reference, parity.Topology(dist.get_world_size()))
-    farthest = max((name for name in values if name.startswith("grad ")), key=lambda name: _rank_of(values[name]))
+    farthest = max((name for name in values if name.startswith("grad ")), key=lambda name: _or_infinity(values[name]))
     return Distance(values["loss"], values["logits"], values[farthest], farthest.removeprefix("grad "))
 
 
-def _load(folder: Path, **settings: Any) -> hf.PreTrainedModel:
-    model = hf.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", **settings
-    )
-    assert isinstance(model, hf.PreTrainedModel)
-    return model
+def _load(step: Step, folder: Path, **settings: Any) -> hf.PreTrainedModel:
+    of = getattr(hf, step.model)
+    return of.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **settings)
 
 
 def _worst_grad(step: Step, grads: dict[str, Tensor]) -> tuple[float, str]:
@@ -130,8 +145,8 @@ def _worst_grad(step: Step, grads: dict[str, Tensor]) -> tuple[float, str]:
             distances[name] = _distance(grads[name], right, FLOOR * step.norm)
         elif right.any():
             distances[name] = float("inf")
-    name = max(distances, key=lambda name: _rank_of(distances[name]))
-    return _rank_of(distances[name]), name
+    name = max(distances, key=lambda name: _or_infinity(distances[name]))
+    return _or_infinity(distances[name]), name
 
 
 def _is_cut(p: Tensor) -> bool:
@@ -149,9 +164,6 @@ def _distance(x: Tensor, right: Tensor, floor: float = 1e-30) -> float:
     return ((x.double() - right.double()).norm() / right.double().norm().clamp(min=floor)).item()
 
 
-def _rank_of(distance: float) -> float:
-    """NaN is the farthest of all."""
+def _or_infinity(distance: float) -> float:
+    """NaN is as far as it gets."""
     return distance if distance == distance else float("inf")
-
-
-assert FAMILIES  # native families, by Transformers' model type

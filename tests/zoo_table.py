@@ -76,6 +76,7 @@ INKLING = {
     "n_layers_per_attn_res_block": 1,
 }
 GEMMA4 = {
+    "pad_token_id": 0,  # None is refused by the whole model's forward pass; the batch does not have the token
     "num_hidden_layers": 4,  # the last two use the keys of the first two
     "num_kv_shared_layers": 2,
     "global_head_dim": 16,  # global layers have wider heads
@@ -97,6 +98,21 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
     },
     "doge": {"keep_window_size": 8},
+    "dots3_note": {
+        "vision_config": VISION | {"adapter_in_dim": 32, "adapter_out_dim": 64, "mlp_layer_types": ["dense"]},
+        "audio_config": VISION | {"adapter_input_size": 32, "adapter_out_dim": 64, "downsample_hidden_size": 8},
+    },
+    "dots3_note_text": {  # its local layers have sizes of their own
+        "shared_experts_intermediate_size": 32,
+        "head_dim": 16,
+        "swa_num_attention_heads": 8,
+        "swa_num_key_value_heads": 8,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 8,
+    },
     "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_output_layers": 1},
     "dots1": WINDOWS | {"n_shared_experts": 1},
     "emu3_text_model": {"pad_token_id": 0},  # None is refused; the batch does not have the token
@@ -116,7 +132,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     | PER_LAYER_INPUT
     | {"enable_moe_block": True, "top_k_experts": 2, "use_double_wide_mlp": False},
     "gemma4_unified": {"vision_config": None, "audio_config": None},
-    "gemma4_unified_text": GEMMA4 | {"pad_token_id": 0},  # None is refused by the forward pass of the whole model
+    "gemma4_unified_text": GEMMA4,
     "gptj": {"rotary_dim": 8},
     "granite_swa": WINDOWS,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
@@ -170,7 +186,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ministral": WINDOWS,
     "phi4_multimodal": {
         "vision_config": VISION | {"image_size": 28, "crop_size": 28, "patch_size": 14},
-        "audio_config": VISION,
+        "audio_config": VISION
+        | {
+            "num_blocks": 1,
+            "ext_pw_out_channel": 32,
+            "depthwise_separable_out_channel": 32,
+            "nemo_conv_channels": 16,
+            "bias_max_distance": 8,
+        },
     },
     "qwen2": QWEN_WINDOWS,
     "qwen2_moe": QWEN_WINDOWS | {"mlp_only_layers": [0]},
