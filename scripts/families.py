@@ -1,5 +1,5 @@
 """Every causal family of Transformers with a tensor-parallel plan, as a small random model, cut by Transformers and by
-tptrain, against one process. Started by scripts/families, which sets it up. Without --only it writes docs/families.md."""
+tptrain, against one process. Started by scripts/families, which sets it up. Writes docs/families.md."""
 
 import argparse
 import time
@@ -18,6 +18,7 @@ from tests.zoo_table import ABSENT
 from tptrain.models.families import FAMILIES as NATIVE
 
 DEGREES = (2, 4)
+MOST = max(DEGREES)
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 
 
@@ -57,13 +58,13 @@ def arguments() -> argparse.Namespace:
 
 
 def row(family: str, pools: Pools) -> Row:
-    """What `family` does alone, and cut in every way."""
+    """What `family` does alone, and cut in every way. Where 2 KV heads are too few, again with as many as ranks."""
     result = Row(family, sorted(set(zoo.plan(zoo.config_classes()[family]).values())), native=family in NATIVE)
     if family in ABSENT:
         result.absent = ABSENT[family]
         return result
-    with TemporaryDirectory() as name:
-        folder = Path(name)
+    with TemporaryDirectory() as name, TemporaryDirectory() as other:
+        folder, wide = Path(name), Path(other)
         try:
             _, result.reloaded = pools.of[1].run(zoo_step.alone, family, folder, timeout=pools.timeout)[0]
         except TaskError as error:
@@ -74,6 +75,12 @@ def row(family: str, pools: Pools) -> Row:
                 result.theirs[tp] = pools.outcome(tp, zoo_step.theirs, folder)
             if family in NATIVE:
                 result.ours[tp] = pools.outcome(tp, zoo_step.ours, family, folder)
+        if result.theirs[MOST].verdict == "crashes" and zoo.grouped(family):
+            try:
+                pools.of[1].run(zoo_step.alone, family, wide, MOST, timeout=pools.timeout)
+                result.wide = pools.outcome(MOST, zoo_step.theirs, wide)
+            except TaskError as error:
+                result.wide = Outcome("crashes", f"in one process: {error}")
     return result
 
 

@@ -7,31 +7,35 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from tests.zoo_step import ALLOWED, FLOOR, Distance
+from tptrain.models.families import FAMILIES as NATIVE
 
 INTRODUCTION = """\
 # Transformers' families, cut by tensor parallelism
 
-Of each causal family of Transformers that has a tensor-parallel plan (`base_model_tp_plan` of its config, or of the config of its
-text model) a small random model is built, with all its kinds of layers ([tests/zoo.py](../tests/zoo.py)): 64 wide, 8 heads, 2 KV
-heads where the family has grouped queries, 4 experts, no parameter left at 0 or 1. One process computes the loss, the logits and
-the gradient of each parameter of a batch of 2 x 24 tokens in float32, with eager attention. Then ranks that talk over gloo
-load the saved model and compute the same: with Transformers' own tensor parallelism (`DistributedConfig(tp_size=...)`), and with tptrain.
+Of each causal family of Transformers that has a tensor-parallel plan (`base_model_tp_plan` of its config, or of its
+text model's) a small random model is built, with all its kinds of layers ([tests/zoo.py](../tests/zoo.py)): 64 wide,
+8 heads, 2 KV heads where the family has grouped queries, 4 experts, no parameter left at 0 or 1. One process computes
+the loss, the logits and the gradient of each parameter for a batch of 2 x 24 tokens, in float32 with eager attention.
+Then ranks that talk over gloo load the saved model and compute the same, with Transformers' own tensor parallelism
+(`DistributedConfig(tp_size=...)`) and with tptrain.
 
-- **right**: the loss, and the gradient of each parameter on each rank, gathered to a whole one where it is cut, are within
-  {allowed} of those of one process, relative. The figure is that of the worst gradient, as the 2-norm of the difference over that of the gradient,
-  or over {floor} of the norm of all gradients if that is more.
-- **wrong**: one of them is not. Which one, and how far, is said below the table.
-- **crashes**: a rank raised an error, died or gave no answer. The error is below the table.
-- **layers cut**: parameters of layers of which each rank holds a slice only, of all that get a gradient (without embedding, head and last
-  norm), and their share of the elements. What is not cut is computed by every rank anew.
+- **right**: the loss, and each parameter's gradient on each rank, gathered to a whole one where it is cut, are within
+  {allowed} of those of one process, relative. The figure is that of the worst gradient: the 2-norm of the difference
+  over that of the gradient, or over {floor} of the norm of all gradients where that is more.
+- **wrong**: one of them is not. Which one, and by how much, is said below the table.
+- **crashes**: a rank raised an error, died or gave no answer in time. The error is below the table.
+- **layers cut**: parameters of layers of which each rank holds a slice only, of all that get a gradient (embedding,
+  head and last norm are not counted), and their share of the elements. Every rank computes the rest anew.
+- **tp=4, 4 KV heads**: where the model with 2 KV heads crashes at tp=4, the same with 4.
 
-The column of tptrain is there for the families that it has natively; the others it does not support yet.
+The columns of tptrain are there for the families that it has natively; the others it does not support yet. {unplanned}
 
-One small model, one batch and one step of each family show mistakes of a plan; they say nothing of speed, of bfloat16, or of
-combinations with other parallelism. A model of these sizes may crash where the released one would not, by a size that the number of
-ranks does not divide: in particular 2 KV heads cannot be cut over 4 ranks, and many crashes at tp=4 are no more than that.
+One small model, one batch and one step of each family show mistakes of a plan. They say nothing of speed, of bfloat16
+or of other parallelism beside it, and a model of these sizes may crash where the released one would not, by a size
+that the number of ranks does not divide.
 
-Made by `scripts/families` in {minutes:.0f} minutes: Transformers {transformers}, torch {torch}, accelerate {accelerate}, {cores} cores, CPU.
+Made by `scripts/families` in {minutes:.0f} minutes on {cores} cores (CPU): Transformers {transformers}, torch {torch},
+accelerate {accelerate}.
 """
 
 
@@ -54,6 +58,7 @@ class Row:
     reloaded: float = 0.0  # the largest distance of a weight after saving and loading, in one process
     theirs: dict[int, Outcome] = field(default_factory=dict)  # by the number of ranks
     ours: dict[int, Outcome] = field(default_factory=dict)
+    wide: Outcome | None = None  # Transformers on the most ranks, with as many KV heads
 
     @property
     def cut(self) -> Distance | None:
@@ -65,6 +70,8 @@ def one_line(row: Row) -> str:
     if row.absent:
         return f"{row.family}: not built: {row.absent}"
     parts = [f"Transformers tp={tp}: {_with_reason(each)}" for tp, each in row.theirs.items()]
+    if row.wide:
+        parts.append(f"with 4 KV heads: {_with_reason(row.wide)}")
     parts += [f"tptrain tp={tp}: {_with_reason(each)}" for tp, each in row.ours.items()]
     return f"{row.family}: {_cut(row)} of layers cut; {'; '.join(parts)}"
 
@@ -76,6 +83,7 @@ def page(rows: list[Row], minutes: float) -> str:
             allowed=f"{ALLOWED:g}",
             floor=f"{FLOOR:g}",
             minutes=minutes,
+            unplanned=_unplanned(rows),
             cores=os.cpu_count(),
             **{name: version(name) for name in ("transformers", "torch", "accelerate")},
         ),
@@ -88,36 +96,45 @@ def page(rows: list[Row], minutes: float) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def _unplanned(rows: list[Row]) -> str:
+    names = sorted(set(NATIVE) - {row.family for row in rows})
+    return f"It also has {', '.join(names)}, without a plan in Transformers." if names else ""
+
+
 def _totals(rows: list[Row], degrees: list[int]) -> str:
     """Counts of the table."""
-    planned = [row for row in rows if row.styles]
-    built = [row for row in planned if not row.absent]
+    built = [row for row in rows if not row.absent]
     native = [row for row in rows if row.native]
-    lines = ["## Totals", "", f"{len(planned)} families have a plan; {len(built)} of them are built here.", ""]
+    most = max(degrees)
+    lines = ["## Totals", "", f"{len(rows)} families have a plan; {len(built)} of them are built here.", ""]
     lines += [
-        "| | families | right | wrong | crash | right with nothing of the layers cut |",
+        "| | families | right | wrong | crash | right, but nothing of the layers cut |",
         "| --- |" + " ---: |" * 5,
     ]
-    for tp in degrees:
-        verdicts = Counter(row.theirs[tp].verdict for row in built)
-        whole = [row for row in built if row.theirs[tp].verdict == "right" and _nothing_cut(row.theirs[tp])]
-        counts = (len(built), *(verdicts[each] for each in ("right", "wrong", "crashes")), len(whole))
-        lines.append(f"| Transformers, tp={tp} | {' | '.join(map(str, counts))} |")
-    for tp in degrees:
-        verdicts = Counter(row.ours[tp].verdict for row in native if tp in row.ours)
-        counts = (len(native), *(verdicts[each] for each in ("right", "wrong", "crashes")))
-        lines.append(f"| tptrain, native families, tp={tp} | {' | '.join(map(str, counts))} | |")
+    counted = {f"Transformers, tp={tp}": [row.theirs[tp] for row in built] for tp in degrees}
+    counted[f"Transformers, tp={most}, with {most} KV heads where 2 crash"] = [
+        row.wide or row.theirs[most] for row in built
+    ]
+    counted |= {f"tptrain, tp={tp}": [row.ours[tp] for row in native if tp in row.ours] for tp in degrees}
+    for name, outcomes in counted.items():
+        verdicts = Counter(each.verdict for each in outcomes)
+        whole = sum(each.verdict == "right" and _nothing_cut(each) for each in outcomes)
+        counts = [len(outcomes), *(verdicts[each] for each in ("right", "wrong", "crashes"))]
+        lines.append(f"| {name} | {' | '.join(map(str, counts))} | {'' if 'tptrain' in name else whole} |")
     return "\n".join([*lines, ""])
 
 
 def _table(rows: list[Row], degrees: list[int]) -> str:
+    most = max(degrees)
     names = ["family", "styles of its plan", "layers cut"]
-    names += [f"Transformers tp={tp}" for tp in degrees] + [f"tptrain tp={tp}" for tp in degrees]
-    lines = ["## Families", "", f"| {' | '.join(names)} |", "| --- |" * 1 + " --- |" * (len(names) - 1)]
+    names += [*(f"Transformers tp={tp}" for tp in degrees), f"tp={most}, {most} KV heads"]
+    names += [f"tptrain tp={tp}" for tp in degrees]
+    lines = ["## Families", "", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
     for row in rows:
-        cells = [row.family, ", ".join(row.styles) or "no plan", _cut(row)]
+        cells = [row.family, ", ".join(row.styles), _cut(row)]
         cells += [_cell(row, row.theirs.get(tp)) for tp in degrees]
-        cells += [str(row.ours[tp]) if tp in row.ours else "" for tp in degrees]
+        cells += [str(row.wide or "")]
+        cells += [str(row.ours.get(tp, "")) for tp in degrees]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -132,13 +149,16 @@ def _reasons(rows: list[Row], verdict: str) -> str:
     """A list of reasons; families that have the same one stand together."""
     families: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        for framework, outcomes in (("", row.theirs), ("tptrain, ", row.ours)):
-            same: dict[str, list[str]] = defaultdict(list)
-            for tp, outcome in outcomes.items():
-                if outcome.verdict == verdict:
-                    same[_plain(outcome.reason)].append(f"tp={tp}")
-            for reason, degrees in same.items():
-                families[reason].append(f"{row.family} ({framework}{', '.join(degrees)})")
+        outcomes = {f"tp={tp}": each for tp, each in row.theirs.items()}
+        outcomes |= {f"tptrain tp={tp}": each for tp, each in row.ours.items()}
+        if row.wide:
+            outcomes["4 KV heads"] = row.wide
+        same: dict[str, list[str]] = defaultdict(list)
+        for what, outcome in outcomes.items():
+            if outcome.verdict == verdict:
+                same[_plain(outcome.reason)].append(what)
+        for reason, whats in same.items():
+            families[reason].append(f"{row.family} ({', '.join(whats)})")
     if not families:
         return ""
     lines = [f"- `{reason}`: {', '.join(names)}" for reason, names in families.items()]

@@ -107,6 +107,7 @@ def _rank(rank: int, world: int, port: int, tasks: Connection) -> None:
 def _first_line(error: BaseException) -> str:
     """The kind of the error, its first line that says something, and the place that raised it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{os.path.basename(place.filename)}:{place.lineno}"
-    return f"{type(error).__name__}: {lines[0][:160] if lines else ''} ({where})"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((each for each in reversed(frames) if "/transformers/" in each.filename), frames[-1])
+    said = lines[0][:160] if lines else f"{frames[-1].line} in {frames[-1].name}"
+    return f"{type(error).__name__}: {said} ({os.path.basename(place.filename)}:{place.lineno})"

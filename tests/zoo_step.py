@@ -1,6 +1,7 @@
 """One step of a family's small model: alone, cut by Transformers, and cut by tptrain. Runs on ranks of `zoo_pool`."""
 
 import copy
+import logging
 import re
 import warnings
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ import torch.distributed as dist
 import transformers as hf
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from tests import parity, zoo
 from tests import reference as ref
 from tptrain.config import ModelConfig
 
-hf.logging.set_verbosity(hf.logging.CRITICAL)
+hf.logging.set_verbosity(logging.CRITICAL)
 hf.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module="transformers")
+warnings.filterwarnings("ignore", module="torch.distributed.tensor")
 IN_A_LAYER = re.compile(r"\.\d+\.")
 ALLOWED = 1e-3  # relative, of the loss and of the gradients
 FLOOR = 1e-4  # of the norm of all gradients: a smaller one is held against this. Some are zero in exact arithmetic
@@ -66,16 +69,16 @@ def worst(ranks: list[Distance]) -> Distance:
 def difference(of: Distance) -> str:
     """What is farther than allowed, in words; empty where nothing is."""
     if _or_infinity(of.weight) > ALLOWED:
-        return f"loads other weights: {of.weight:.0e}"
+        return f"loads other weights: {of.weight:.0e}; loss {of.loss:.0e}, gradient of {of.parameter} {of.grad:.0e}"
     if _or_infinity(of.loss) > ALLOWED:
         return f"loss {of.loss:.0e}, logits {of.logits:.0e}, gradient of {of.parameter} {of.grad:.0e}"
     return f"gradient of {of.parameter} {of.grad:.0e}" if _or_infinity(of.grad) > ALLOWED else ""
 
 
-def alone(family: str, folder: Path) -> tuple[float, float]:
+def alone(family: str, folder: Path, kv_heads: int = zoo.KV_HEADS) -> tuple[float, float]:
     """Computes a step, saves it and the model in `folder`. Returns the loss, and how far the model is from what is
     there: the largest distance of a weight after saving and loading."""
-    model = zoo.model(family)
+    model = zoo.model(family) if kv_heads == zoo.KV_HEADS else zoo.model(family, num_key_value_heads=kv_heads)
     tokens = zoo.tokens()
     model.save_pretrained(folder)
     loss, logits = zoo.loss_and_logits(model, tokens)
@@ -91,16 +94,17 @@ def alone(family: str, folder: Path) -> tuple[float, float]:
 def theirs(folder: Path) -> Distance:
     """Transformers' own tensor parallelism over all ranks, against the step in `folder`."""
     step: Step = torch.load(folder / "step.pt", weights_only=False)
-    config = hf.distributed.DistributedConfig(tp_size=dist.get_world_size())
+    config = DistributedConfig(tp_size=dist.get_world_size())
     model = _load(step, folder, distributed_config=config).train()
     own = dict(model.named_parameters())
-    weight = max(_distance(_whole(p.detach()), step.weights[name]) for name, p in own.items())
+    orders = {name: _order(_whole(p.detach()), step.weights[name], p) for name, p in own.items()}
+    weight = max(_distance(_whole(p.detach())[orders[name]], step.weights[name]) for name, p in own.items())
     loss, logits = zoo.loss_and_logits(model, step.tokens)
     loss.backward()
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, sorted(name for name, p in own.items() if p.grad is not None))
     on_all = set.intersection(*map(set, everywhere))
-    grads = {name: _whole(p.grad) for name, p in own.items() if p.grad is not None and name in on_all}
+    grads = {name: _whole(p.grad)[orders[name]] for name, p in own.items() if p.grad is not None and name in on_all}
     grad, parameter = _worst_grad(step, grads)
     in_layers = {name: p for name, p in own.items() if IN_A_LAYER.search(name) and name in step.grads}
     cut = {name: p for name, p in in_layers.items() if _is_cut(p)}
@@ -152,6 +156,18 @@ def _worst_grad(step: Step, grads: dict[str, Tensor]) -> tuple[float, str]:
 def _is_cut(p: Tensor) -> bool:
     """Whether this rank has a slice of `p` only."""
     return isinstance(p, DTensor) and p.to_local().numel() < p.numel()
+
+
+def _order(whole: Tensor, right: Tensor, p: Tensor) -> tuple[slice | Tensor, ...]:
+    """The index that puts `whole` in the order of `right`. Ranks may hold the rows of packed weights in another order
+    than one process does; what they compute is the same."""
+    if not isinstance(p, DTensor) or whole.shape != right.shape or torch.equal(whole, right):
+        return (slice(None),)
+    dim = next((getattr(each, "dim", 0) for each in p.placements), 0) % whole.dim()
+    key, right_key = (x.movedim(dim, 0).flatten(1)[:, 0] for x in (whole, right))
+    order = torch.empty(len(key), dtype=torch.long)
+    order[right_key.argsort()] = key.argsort()
+    return (*(slice(None),) * dim, order)
 
 
 def _whole(x: Tensor) -> Tensor:

@@ -195,6 +195,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "bias_max_distance": 8,
         },
     },
+    "phimoe": {"router_jitter_noise": 0.2},  # it draws experts in training; without noise its router has no gradient
     "qwen2": QWEN_WINDOWS,
     "qwen2_moe": QWEN_WINDOWS | {"mlp_only_layers": [0]},
     "qwen3": QWEN_WINDOWS,
@@ -220,4 +221,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 # Families that are not built here, with the reason.
 ABSENT: dict[str, str] = {
     "gemma3n": "its image tower needs the packages timm and PIL; gemma3n_text is its text model",
+}
+# Parameters that get no gradient in one process, by a part of their names, with the reason.
+NO_GRADIENT = {
+    ".indexer.": "picks keys, and no gradient flows through what is picked",
+    "expert_bias": "is added to choose experts only",
+    "e_score_correction_bias": "is added to choose experts only",
+    "z_L_init": "hrm_text: a constant that is saved as a parameter",
+    "vision_tower.": "there are no images in the batch",
+    "multi_modal_projector.": "there are no images in the batch",
+    "embed_tokens_extend.": "phi4_multimodal: there are no images and no sound in the batch",
 }
