@@ -13,7 +13,7 @@ from family_report import Outcome, Row, one_line, page
 from tqdm import tqdm
 
 from tests import zoo, zoo_step
-from tests.zoo_pool import Pool, TaskError
+from tests.zoo_pool import Pool, TaskError, preload
 from tests.zoo_table import ABSENT
 from tptrain.models.families import FAMILIES as NATIVE
 
@@ -86,6 +86,7 @@ def row(family: str, pools: Pools) -> Row:
 
 def main() -> None:
     chosen = arguments()
+    preload()
     pools = Pools(chosen.timeout)
     start = time.monotonic()
     rows = []

@@ -10,19 +10,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from launch.place import free_port
+from tests.distributed import FORKSERVER
 
-SERVER = mp.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.zoo_step"])
 MEMORY = 12 << 30  # bytes of addresses of each rank
-GRACE = 5  # seconds that the other ranks have after one has failed
+GRACE = 3  # seconds that the other ranks have after one has failed
 TASKS = 25  # of one set of ranks: each leaves process groups behind
 
 
 class TaskError(Exception):
     """The first line of what a rank raised, or that it died or took too long."""
+
+
+def preload() -> None:
+    """Ranks start with Transformers imported. Not for tests, whose other ranks do without."""
+    FORKSERVER.set_forkserver_preload(["tests.zoo_step"])
 
 
 class Pool:
@@ -72,8 +75,8 @@ class Pool:
     def _start(self) -> None:
         port = free_port()
         for rank in range(self.world):
-            here, there = SERVER.Pipe()
-            process = SERVER.Process(target=_rank, args=(rank, self.world, port, there), daemon=True)
+            here, there = FORKSERVER.Pipe()
+            process = FORKSERVER.Process(target=_rank, args=(rank, self.world, port, there), daemon=True)
             process.start()
             there.close()
             self.ranks.append((process, here))

@@ -54,11 +54,8 @@ class Distance:
     grad: float
     parameter: str  # whose gradient is the farthest
     weight: float = 0.0  # the farthest of the weights, before the step
-    cut: tuple[int, int] = (
-        0,
-        0,
-    )  # parameters of layers that get a gradient: of how many a rank has a slice, of how many
-    share: float = 0.0  # elements in them, of the elements of all layers
+    cut: tuple[int, int] = (0, 0)  # parameters of layers: of how many a rank has a slice, how many get a gradient
+    share: float = 0.0  # of the elements
 
 
 def worst(ranks: list[Distance]) -> Distance:
