@@ -28,7 +28,8 @@ Then ranks that talk over gloo load the saved model and compute the same, with T
   head and last norm are not counted), and their share of the elements. Every rank computes the rest anew.
 - **tp=4, 4 KV heads**: where the model with 2 KV heads crashes at tp=4, the same with 4.
 
-The columns of tptrain are there for the families that it has natively; the others it does not support yet. {unplanned}
+The columns of tptrain are there for the families that it has natively; the others it does not support yet.
+{unplanned}
 
 One small model, one batch and one step of each family show mistakes of a plan. They say nothing of speed, of bfloat16
 or of other parallelism beside it, and a model of these sizes may crash where the released one would not, by a size
@@ -37,6 +38,26 @@ that the number of ranks does not divide.
 Made by `scripts/families` in {minutes:.0f} minutes on {cores} cores (CPU): Transformers {transformers}, torch {torch},
 accelerate {accelerate}.
 """
+
+
+# Read out of tracebacks and of Transformers' source, and checked where it says so.
+CAUSES = {
+    (
+        "apertus",
+        "apertus1p5_text",
+    ): "every rank has the two slopes of the activation and sees its own features; the plan "
+    "does not sum their gradients. Checked: the sum over the ranks is the gradient of one process",
+    ("gemma3n_text",): "activation sparsity takes mean and deviation over the features of a rank, for those of all. "
+    "Checked: without sparsity it is right",
+    (
+        "hrm_text",
+        "sarvam_moe",
+    ): "the checkpoint has rows of several projections in one tensor; a rank takes its slice of "
+    "that before it is split into projections",
+    ("doge",): "the mask has all heads, the scores those of a rank",
+    ("inkling_text",): "the norm of the embedding works on sums that are not complete yet",
+    ("gemma4",): "a row of the embedding's weight, a DTensor, is combined with plain tensors",
+}
 
 
 @dataclass
@@ -91,6 +112,7 @@ def page(rows: list[Row], minutes: float) -> str:
         _table(rows, degrees),
         _reasons(rows, "wrong"),
         _reasons(rows, "crashes"),
+        _causes(rows),
         _absent(rows),
     ]
     return "\n".join(part for part in parts if part)
@@ -146,23 +168,30 @@ def _cell(row: Row, outcome: Outcome | None) -> str:
 
 
 def _reasons(rows: list[Row], verdict: str) -> str:
-    """A list of reasons; families that have the same one stand together."""
-    families: dict[str, list[str]] = defaultdict(list)
+    """A list of reasons; families that have the same one in the same columns stand together."""
+    families: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
         outcomes = {f"tp={tp}": each for tp, each in row.theirs.items()}
+        outcomes |= {"4 KV heads": row.wide} if row.wide else {}
         outcomes |= {f"tptrain tp={tp}": each for tp, each in row.ours.items()}
-        if row.wide:
-            outcomes["4 KV heads"] = row.wide
         same: dict[str, list[str]] = defaultdict(list)
-        for what, outcome in outcomes.items():
+        for column, outcome in outcomes.items():
             if outcome.verdict == verdict:
-                same[_plain(outcome.reason)].append(what)
-        for reason, whats in same.items():
-            families[reason].append(f"{row.family} ({', '.join(whats)})")
+                same[_plain(outcome.reason)].append(column)
+        for reason, columns in same.items():
+            families[reason, ", ".join(columns)].append(row.family)
     if not families:
         return ""
-    lines = [f"- `{reason}`: {', '.join(names)}" for reason, names in families.items()]
-    return "\n".join([f"## {'What is wrong' if verdict == 'wrong' else 'What crashes'}", "", *lines, ""])
+    lines = [f"- {', '.join(names)} ({columns}): `{reason}`" for (reason, columns), names in families.items()]
+    title = {"wrong": "What is wrong", "crashes": "What crashes"}[verdict]
+    return "\n".join([f"## {title}", "", *lines, ""])
+
+
+def _causes(rows: list[Row]) -> str:
+    """Of families that are not right on the fewest ranks."""
+    concerned = {row.family for row in rows if any(each.verdict != "right" for each in [*row.theirs.values()][:1])}
+    lines = [f"- {', '.join(names)}: {cause}." for names, cause in CAUSES.items() if concerned.intersection(names)]
+    return "\n".join(["## Causes, as far as they were looked into", "", *lines, ""]) if lines else ""
 
 
 def _absent(rows: list[Row]) -> str:

@@ -15,6 +15,7 @@ import transformers as hf
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tests import parity, zoo
 from tests import reference as ref
@@ -33,7 +34,7 @@ FLOOR = 1e-4  # of the norm of all gradients: a smaller one is held against this
 class Step:
     """What one process computes."""
 
-    model: str  # Transformers' class
+    loader: str  # Transformers' class that loads the model
     tokens: Tensor
     weights: dict[str, Tensor]
     loss: float
@@ -82,7 +83,11 @@ def alone(family: str, folder: Path, kv_heads: int = zoo.KV_HEADS) -> tuple[floa
     loss.backward()
     weights = {name: p.detach() for name, p in model.named_parameters()}
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    step = Step(type(model).__name__, tokens, weights, loss.item(), logits.detach(), grads)
+    automatic = (
+        type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    )  # not a text model of which only the whole's config is
+    loader = "AutoModelForCausalLM" if automatic else type(model).__name__
+    step = Step(loader, tokens, weights, loss.item(), logits.detach(), grads)
     torch.save(step, folder / "step.pt")
     again = _load(step, folder)
     return step.loss, max(_distance(p.detach(), weights[name]) for name, p in again.named_parameters())
@@ -133,8 +138,9 @@ def ours(family: str, folder: Path) -> Distance:
 
 
 def _load(step: Step, folder: Path, **settings: Any) -> hf.PreTrainedModel:
-    of = getattr(hf, step.model)
-    return of.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **settings)
+    return getattr(hf, step.loader).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **settings
+    )
 
 
 def _worst_grad(step: Step, grads: dict[str, Tensor]) -> tuple[float, str]:
