@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -261,12 +262,22 @@ def _is_rank(process: psutil.Process, job: str) -> bool:
 
 
 def ask_to_stop(job: str, signalled: set[int]) -> None:
-    """SIGTERM to the ranks that are there and whose pids are not yet in `signalled`. Others may only be starting."""
+    """SIGTERM to the ranks that are there and whose pids are not yet in `signalled`. Others may only be starting: one
+    whose Python has not come to its first line would be killed by it.
+    """
     for rank in supervisors(job):
-        if rank.pid not in signalled:
+        if rank.pid not in signalled and defers_sigterm(rank.pid):
             with contextlib.suppress(psutil.Error):
                 rank.terminate()
             signalled.add(rank.pid)
+
+
+def defers_sigterm(pid: int) -> bool:
+    """Whether a process blocks or handles SIGTERM."""
+    with contextlib.suppress(OSError):  # it has ended
+        masks = re.findall(r"Sig(?:Blk|Cgt):\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
+    return False
 
 
 class Tail:

@@ -179,6 +179,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(folder: Path) -> None:
         *JOB[:1],
         "parallel.tp=1",
         "train.steps=99",
+        "optim.warmup_steps=0",
         "cluster.sbatch.no_such_option=1",
     ]
     refused = tptrain("launch", *lines)
