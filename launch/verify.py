@@ -19,11 +19,11 @@ from rich.table import Table
 from launch.place import free_port
 from tptrain.config import Config, UserError, write_config
 from tptrain.models.check import check_tp, checked_spec
-from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut
+from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut_of
 from tptrain.models.directory import tensors
 from tptrain.models.spec import DecoderSpec
 from tptrain.records.run_dir import CARD, VERIFICATION
-from tptrain.records.verification import Verification
+from tptrain.records.verification import RESULT, Verification
 
 PROCESS_BYTES = 0.4e9  # of a rank: Python and torch
 GIB = 2.0**30
@@ -40,7 +40,7 @@ def prepare(config: Config) -> tuple[Config, Cut, int]:
     if options.width is not None and options.width > spec.hidden_size:
         raise UserError(f"verify.width={options.width}: more than the model's {spec.hidden_size}. Leave it out.")
     check_tp(spec, tp)
-    smaller = cut(spec, tp, options.width, options.vocab)
+    smaller = cut_of(config)
     check_tp(smaller.spec, tp)
     shrunk = options.width is not None or options.vocab is not None
     if options.weights == "model" and (shrunk or config.model.path is None):
@@ -72,10 +72,10 @@ def verify(config: Config) -> int:
     try:
         write_config(config, scratch / "config.yaml")
         began = time.monotonic()
-        code = _run(scratch, "reference", 1, world) or _run(scratch, "ranks", world, world)
+        code = _run(scratch, "reference", 1) or _run(scratch, "ranks", world)
         if code:
             return code
-        result = json.loads((scratch / "result.json").read_text())
+        result = json.loads((scratch / RESULT).read_text())
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     facts |= {name: result[name] for name in ("device", "torch", "kernels")} | {"time": time.time()}
@@ -88,13 +88,14 @@ def verify(config: Config) -> int:
 
 def _facts(config: Config, smaller: Cut, world: int) -> dict[str, object]:
     """What is verified, in words."""
-    spec, whole, parallel = smaller.spec, checked_spec(config.model), config.parallel
+    spec, whole, parallel = smaller.spec, smaller.model, config.parallel
 
     def size(name: str, ours: int, theirs: int) -> str:
         return f"{name} {ours}" if ours == theirs else f"{name} {ours} for {theirs}"
 
     layers = ", ".join(map(str, smaller.layers))
-    kinds = "all of one kind" if smaller.kinds == 1 else f"one of each of its {smaller.kinds} kinds"
+    count = len(set(whole.layers))
+    kinds = "all of one kind" if count == 1 else f"one of each of its {count} kinds"
     widths = size("width", spec.hidden_size, whole.hidden_size)
     vocabulary = size("vocabulary", spec.vocab_size, whole.vocab_size)
     axes = [f"tp={parallel.tp}", f"dp={world // parallel.tp}"]
@@ -146,7 +147,7 @@ def _check_memory(config: Config, spec: DecoderSpec, world: int) -> None:
         raise UserError(f"run.dir={config.run.dir}: {shutil.disk_usage(base).free / GIB:.1f} GiB are free. {advice}")
 
 
-def _run(scratch: Path, role: str, count: int, world: int) -> int:
+def _run(scratch: Path, role: str, count: int) -> int:
     """Run so many processes, which print what they are at; returns 0 or the exit code of the first that failed."""
     port, node = free_port(), os.uname().nodename
     shared = {
@@ -156,7 +157,6 @@ def _run(scratch: Path, role: str, count: int, world: int) -> int:
         "MASTER_PORT": port,
         "TPTRAIN_NODE": node,
         "TPTRAIN_ATTEMPT": f"verify-{os.getpid()}-0",
-        "VERIFY_WORLD": world,
     }
     command = [sys.executable, "-m", "tptrain.run.verify", str(scratch), role]
     processes = []

@@ -45,10 +45,15 @@ class Ranks:
         }
 
     def __enter__(self) -> "Ranks":
-        for reporter in self.by_rank.values():
-            reporter.start()
-        self.wait(lambda reporter: reporter.connected, "connections")
+        self._connect([reporter for reporter in self.by_rank.values() if reporter.collector is not None])
+        self._connect([reporter for reporter in self.by_rank.values() if reporter.collector is None])
         return self
+
+    def _connect(self, reporters: list[Reporter]) -> None:
+        """Those that collect come first: a rank that came before the stand-in would get one message more."""
+        for reporter in reporters:
+            reporter.start()
+            wait_until(lambda reporter=reporter: reporter.connected, "a connection", timeout_s=60)
 
     def __exit__(self, *_: object) -> None:
         for rank, reporter in self.by_rank.items():  # a failed test has not come so far
@@ -136,8 +141,7 @@ def test_messages_and_bytes_are_linear_in_the_ranks_and_reports_are_judged_once(
     few, many = for_a_rank
     assert few["messages"] <= 6
     assert few["bytes"] < 8_000
-    # A sixth message to a rank names the stand-in, unless that came before the rank. Not 4 times as much:
-    assert all(many[what] <= 1.25 * few[what] for what in traffic), for_a_rank
+    assert all(many[what] <= 1.05 * few[what] for what in traffic), for_a_rank
 
 
 @pytest.mark.usefixtures("hurried")

@@ -19,7 +19,7 @@ from tests.families import FAMILIES
 from tests.parity import MUTATIONS
 from tptrain.config import Config, ModelConfig
 from tptrain.config.schema import ParallelConfig
-from tptrain.models.cut import Cut, cut
+from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut
 from tptrain.models.settings import decoder_spec
 from tptrain.nn.decoder import Decoder
 from tptrain.nn.parameter import Parameter, initial_values, parameter, parameters
@@ -207,7 +207,7 @@ def _reference(config: Config, folder: Path, dp: int = 1) -> Reference:
     step = Step(small, alone, mesh(1, small.spec.kv_heads), REFERENCE)
     step.draw()
     reference = Reference(folder)
-    write_reference(step, token_ids(small, dp, 0), reference)
+    write_reference(step, token_ids(small, SEQUENCES * BATCHES * dp, 0), reference)
     return reference
 
 
@@ -216,7 +216,7 @@ def _prove(config: Config, folder: Path) -> list[Comparison]:
     grid = mesh(TP, small.spec.kv_heads, shared=True, sequence_parallel=config.parallel.sequence_parallel)
     step = Step(small, config, grid, REFERENCE)
     step.draw()
-    tokens = token_ids(small, grid.size("dp"), 0)
+    tokens = token_ids(small, SEQUENCES * BATCHES * grid.size("dp"), 0)
     return prove(step, tokens, Reference(folder), grid)
 
 

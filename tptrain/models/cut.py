@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tptrain.config import Config
+from tptrain.models.settings import decoder_spec
 from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec, LayerSpec, LongScaling, RotarySpec
 
 LENGTH = 64  # tokens of a sequence, where the model has so many positions
@@ -14,11 +16,11 @@ WINDOW = 24  # keys that a query of a layer with a sliding window sees at most: 
 
 @dataclass(frozen=True)
 class Cut:
-    """A smaller decoder, and how it differs from the model."""
+    """A smaller decoder, and the model that it is of."""
 
     spec: DecoderSpec
-    layers: tuple[int, ...]  # which of the model's layers it has
-    kinds: int  # how many kinds of layers the model has; all of them are among those
+    model: DecoderSpec
+    layers: tuple[int, ...]  # which of the model's layers it has: of each kind one at least
 
     @property
     def length(self) -> int:
@@ -31,6 +33,11 @@ class Cut:
             return name
         _, number, *rest = name.split(".")
         return ".".join(["layers", str(self.layers[int(number)]), *rest])
+
+
+def cut_of(config: Config) -> Cut:
+    """What `verify` runs of a config's model. Raises UserError where that is no model."""
+    return cut(decoder_spec(config.model), config.parallel.tp, config.verify.width, config.verify.vocab)
 
 
 def cut(spec: DecoderSpec, tp: int, width: int | None = None, vocab: int | None = None) -> Cut:
@@ -49,7 +56,7 @@ def cut(spec: DecoderSpec, tp: int, width: int | None = None, vocab: int | None 
         hidden_size=width or spec.hidden_size,
         vocab_size=min(vocab or spec.vocab_size, spec.vocab_size),
     )
-    return Cut(smaller, layers, len(first))
+    return Cut(smaller, spec, layers)
 
 
 def _smaller(layer: LayerSpec, ratio: float, tp: int) -> LayerSpec:

@@ -11,6 +11,7 @@ from tptrain import __version__
 from tptrain.config.load import write_atomically
 from tptrain.records.run_dir import CARD, VERIFICATION
 
+RESULT = "result.json"  # what the ranks leave for `verify`, which makes the others of it
 # Kinds of items by `what`, as the card's rows have them.
 ROWS = {
     "at the start": "weights at the start",

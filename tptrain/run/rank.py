@@ -112,7 +112,6 @@ def run(
 def _cause(error: Exception, config: Config, step: int) -> tuple[Outcome, str] | None:
     """What is known to raise such an error; None where it is a bug."""
     import torch
-    import torch.distributed as dist
 
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -121,9 +120,16 @@ def _cause(error: Exception, config: Config, step: int) -> tuple[Outcome, str] |
         return Outcome.DEVICE, f"the device failed: {next(line for line in text.splitlines() if fault in line)}"
     if "unspecified launch failure" in text:
         return Outcome.INFRA, f"the device stopped, or a kernel of ours: {text.splitlines()[0]}"
-    if isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text:  # as where another rank is gone
+    if is_lost_rank(error):
         return Outcome.INFRA, f"lost another rank: {text.split('] ', 1)[-1].split('. ')[0]}"
     return None
+
+
+def is_lost_rank(error: Exception) -> bool:
+    """Whether it is what a collective raises where another rank is gone."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def out_of_memory(config: Config, text: str, step: int) -> str:

@@ -17,24 +17,19 @@ from tptrain.checkpoint.huggingface import load_pretrained
 from tptrain.config import Config, UserError, read_config
 from tptrain.config.load import write_atomically
 from tptrain.config.schema import ParallelConfig
-from tptrain.models.cut import Cut, cut
-from tptrain.models.settings import decoder_spec
+from tptrain.models.cut import Cut, cut_of
 from tptrain.ops.table import REFERENCE
 from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import tp_grid
+from tptrain.records.verification import RESULT
 from tptrain.run.device import pick_device
+from tptrain.run.rank import is_lost_rank
 from tptrain.run.rendezvous import connect_ranks, meet
 from tptrain.verify.prove import Say, prove, write_reference
 from tptrain.verify.reference import Reference
 from tptrain.verify.step import Step, token_ids
 from tptrain.watch.black_box import BlackBox
 from tptrain.watch.supervisor import end_with
-
-RESULT = "result.json"
-
-
-def cut_of(config: Config) -> Cut:
-    return cut(decoder_spec(config.model), config.parallel.tp, config.verify.width, config.verify.vocab)
 
 
 def fill(step: Step, config: Config, cut: Cut) -> None:
@@ -47,13 +42,13 @@ def fill(step: Step, config: Config, cut: Cut) -> None:
 
 def reference(config: Config, folder: Path) -> None:
     """Run the step on one rank, by PyTorch alone."""
-    cut, dp = cut_of(config), int(os.environ["VERIFY_WORLD"]) // config.parallel.tp
+    cut = cut_of(config)
     config = replace(config, parallel=ParallelConfig(zero=0), train=replace(config.train, recompute="none"))
     device = pick_device(config, 0, 1)
     mesh = connect(tp_grid(1, 1, cut.spec.kv_heads), device)
     step = Step(cut, config, mesh, replace(REFERENCE, device=device.type))
     fill(step, config, cut)
-    tokens = token_ids(cut, dp, config.train.seed)
+    tokens = token_ids(cut, config.train.global_batch_size, config.train.seed)
     write_reference(step, tokens, Reference(folder), _say("one rank"))
 
 
@@ -64,7 +59,7 @@ def ranks(config: Config, folder: Path) -> None:
     mesh = connect_ranks(config, box, rendezvous)
     step = Step(cut, config, mesh, rendezvous.ops)
     fill(step, config, cut)
-    tokens = token_ids(cut, mesh.size("dp"), config.train.seed)
+    tokens = token_ids(cut, config.train.global_batch_size, config.train.seed)
     say = _say(f"{mesh.world} ranks") if mesh.is_main else lambda _: None
     comparisons = prove(step, tokens, Reference(folder), mesh, say)
     if mesh.is_main:
@@ -94,9 +89,9 @@ def main(arguments: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+        if not is_lost_rank(error):
             raise
-        return 1  # another rank is gone, and says why
+        return 1  # the other one says why
     return 0
 
 

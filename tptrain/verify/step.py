@@ -201,7 +201,7 @@ class Step:
         return Item(name, what, value[:rows], place, depth)
 
 
-def token_ids(cut: Cut, dp: int, seed: int) -> Tensor:
+def token_ids(cut: Cut, sequences: int, seed: int) -> Tensor:
     """(S, T + 1) random ids."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(cut.spec.vocab_size, (SEQUENCES * BATCHES * dp, cut.length + 1), generator=generator)
+    return torch.randint(cut.spec.vocab_size, (sequences, cut.length + 1), generator=generator)
