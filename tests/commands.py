@@ -95,8 +95,10 @@ def finish(launch: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> str:
 def ranks_of(launch: subprocess.Popen[str]) -> list[psutil.Process]:
     """The ranks of a local launch, in rank order: of each the supervisor, whose one child is the trainer."""
     started = psutil.Process(launch.pid).children(recursive=True)
-    ranks = [p for p in started if ENTRY in p.cmdline() and ENTRY not in _command_of(p.parent())]
-    return sorted(ranks, key=lambda p: int(p.environ()["SUBMITIT_LOCAL_GLOBALID"]))
+    supervisors = [p for p in started if ENTRY in p.cmdline() and ENTRY not in _command_of(p.parent())]
+    # One that is just starting another program shows no environment for an instant: it is there the next time.
+    by_rank = {int(rank): p for p in supervisors if (rank := p.environ().get("SUBMITIT_LOCAL_GLOBALID"))}
+    return [by_rank[rank] for rank in sorted(by_rank)]
 
 
 def trainer_of(supervisor: psutil.Process) -> psutil.Process:
