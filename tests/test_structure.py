@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # A room imports from the rooms before it, and from itself. The first four know no torch.
-ROOMS = ["config", "records", "watch", "models", "parallel", "ops", "nn", "optim", "data", "checkpoint", "train"]
+ROOMS = ["config", "records", "watch", "models", "parallel", "ops", "nn", "hf", "optim", "data", "checkpoint", "train"]
 ROOMS += ["plan", "verify", "run"]
 NO_TORCH = ROOMS[:4]
 

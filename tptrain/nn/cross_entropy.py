@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tptrain.nn.linear import add_product
@@ -25,10 +26,16 @@ class CrossEntropy:
     """
 
     def __init__(
-        self, head: Parameter, vocab_size: int, mesh: Mesh, ops: Operations, softcap: float | None = None
+        self,
+        head: Parameter,
+        vocab_size: int,
+        mesh: Mesh,
+        ops: Operations,
+        softcap: float | None = None,
+        bias: Parameter | None = None,
     ) -> None:
-        """`softcap`: logits z are cap * tanh(z / cap)."""
-        self.head, self.mesh, self.ops, self.softcap = head, mesh, ops, softcap
+        """`softcap`: logits z are cap * tanh(z / cap); `bias`: (V/tp,), of the head."""
+        self.head, self.mesh, self.ops, self.softcap, self.bias = head, mesh, ops, softcap, bias
         self.first = head.sharding.offsets[0]  # id of this rank's first row
         self.columns = max(0, min(vocab_size - self.first, head.sharding.local_shape[0]))  # v
 
@@ -42,7 +49,7 @@ class CrossEntropy:
         gathering.wait()
         rows, losses = self.head.detach()[: self.columns], []  # rows (v, D)
         for chunk in self._chunks(x):
-            logits = capped(x[chunk] @ rows.t(), self.softcap)
+            logits = self._logits(x[chunk], rows)
             lse, at_target = self._statistics(logits, targets[chunk] - self.first)
             losses.append(lse - at_target)
         return torch.cat(losses)
@@ -61,7 +68,7 @@ class CrossEntropy:
         rows = head.detach()[: self.columns]  # (v, D)
         grad_x, loss, summing = torch.empty_like(x), torch.zeros((), device=x.device), NOTHING
         for chunk in self._chunks(x):
-            logits, local = capped(x[chunk] @ rows.t(), self.softcap), targets[chunk] - self.first  # (c, v), (c,)
+            logits, local = self._logits(x[chunk], rows), targets[chunk] - self.first  # (c, v), (c,)
             slope = None if self.softcap is None else 1.0 - (logits.float() / self.softcap).square()  # (c, v)
             lse, at_target = self._statistics(logits, local)
             loss += (lse - at_target).sum()
@@ -79,8 +86,15 @@ class CrossEntropy:
                 if head.overwrite:
                     head.main_grad[self.columns :].zero_()  # of padding
                     head.overwrite = False
+            if self.bias is not None and self.bias.main_grad is not None:
+                self.bias.add_grad(F.pad(grad.sum(0, dtype=torch.float32), (0, len(self.bias) - self.columns)))
         summing.wait()
         return loss * scale, grad_x
+
+    def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        """(c, D), the head's rows (v, D) -> (c, v)."""
+        bias = None if self.bias is None else self.bias.detach()[: self.columns]
+        return capped(F.linear(x, rows, bias), self.softcap)
 
     def _chunks(self, x: Tensor) -> Iterator[slice]:
         length = chunk_length(len(x), self.head.sharding.local_shape[0], self.ops.device)  # the same on every rank

@@ -65,10 +65,12 @@ class Parameter(nn.Parameter):
     init_constant: float | None
     main_grad: Tensor | None  # float32, of the slice's shape
     overwrite: bool  # main_grad holds an earlier step's gradient: the next one replaces it
+    shape_in_module: tuple[int, ...]  # of the slice; packed matrices are one there, and of one more dim in `sharding`
 
     def add_grad(self, grad: Tensor) -> None:
         """Add to the gradient, in float32."""
         assert self.main_grad is not None
+        grad = grad.view(self.main_grad.shape)
         self.main_grad.copy_(grad) if self.overwrite else self.main_grad.add_(grad)
         self.overwrite = False
 
@@ -77,6 +79,7 @@ def parameter(mesh: Mesh, sharding: Sharding, std: float = 0.0, constant: float 
     """A slice without memory, with the standard deviation (or constant) it starts from."""
     p = Parameter(torch.empty(0, device=mesh.device))
     p.sharding, p.init_std, p.init_constant, p.main_grad, p.overwrite = sharding, std, constant, None, True
+    p.shape_in_module = sharding.local_shape
     return p
 
 

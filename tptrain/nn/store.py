@@ -67,7 +67,7 @@ class Block:
         self.weights[self.trained : self.length].zero_()
         self.weights[self.members[-1].stop :].zero_()
         for member in self.members:
-            member.p.data = self.weights[member.start : member.stop].view(member.p.sharding.local_shape)
+            member.p.data = self.weights[member.start : member.stop].view(member.p.shape_in_module)
 
     def ranges(self) -> list[Range]:
         """The trained part, without its padding."""

@@ -2,20 +2,31 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tptrain.nn.cross_entropy import CrossEntropy
-from tptrain.nn.decoder import Decoder, Stream
+from tptrain.nn.decoder import Segment, Stream
 from tptrain.nn.linear import PendingSum
 from tptrain.nn.rotary import Context
 from tptrain.optim.reduce import Reducer
+from tptrain.parallel.mesh import Mesh
 from tptrain.train.schedule import Action, Backward, Forward, Loss, Reduce
 
 Batch = Callable[[int], tuple[Tensor, Tensor]]  # number of a micro-batch -> inputs (b, T), targets (b*T,)
+
+
+class Model(Protocol):
+    """What is run: tptrain's decoder, or a model of Transformers."""
+
+    mesh: Mesh
+
+    def segments(self, recompute: str = "none") -> list[Segment]: ...
+
+    def context(self, tokens: Tensor) -> Context: ...
 
 
 @dataclass
@@ -55,7 +66,7 @@ class _Cut(torch.autograd.Function):
 class Runner:
     """Runs a model's segments. Nothing is run back below the lowest segment that has a trained parameter."""
 
-    def __init__(self, model: Decoder, loss: CrossEntropy, reducer: Reducer, recompute: str = "none") -> None:
+    def __init__(self, model: Model, loss: CrossEntropy, reducer: Reducer, recompute: str = "none") -> None:
         self.model, self.loss, self.reducer = model, loss, reducer
         self.segments, self.again = model.segments(recompute), recompute == "full"
         trained = [any(p.requires_grad for p in segment.parameters) for segment in self.segments]

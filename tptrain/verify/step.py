@@ -54,13 +54,14 @@ class Recorder(Runner):
     def __init__(self, model: Decoder, optimizer: Optimizer, ops: Operations, recompute: str, first: int) -> None:
         """`first`: of all tokens of a step, this dp rank's first one."""
         super().__init__(model, cross_entropy(model, ops), optimizer.reducer, recompute)
+        self.decoder = model
         self.names = ["embed_tokens", *self._layer_names(recompute == "full"), "norm"]  # of the segments
         self.items: list[Item] = []
         self.next = first  # the first token of the micro-batch that begins next
         self.starts: dict[int, int] = {}  # of a micro-batch's tokens, by the id of its state
 
     def _layer_names(self, whole: bool) -> Iterator[str]:
-        for i in range(len(self.model.spec.layers)):
+        for i in range(len(self.decoder.spec.layers)):
             yield from [f"layers.{i}"] if whole else [f"layers.{i}.self_attn", f"layers.{i}.mlp"]
 
     def _forward(self, micro: MicroBatch, segment: int) -> None:
@@ -89,7 +90,7 @@ class Recorder(Runner):
         x, start, depth = micro.stream.x, self.starts[id(micro)], len(self.segments)
         rows = slice(start, start + len(micro.targets))
         with torch.no_grad():
-            logits = self.model.logits(x)[:, : self.loss.columns].clone()  # (N, v)
+            logits = self.decoder.logits(x)[:, : self.loss.columns].clone()  # (N, v)
             losses = self.loss.losses(x, micro.targets)  # (N,)
         columns = slice(self.loss.first, self.loss.first + self.loss.columns)
         self.items.append(Item("lm_head", "output", logits, (rows, columns), depth))

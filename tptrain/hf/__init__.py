@@ -1,0 +1,1 @@
+"""Transformers' own models, sharded by their tensor-parallel plans, with our linears, embedding and collectives."""

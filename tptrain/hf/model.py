@@ -1,0 +1,132 @@
+"""A Transformers model as a model of ours: built without memory, sharded, and run as one segment.
+
+Shapes: see nn/decoder.py.
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from tptrain.config import UserError
+from tptrain.config.schema import padded_vocab_size
+from tptrain.hf.corrections import corrected
+from tptrain.hf.gradients import noted_modules, partial_parameters, receive, summed_over
+from tptrain.hf.head import Head, LogitRule, logit_rule
+from tptrain.hf.plan import Plan, with_user_entries
+from tptrain.hf.shard import Sharder
+from tptrain.nn.decoder import Segment, Stream
+from tptrain.nn.parameter import parameters
+from tptrain.nn.rotary import Context
+from tptrain.parallel.mesh import Mesh
+
+PROBE = 8  # tokens of the forward pass that is only looked at
+
+
+class TransformersModel(nn.Module):
+    """Transformers' modelling code with its parameters, and linears, embedding and collectives of ours.
+
+    Parameters carry Transformers' names. They have no memory until a `Store` gives them theirs; call `settle` then.
+    """
+
+    def __init__(self, config: Any, mesh: Mesh, user_plan: Plan | None = None, recompute: bool = False) -> None:
+        """`config`: transformers' PreTrainedConfig; `recompute`: layers are computed again in the backward pass."""
+        super().__init__()
+        self.mesh, text = mesh, config.get_text_config()
+        self.vocab_size = text.vocab_size
+        self.inner = inner = build(config)
+        embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+        if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+            raise UserError(
+                f"model.path: {type(inner).__name__} has no embedding and output head that are ours to cut."
+            )
+        if type(head).forward is not nn.Linear.forward:
+            raise UserError(f"model.path: the output head of {type(inner).__name__} is more than a linear.")
+        names = {module: name for name, module in inner.named_modules()}
+        rows = padded_vocab_size(self.vocab_size)
+        vocabulary = {names[each]: rows for each in (embedding, head) if len(each.weight) == self.vocab_size}
+        named = [*names.values(), *(name for name, _ in inner.named_parameters())]
+        prefix = names[embedding].rpartition(".")[0]  # of the decoder, whose layers a plan names
+        plan = corrected(inner.tp_plan or {}, config, prefix)
+        plan = with_user_entries(plan, user_plan or {}, named, prefix)
+        self.region = Sharder(inner, plan, mesh, vocabulary).shard()
+        self.lm_head = Head(head)
+        self.rule = LogitRule()
+        _fill_buffers(inner, mesh.device)
+        if recompute:
+            inner.gradient_checkpointing_enable({"use_reentrant": False})
+        inner.train()
+
+    def named_parameters(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.inner.named_parameters(*arguments, **named)
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Parameters whose rows are the vocabulary."""
+        rows = padded_vocab_size(self.vocab_size)
+        return tuple(name for name, p in parameters(self) if p.sharding.shape[:1] == (rows,))
+
+    def settle(self) -> None:
+        """Once the weights have memory, of whatever values: find out over which axes gradients are sums, and what is
+        done to logits. Runs a forward pass. Raises UserError for a plan with a mistake.
+        """
+        tokens = torch.zeros(1, PROBE, dtype=torch.long, device=self.mesh.device)
+        names = {id(p): name for name, p in self.named_parameters()}
+        with torch.enable_grad(), noted_modules(self.inner) as modules:
+            x, self.rule = logit_rule(self.inner, self.lm_head, tokens)
+            self.region.forget()
+        partial = partial_parameters(x, modules, lambda p: names.get(id(p), ""))
+        for _, p in parameters(self):
+            p.sharding = replace(p.sharding, summed=summed_over(p, partial))
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(receive)  # type: ignore[arg-type]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) token ids -> (N, D), the head's input."""
+        x = self.lm_head.input_of(self.inner, tokens)  # (B, T, D)
+        self.region.forget()
+        x = x.flatten(0, 1)  # (N, D)
+        return x if self.rule.scale == 1.0 else x * self.rule.scale
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, D), the head's input -> (N, V/tp), this rank's columns of the padded vocabulary."""
+        return self.rule.capped(x @ self.lm_head.weight.t() + (0 if self.lm_head.bias is None else self.lm_head.bias))
+
+    def context(self, tokens: Tensor) -> Context:
+        return Context(tokens.shape[1], tokens.device, {})
+
+    def segments(self, recompute: str = "none") -> list[Segment]:
+        """The whole forward pass as one segment; what is computed again is so within it."""
+        everything = [p for _, p in self.named_parameters()]
+        return [Segment("model", everything, lambda stream, _: Stream(self(stream.x)))]
+
+    def unit_of(self, name: str) -> str:
+        """The unit of memory that a parameter belongs to: a numbered layer, or the rest."""
+        layer = re.match(r"(.*?\.\d+)\.", name)
+        return layer[1] if layer else "rest"
+
+
+def build(config: Any) -> Any:
+    """The causal language model of a config, on the meta device."""
+    config = copy.deepcopy(config)
+    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if type(config) is getattr(named, "config_class", None):
+            return named._from_config(config, dtype=torch.float32)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """Buffers that follow from the config, such as rotary frequencies, are computed; the weights are not touched."""
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = torch.empty_like(buffer, device=device)
+    for p in model.parameters():
+        p._is_hf_initialized = True
+    model.initialize_weights()
