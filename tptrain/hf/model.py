@@ -5,7 +5,7 @@ Shapes: see nn/decoder.py.
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,17 +13,18 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tptrain.config import UserError
-from tptrain.config.schema import padded_vocab_size
+from tptrain.config import Config, UserError
+from tptrain.config.schema import ModelConfig, padded_vocab_size
 from tptrain.hf.corrections import corrected
 from tptrain.hf.gradients import noted_modules, partial_parameters, receive, summed_over
 from tptrain.hf.head import Head, LogitRule, logit_rule
 from tptrain.hf.plan import Plan, with_user_entries
 from tptrain.hf.shard import Sharder
+from tptrain.nn.cross_entropy import OutputHead
 from tptrain.nn.decoder import Segment, Stream
 from tptrain.nn.parameter import parameters
 from tptrain.nn.rotary import Context
-from tptrain.parallel.mesh import Mesh
+from tptrain.parallel.mesh import Mesh, tp_grid
 
 PROBE = 8  # tokens of the forward pass that is only looked at
 
@@ -93,6 +94,10 @@ class TransformersModel(nn.Module):
         x = x.flatten(0, 1)  # (N, D)
         return x if self.rule.scale == 1.0 else x * self.rule.scale
 
+    @property
+    def output_head(self) -> OutputHead:
+        return OutputHead(self.lm_head.weight, self.vocab_size, self.rule.cap, self.lm_head.bias)
+
     def logits(self, x: Tensor) -> Tensor:
         """(N, D), the head's input -> (N, V/tp), this rank's columns of the padded vocabulary."""
         return self.rule.capped(x @ self.lm_head.weight.t() + (0 if self.lm_head.bias is None else self.lm_head.bias))
@@ -109,6 +114,57 @@ class TransformersModel(nn.Module):
         """The unit of memory that a parameter belongs to: a numbered layer, or the rest."""
         layer = re.match(r"(.*?\.\d+)\.", name)
         return layer[1] if layer else "rest"
+
+
+def of_config(config: Config, mesh: Mesh) -> TransformersModel:
+    """The model of a run's config."""
+    model = config.model
+    source = read_config(model.source, model.dropout)
+    return TransformersModel(source, mesh, model.tp_plan, config.train.recompute == "full")
+
+
+def on_meta(model: ModelConfig) -> TransformersModel:
+    """A whole model on no device, for the shapes of its parameters."""
+    source = read_config(model.source, model.dropout)
+    return TransformersModel(source, Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), model.tp_plan)
+
+
+def read_config(source: Mapping[str, Any], dropout: float | None) -> Any:
+    """Transformers' config out of the content of a config.json. Raises UserError for one that it does not know, or that
+    asks for what is not trained here.
+    """
+    kind = str(source.get("model_type"))
+    if source.get("quantization_config") is not None:
+        raise UserError("model.path: its weights are quantized. Name the directory of the original weights.")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"model.path: config.json has model_type={kind!r}, which neither tptrain nor Transformers "
+            f"{transformers.__version__} knows. Code out of a model's directory is never run."
+        )
+    config = transformers.CONFIG_MAPPING[kind].from_dict(dict(source))
+    text = config.get_text_config()
+    noisy = [name for name, value in vars(text).items() if _is_noise(name) and isinstance(value, float) and value > 0]
+    if noisy and dropout != 0:
+        raise UserError(
+            f"model.path: config.json has {noisy[0]}={getattr(text, noisy[0])}, and Transformers' models are trained "
+            "without. Add model.dropout=0."
+        )
+    for name in noisy:
+        setattr(text, name, 0.0)
+    return config
+
+
+def _is_noise(name: str) -> bool:
+    return "dropout" in name or name.endswith(("_pdrop", "jitter_noise"))
+
+
+def kv_heads(config: Any) -> int:
+    """Heads of keys of a model, which its ranks share where they are fewer; as many as the heads of queries where the
+    config does not say.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 1
+    return heads if getattr(text, "kv_lora_rank", None) else getattr(text, "num_key_value_heads", None) or heads
 
 
 def build(config: Any) -> Any:
