@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,18 @@ from tptrain.nn.parameter import Parameter, parameters
 
 
 def load_converted(
-    entries: Mapping[str, Entry], model: TransformersModel, fill: Fill, alive: Callable[[], None] = lambda: None
+    entries: Mapping[str, Entry],
+    model: TransformersModel,
+    fill: Fill,
+    alive: Callable[[], None] = lambda: None,
+    whole: Any = None,
+    name_in_part: Callable[[str], str | None] = lambda name: name,
 ) -> str:
     """Read this rank's slices of a directory's tensors into `fill`, and return a digest of all weights.
 
     Every rank calls it. The digest does not depend on the topology. Raises UserError for a directory that has not what
-    the model needs.
+    the model needs. `whole`: the directory's model, where `model` is a part of it, in which a parameter has the name
+    that `name_in_part` gives, if it is there.
     """
     ours = dict(parameters(model))
     sums, dtypes = dict.fromkeys(ours, 0), {}
@@ -39,8 +46,8 @@ def load_converted(
         closing(safetensors.Reader()) as reader,
         tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=quiet) as bar,
     ):
-        for group in sources(model.inner, entries):
-            for name, start, values in _slices(group, entries, ours, model, reader):
+        for group in sources(whole or model.inner, entries):
+            for name, start, values in _slices(group, entries, ours, model, reader, name_in_part):
                 p, dtypes[name] = ours[name], entries[group.tensors[0][0]].dtype
                 sums[name] += bit_sum(values, p)
                 fill(name, p, start, values)
@@ -58,26 +65,30 @@ def _slices(
     ours: Mapping[str, Parameter],
     model: TransformersModel,
     reader: safetensors.Reader,
+    name_in_part: Callable[[str], str | None],
 ) -> Iterator[tuple[str, int, Tensor]]:
     """This rank's slices of a group's parameters, in runs: name, first element in the slice, values."""
-    name = group.target
-    if group.converter is None and name in ours and len(ours[name].sharding.shape) in (1, 2):
+    name = name_in_part(group.target)
+    if name is None or (
+        group.converter is None and name not in ours
+    ):  # a tied head is in some directories all the same
+        return
+    if group.converter is None and len(ours[name].sharding.shape) in (1, 2):
         entry = entries[group.tensors[0][0]]
         _check_shape(entry, name, ours[name], model)
         for start, values in _runs(entry, ours[name], reader):
             yield name, start, values
         return
-    if group.converter is None and name not in ours:  # a tied head, which some directories have all the same
-        return
-    for target, whole in group.convert(model.inner, lambda each: _whole(entries[each], reader)).items():
-        if target in ours:
+    for converted, whole in group.convert(model.inner, lambda each: read_whole(entries[each], reader)).items():
+        target = name_in_part(converted)
+        if target is not None and target in ours:
             layout = ours[target].sharding
             place = zip(layout.offsets, layout.local_shape, strict=True)
             part = whole.view(layout.shape)[tuple(slice(first, first + length) for first, length in place)]
             yield target, 0, part.contiguous()
 
 
-def _whole(entry: Entry, reader: safetensors.Reader) -> Tensor:
+def read_whole(entry: Entry, reader: safetensors.Reader) -> Tensor:
     if not entry.shape:
         return reader.read(Entry(entry.file, entry.dtype, (1,), entry.start), (0, 1)).view(())
     return reader.read(entry, (0, entry.shape[0])).view(entry.shape)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tptrain.config import Config, UserError
 from tptrain.config.schema import ModelConfig, padded_vocab_size
 from tptrain.hf.corrections import corrected
+from tptrain.hf.cut import keep_layers, stack
 from tptrain.hf.gradients import noted_modules, partial_parameters, receive, summed_over
 from tptrain.hf.head import Head, LogitRule, logit_rule
 from tptrain.hf.plan import Plan, with_user_entries
@@ -35,12 +36,21 @@ class TransformersModel(nn.Module):
     Parameters carry Transformers' names. They have no memory until a `Store` gives them theirs; call `settle` then.
     """
 
-    def __init__(self, config: Any, mesh: Mesh, user_plan: Plan | None = None, recompute: bool = False) -> None:
-        """`config`: transformers' PreTrainedConfig; `recompute`: layers are computed again in the backward pass."""
+    def __init__(
+        self,
+        config: Any,
+        mesh: Mesh,
+        user_plan: Plan | None = None,
+        recompute: bool = False,
+        layers: tuple[int, ...] | None = None,
+    ) -> None:
+        """`config`: transformers' PreTrainedConfig; `recompute`: layers are computed again in the backward pass;
+        `layers`: those of the model that there are, where not all.
+        """
         super().__init__()
         self.mesh, text = mesh, config.get_text_config()
         self.vocab_size = text.vocab_size
-        self.inner = inner = build(config)
+        self.inner = inner = build(config, layers)
         embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
         if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
             raise UserError(
@@ -58,7 +68,7 @@ class TransformersModel(nn.Module):
         self.region = Sharder(inner, plan, mesh, vocabulary).shard()
         self.lm_head = Head(head)
         self.rule = LogitRule()
-        _fill_buffers(inner, mesh.device)
+        fill_buffers(inner, mesh.device)
         if recompute:
             inner.gradient_checkpointing_enable({"use_reentrant": False})
         inner.train()
@@ -123,15 +133,16 @@ def of_config(config: Config, mesh: Mesh) -> TransformersModel:
     return TransformersModel(source, mesh, model.tp_plan, config.train.recompute == "full")
 
 
-def on_meta(model: ModelConfig) -> TransformersModel:
+def on_meta(model: ModelConfig, vocab: int | None = None, layers: tuple[int, ...] | None = None) -> TransformersModel:
     """A whole model on no device, for the shapes of its parameters."""
-    source = read_config(model.source, model.dropout)
-    return TransformersModel(source, Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), model.tp_plan)
+    source, mesh = read_config(model.source, model.dropout, vocab), Mesh(tp_grid(1, 1, 1), 0, torch.device("meta"))
+    return TransformersModel(source, mesh, model.tp_plan, layers=layers)
 
 
-def read_config(source: Mapping[str, Any], dropout: float | None) -> Any:
-    """Transformers' config out of the content of a config.json. Raises UserError for one that it does not know, or that
-    asks for what is not trained here.
+def read_config(source: Mapping[str, Any], dropout: float | None, vocab: int | None = None) -> Any:
+    """Transformers' config out of the content of a config.json; `vocab` cuts the vocabulary.
+
+    Raises UserError for one that Transformers does not know, or that asks for what is not trained here.
     """
     kind = str(source.get("model_type"))
     if source.get("quantization_config") is not None:
@@ -151,6 +162,8 @@ def read_config(source: Mapping[str, Any], dropout: float | None) -> Any:
         )
     for name in noisy:
         setattr(text, name, 0.0)
+    if vocab is not None:
+        text.vocab_size = min(vocab, text.vocab_size)
     return config
 
 
@@ -167,8 +180,15 @@ def kv_heads(config: Any) -> int:
     return heads if getattr(text, "kv_lora_rank", None) else getattr(text, "num_key_value_heads", None) or heads
 
 
-def build(config: Any) -> Any:
-    """The causal language model of a config, on the meta device."""
+def build(config: Any, layers: tuple[int, ...] | None = None) -> Any:
+    """The causal language model of a config, on the meta device; `layers`: the ones that it keeps, where not all."""
+    inner = _built(config)
+    if layers is not None:
+        keep_layers(inner, stack(inner).name, layers)
+    return inner
+
+
+def _built(config: Any) -> Any:
     config = copy.deepcopy(config)
     named: Any = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
@@ -177,7 +197,7 @@ def build(config: Any) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _fill_buffers(model: Any, device: torch.device) -> None:
+def fill_buffers(model: Any, device: torch.device) -> None:
     """Buffers that follow from the config, such as rotary frequencies, are computed; the weights are not touched."""
     for module in model.modules():
         for key, buffer in module._buffers.items():

@@ -30,6 +30,26 @@ def resolve(directory: str | None, source: dict[str, Any], plan: dict[str, str],
     model = TransformersModel(config, mesh, plan)
     if directory is not None:
         sources(model.inner, TensorFiles(Path(directory)).entries)
+    return _facts(model)
+
+
+def resolve_cut(source: dict[str, Any], plan: dict[str, str], dropout: float | None, vocab: int | None) -> Any:
+    """The facts of what `verify` runs of a model, and which of its layers that has."""
+    from tptrain.hf.cut import stack
+    from tptrain.hf.model import TransformersModel, build, kv_heads, read_config
+
+    config = read_config(source, dropout, vocab)
+    layers = stack(build(config))
+    mesh = Mesh(tp_grid(1, 1, kv_heads(config)), 0, torch.device("meta"))
+    model = TransformersModel(config, mesh, plan, layers=layers.chosen if layers.name else None)
+    chosen = {"stack": layers.name, "total": layers.total, "kinds": len(layers.kinds), "layers": layers.chosen}
+    return {**chosen, "facts": _facts(model)}
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    from tptrain.hf.model import kv_heads
+
+    config = model.inner.config
     text = config.get_text_config()
     layouts = {name: p.sharding for name, p in parameters(model)}
     return {
@@ -81,7 +101,8 @@ def _attention(text: Any) -> list[tuple[int, int | None]]:
 def main() -> int:
     logging.disable(logging.WARNING)
     try:
-        print(json.dumps(resolve(*json.load(sys.stdin))))
+        verb, *question = json.load(sys.stdin)
+        print(json.dumps((resolve_cut if verb == "cut" else resolve)(*question)))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -44,8 +44,20 @@ def sizes(model: ModelConfig) -> DecoderSpec | Facts:
     """Of a model whose engine has been settled."""
     if model.engine != "transformers":
         return decoder_spec(model)
-    facts: dict[str, Any] = model.facts | {"attention": tuple(tuple(each) for each in model.facts["attention"])}
-    return Facts(**facts)
+    return facts_of({key: value for key, value in model.facts.items() if key != "cut"})
+
+
+def facts_of(values: dict[str, Any]) -> Facts:
+    """Out of JSON."""
+    everything: dict[str, Any] = {**values, "attention": tuple(tuple(each) for each in values["attention"])}
+    return Facts(**everything)
+
+
+def ask_for_cut(config: Config) -> None:
+    """Note in `model.facts` what `verify` runs of a model of Transformers."""
+    model = config.model
+    question = ["cut", model.source, model.tp_plan, model.dropout, config.verify.vocab]
+    model.facts["cut"] = _ask(json.dumps(question))
 
 
 def settle_engine(config: Config) -> str:
@@ -73,7 +85,7 @@ def settle_engine(config: Config) -> str:
     if not model.facts:
         begun = (Path(config.run.dir) / MODEL_FILES / TENSORS).exists()
         directory = None if begun else model.directory  # a run that has begun does not look at it again
-        question = [directory, model.source, model.tp_plan, model.dropout, config.parallel.tp]
+        question = ["model", directory, model.source, model.tp_plan, model.dropout, config.parallel.tp]
         model.facts = _ask(json.dumps(question))
     return line
 
