@@ -69,9 +69,7 @@ def _slices(
 ) -> Iterator[tuple[str, int, Tensor]]:
     """This rank's slices of a group's parameters, in runs: name, first element in the slice, values."""
     name = name_in_part(group.target)
-    if name is None or (
-        group.converter is None and name not in ours
-    ):  # a tied head is in some directories all the same
+    if name is None or (group.converter is None and name not in ours):  # or a tied head, which some directories have
         return
     if group.converter is None and len(ours[name].sharding.shape) in (1, 2):
         entry = entries[group.tensors[0][0]]

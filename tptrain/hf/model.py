@@ -129,6 +129,8 @@ class TransformersModel(nn.Module):
 def of_config(config: Config, mesh: Mesh) -> TransformersModel:
     """The model of a run's config."""
     model = config.model
+    if not mesh.is_main:
+        transformers.logging.set_verbosity_error()  # its warnings come once
     source = read_config(model.source, model.dropout)
     return TransformersModel(source, mesh, model.tp_plan, config.train.recompute == "full")
 
@@ -152,7 +154,8 @@ def read_config(source: Mapping[str, Any], dropout: float | None, vocab: int | N
             f"model.path: config.json has model_type={kind!r}, which neither tptrain nor Transformers "
             f"{transformers.__version__} knows. Code out of a model's directory is never run."
         )
-    config = transformers.CONFIG_MAPPING[kind].from_dict(dict(source))
+    plain = transformers.PreTrainedConfig._decode_special_floats(dict(source))  # infinity, as their files write it
+    config = transformers.CONFIG_MAPPING[kind].from_dict(plain)
     text = config.get_text_config()
     noisy = [name for name, value in vars(text).items() if _is_noise(name) and isinstance(value, float) and value > 0]
     if noisy and dropout != 0:

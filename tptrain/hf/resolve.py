@@ -56,7 +56,7 @@ def _facts(model: Any) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "hidden_size": text.hidden_size,
         "max_positions": getattr(text, "max_position_embeddings", None) or 2**31,
-        "heads": getattr(text, "num_attention_heads", None) or 1,
+        "heads": _first(text, "num_attention_heads") or 1,
         "kv_heads": kv_heads(config),
         "parameters": sum(math.prod(each.shape) for each in layouts.values()),
         "matrix_parameters": sum(math.prod(each.shape) for each in layouts.values() if len(each.shape) > 1),
@@ -84,17 +84,16 @@ CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_expe
 
 
 def _first(config: Any, *names: str) -> int | None:
-    """The first of these fields that is a number."""
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int)), None)
+    """The first of these fields that is a number, the same for all layers."""
+    return next((value for name in names if isinstance(value := vars(config).get(name), int)), None)
 
 
 def _attention(text: Any) -> list[tuple[int, int | None]]:
     """Width and window of each layer with attention."""
-    heads = getattr(text, "num_attention_heads", 1)
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    heads = _first(text, "num_attention_heads") or 1
+    width = heads * (_first(text, "head_dim") or text.hidden_size // heads)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    window = getattr(text, "sliding_window", None)
+    window = _first(text, "sliding_window")
     return [(width, window if "sliding" in kind else None) for kind in kinds if "attention" in kind]
 
 
