@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tptrain.config import Config, UserError
 from tptrain.config.schema import ModelConfig, padded_vocab_size
+from tptrain.hf.attention import use_ours
 from tptrain.hf.corrections import corrected
 from tptrain.hf.cut import keep_layers, stack
 from tptrain.hf.gradients import noted_modules, partial_parameters, receive, summed_over
@@ -25,6 +26,7 @@ from tptrain.nn.cross_entropy import OutputHead
 from tptrain.nn.decoder import Segment, Stream
 from tptrain.nn.parameter import parameters
 from tptrain.nn.rotary import Context
+from tptrain.ops.table import Operations
 from tptrain.parallel.mesh import Mesh, tp_grid
 
 PROBE = 8  # tokens of the forward pass that is only looked at
@@ -43,9 +45,10 @@ class TransformersModel(nn.Module):
         user_plan: Plan | None = None,
         recompute: bool = False,
         layers: tuple[int, ...] | None = None,
+        ops: Operations | None = None,
     ) -> None:
         """`config`: transformers' PreTrainedConfig; `recompute`: layers are computed again in the backward pass;
-        `layers`: those of the model that there are, where not all.
+        `layers`: those of the model that there are, where not all; `ops`: what computes attention, if not Transformers.
         """
         super().__init__()
         self.mesh, text = mesh, config.get_text_config()
@@ -66,6 +69,8 @@ class TransformersModel(nn.Module):
         plan = corrected(inner.tp_plan or {}, config, prefix)
         plan = with_user_entries(plan, user_plan or {}, named, prefix)
         self.region = Sharder(inner, plan, mesh, vocabulary).shard()
+        if ops is not None:
+            use_ours(inner, ops)
         self.lm_head = Head(head)
         self.rule = LogitRule()
         fill_buffers(inner, mesh.device)
@@ -126,13 +131,13 @@ class TransformersModel(nn.Module):
         return layer[1] if layer else "rest"
 
 
-def of_config(config: Config, mesh: Mesh) -> TransformersModel:
+def of_config(config: Config, mesh: Mesh, ops: Operations) -> TransformersModel:
     """The model of a run's config."""
     model = config.model
     if not mesh.is_main:
         transformers.logging.set_verbosity_error()  # its warnings come once
     source = read_config(model.source, model.dropout)
-    return TransformersModel(source, mesh, model.tp_plan, config.train.recompute == "full")
+    return TransformersModel(source, mesh, model.tp_plan, config.train.recompute == "full", ops=ops)
 
 
 def on_meta(model: ModelConfig, vocab: int | None = None, layers: tuple[int, ...] | None = None) -> TransformersModel:

@@ -42,7 +42,7 @@ def build_model(config: Config, mesh: Mesh, ops: Operations) -> tuple["Model", S
     if config.model.engine == "transformers":
         from tptrain.hf.model import of_config
 
-        model = of_config(config, mesh)
+        model = of_config(config, mesh, ops)
         store = Store(model, dtype, dp)
         model.settle()
         return model, store

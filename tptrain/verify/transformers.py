@@ -259,7 +259,7 @@ class TransformersStep:
         self.cut, self.config, self.mesh = cut, config, mesh
         source = read_config(config.model.source, config.model.dropout, config.verify.vocab)
         again, layers = config.train.recompute == "full", cut.layers if cut.stack else None
-        self.model = TransformersModel(source, mesh, config.model.tp_plan, again, layers)
+        self.model = TransformersModel(source, mesh, config.model.tp_plan, again, layers, ops)
         self.store = Store(self.model, DTYPES[config.train.precision], mesh.size("dp"))
         self.model.settle()
         self.optimizer = Optimizer(self.store, config.optim, mesh, config.parallel.zero == 1)
