@@ -148,14 +148,14 @@ def ours(family: str, folder: Path) -> Distance:
     return Distance(values["loss"], values["logits"], values[farthest], farthest.removeprefix("grad "))
 
 
-def engine(folder: Path) -> Distance:
+def engine(folder: Path, propose: bool | None = None) -> Distance:
     """The step of Transformers' model in tptrain's hands over all ranks, against the step in `folder`."""
     step: Step = torch.load(folder / "step.pt", weights_only=False)
     config = _load_config(folder)
     world = dist.get_world_size() if dist.is_initialized() else 1
     text = config.get_text_config()
     grid = mesh(world, getattr(text, "num_key_value_heads", None) or world)
-    model = TransformersModel(config, grid)
+    model = TransformersModel(config, grid, propose=propose)
     store = Store(model, torch.float32)
     for name, p in parameters(model):
         whole = _padded(step.weights[name], p).view(p.sharding.shape)
