@@ -21,13 +21,14 @@ from tptrain.config import Config, UserError, write_config
 from tptrain.models.check import check_tp, checked_spec
 from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut_of
 from tptrain.models.directory import tensors
-from tptrain.models.sizes import Facts, ask_for_cut
+from tptrain.models.sizes import Facts, ask_for_cut, sizes
 from tptrain.models.spec import DecoderSpec
 from tptrain.records.run_dir import CARD, VERIFICATION
 from tptrain.records.verification import RESULT, Verification
 
 PROCESS_BYTES = 0.4e9  # of a rank: Python and torch
 GIB = 2.0**30
+VOCABULARY = 4096  # tokens, where a proposal is verified
 
 
 def prepare(config: Config) -> tuple[Config, Cut, int]:
@@ -89,6 +90,39 @@ def verify(config: Config) -> int:
     _show(verification)
     print(f"{verification.verdict} ({time.monotonic() - began:.0f} s)\n{folder / VERIFICATION}\n{folder / CARD}")
     return 1 if verification.wrong else 0
+
+
+def check_proposed(config: Config) -> None:
+    """Verify a model whose plan is tptrain's proposal, unless it has been verified for this run at this tp.
+
+    On this machine's CPUs, with random weights and at most VOCABULARY tokens. Raises UserError where it is wrong.
+    """
+    spec, tp = sizes(config.model), config.parallel.tp
+    if not isinstance(spec, Facts) or not spec.proposed or tp == 1:
+        return
+    report = Path(config.run.dir) / VERIFICATION
+    if report.exists():
+        before = json.loads(report.read_text())
+        if before["verdict"] == "right" and f"tp={tp}" in before["topology"].split():
+            return
+    print(f"model.tp_plan: {config.model.name} has no plan that cuts its layers. tptrain proposes:", flush=True)
+    for name, style in spec.proposed.items():
+        print(f"  {name}: {style}")
+    print("One step of it is verified before it is trained:", flush=True)
+    cluster = replace(config.cluster, nodes=1, tasks_per_node=tp)
+    vocab = min(VOCABULARY, spec.vocab_size)
+    verified = replace(
+        config,
+        cluster=cluster,
+        train=replace(config.train, device="cpu", precision="fp32"),
+        verify=replace(config.verify, vocab=vocab, weights="random"),
+        model=replace(config.model, facts=dict(config.model.facts)),
+    )
+    if verify(verified):
+        raise UserError(
+            f"model.tp_plan: the proposal for {config.model.name} is wrong at tp={tp}, see above. Give a plan of your "
+            "own, or use parallel.tp=1."
+        )
 
 
 def _facts(config: Config, smaller: Cut, world: int) -> dict[str, object]:

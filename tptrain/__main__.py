@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def launch(options: argparse.Namespace) -> int:
     from launch import run_dir, submit, sweep
+    from launch.verify import check_proposed
     from tptrain.config import UserError, check_cluster, check_data, load_config
     from tptrain.run.rank import run
 
@@ -77,6 +78,8 @@ def launch(options: argparse.Namespace) -> int:
     elif cluster.dry_run:
         raise UserError("cluster.dry_run: shows the sbatch script, and cluster=local has none. Use cluster=slurm.")
     _warn(configs, options.overrides)
+    for config in configs:
+        check_proposed(config)
     if cluster.dry_run:
         print(submit.script(configs, base))
         return 0

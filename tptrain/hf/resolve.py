@@ -62,6 +62,7 @@ def _facts(model: Any) -> dict[str, Any]:
         "matrix_parameters": sum(math.prod(each.shape) for each in layouts.values() if len(each.shape) > 1),
         "multiplied": _multiplied(model.inner, layouts),
         "attention": _attention(text),
+        "proposed": dict(model.proposed),
     }
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Facts:
     matrix_parameters: int  # all but the vectors
     multiplied: int  # weights that multiply each token
     attention: tuple[tuple[int, int | None], ...]  # of each layer with attention: heads x head_dim, and its window
+    proposed: Mapping[str, str]  # the styles of modules that no plan names, which tptrain proposes: to be verified
 
     @property
     def padded_vocab_size(self) -> int:
