@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="each fault of test_supervisor.py on four ranks of two worlds, not on one of each world",
     )
+    parser.addoption(
+        "--life",
+        action="store_true",
+        help="the whole life of test_life.py for five families, not for one",
+    )
 
 
 _starting: list[subprocess.Popen[bytes]] = []  # the sandbox, where this session starts it

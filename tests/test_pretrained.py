@@ -69,7 +69,7 @@ def run_dir(folder: Path) -> Path:
     return run_dir
 
 
-def _windows(folder: Path) -> list[list[int]]:
+def windows(folder: Path) -> list[list[int]]:
     """The corpus as Transformers' tokenizer has it, every document with its BOS and EOS, in windows of 32 tokens."""
     import transformers as hf
 
@@ -80,7 +80,7 @@ def _windows(folder: Path) -> list[list[int]]:
     return [ids[start : start + 32] for start in range(0, len(ids), 32)]
 
 
-def _loss(model: torch.nn.Module, windows: list[list[int]]) -> float:
+def loss_of_transformers(model: torch.nn.Module, windows: list[list[int]]) -> float:
     """Nats a token by Transformers: every token but each window's first is scored."""
     *equal, last = windows  # the last one may be shorter
     total, count = 0.0, 0
@@ -136,10 +136,10 @@ def test_a_default_length_and_batch_are_no_silent_choice(
 def test_evaluation_is_that_of_transformers(folder: Path, run_dir: Path) -> None:
     import transformers as hf
 
-    windows = _windows(folder)
-    expected = _loss(hf.AutoModelForCausalLM.from_pretrained(folder / "model"), windows)
+    texts = windows(folder)
+    expected = loss_of_transformers(hf.AutoModelForCausalLM.from_pretrained(folder / "model"), texts)
     result = json.loads(tptrain("eval", *_overrides(folder, STEPS, 1)).stdout.splitlines()[-1])
-    assert result["tokens"] == sum(len(window) - 1 for window in windows)
+    assert result["tokens"] == sum(len(window) - 1 for window in texts)
     assert result["loss"] == pytest.approx(expected, rel=1e-5)
     assert losses(run_dir)[0] == pytest.approx(expected, rel=0.05)  # of one batch, and not of another model
 
@@ -153,7 +153,7 @@ def test_the_exported_model_is_the_trained_one(folder: Path, run_dir: Path) -> N
     model = hf.AutoModelForCausalLM.from_pretrained(folder / "out")
     data = [line for line in _overrides(folder, STEPS, 1) if line.startswith(("data", "train.device"))]
     of_run = json.loads(tptrain("eval", str(run_dir), *data).stdout.splitlines()[-1])
-    assert of_run["loss"] == pytest.approx(_loss(model, _windows(folder)), rel=1e-5)
+    assert of_run["loss"] == pytest.approx(loss_of_transformers(model, windows(folder)), rel=1e-5)
     tokenizer = hf.AutoTokenizer.from_pretrained(folder / "out")
     assert tokenizer.chat_template == hf.AutoTokenizer.from_pretrained(folder / "model").chat_template
     prompt = tokenizer("the", return_tensors="pt")

@@ -52,7 +52,8 @@ def weights_state(store: Store, trained: bool = True) -> State:
     for block in store.blocks:
         for member in block.members:
             if trained or not member.p.requires_grad:
-                layout, weights = member.p.sharding, member.p.detach()
+                layout = member.p.sharding
+                weights = member.p.detach().view(layout.local_shape)  # packed matrices have one dim less in a module
                 parts[f"model/{member.name}"] = Part(layout.shape, [(list(layout.offsets), weights)], weights.dtype)
     return parts
 

@@ -60,6 +60,7 @@ class TransformersModel(nn.Module):
         self.mesh, text = mesh, config.get_text_config()
         self.vocab_size = text.vocab_size
         self.inner = inner = build(config, layers)
+        self.shapes = {name: tuple(value.shape) for name, value in inner.state_dict().items()}  # whole, as modules have
         embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
         if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
             raise UserError(

@@ -23,13 +23,14 @@ def resolve(directory: str | None, source: dict[str, Any], plan: dict[str, str],
     directory has not its tensors.
     """
     from tptrain.hf.model import TransformersModel, kv_heads, read_config
-    from tptrain.hf.weights import sources
+    from tptrain.hf.weights import check_shapes, sources
 
     config = read_config(source, dropout)
     mesh = Mesh(tp_grid(tp, tp, kv_heads(config)), 0, torch.device("meta"))
     model = TransformersModel(config, mesh, plan)
     if directory is not None:
-        sources(model.inner, TensorFiles(Path(directory)).entries)
+        shapes = {name: entry.shape for name, entry in TensorFiles(Path(directory)).entries.items()}
+        check_shapes(model.inner, sources(model.inner, shapes), shapes, model.shapes)
     return _facts(model)
 
 

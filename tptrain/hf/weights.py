@@ -6,10 +6,12 @@ Transformers' code converts those, a group at a time.
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -21,6 +23,8 @@ from transformers.core_model_loading import (
 )
 
 from tptrain.config import UserError
+
+ANEW = " Fetch it anew."
 
 
 @dataclass
@@ -73,6 +77,42 @@ def revert(model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return revert_weight_conversion(model, dict(parameters))
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_shapes(model: Any, groups: Iterable[Group], tensors: Shapes, parameters: Shapes) -> None:
+    """Raises UserError where a directory's tensors of these shapes do not make up parameters of those."""
+    for group in groups:
+        names = ", ".join(dict.fromkeys(pattern for _, pattern in group.tensors))
+        if odd := _odd_one(group, tensors):
+            name, shape, usual = odd
+            raise UserError(f"model.path: has {name} of {list(shape)}, where others like it have {list(usual)}.{ANEW}")
+        try:
+            converted = group.convert(model, lambda name: torch.empty(tensors[name], device="meta"))
+        except Exception as error:  # whatever Transformers' code makes of tensors that do not go together
+            raise UserError(
+                f"model.path: the tensors of {group.target} ({names}) do not go together: one is missing, or has "
+                f"another shape.{ANEW}"
+            ) from error
+        for name, value in converted.items():
+            shape, expected = tuple(value.shape), parameters.get(name)
+            if expected is not None and shape != expected:
+                what = name if group.converter is None else f"tensors that make {name} ({names})"
+                raise UserError(
+                    f"model.path: has {what} of {list(shape)}, where config.json asks for {list(expected)}.{ANEW}"
+                )
+
+
+def _odd_one(group: Group, tensors: Shapes) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
+    """A tensor of another shape than most of its pattern: its name, its shape, and theirs."""
+    for wanted in dict.fromkeys(pattern for _, pattern in group.tensors):
+        shapes = {name: tensors[name] for name, pattern in group.tensors if pattern == wanted}
+        ((usual, _),) = Counter(shapes.values()).most_common(1)
+        if odd := next((name for name, shape in shapes.items() if shape != usual), None):
+            return odd, shapes[odd], usual
+    return None
+
+
 def _check(model: Any, known: Mapping[str, Tensor], groups: Mapping[str, Group], strangers: list[str]) -> None:
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
     others = [name for name in strangers if not any(re.search(pattern, name) for pattern in ignored)]
@@ -89,4 +129,4 @@ def _check(model: Any, known: Mapping[str, Tensor], groups: Mapping[str, Group],
     missing = [] if several else sorted(known.keys() - groups.keys() - tied)
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"model.path: lacks the tensor {missing[0]}{more}. Fetch it anew.")
+        raise UserError(f"model.path: lacks the tensor {missing[0]}{more}.{ANEW}")
