@@ -205,7 +205,7 @@ def _alone(config: Config) -> list[float]:
     """The losses of Transformers' model, trained by PyTorch's AdamW in this process."""
     import transformers as hf
 
-    model = hf.AutoModelForCausalLM.from_pretrained(config.model.directory, dtype=torch.float32).train()
+    model = hf.AutoModelForCausalLM.from_pretrained(config.model.directory or "", dtype=torch.float32).train()
     named = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = ([p for p in named if (p.dim() > 1) == wanted] for wanted in (True, False))
     optim = config.optim
@@ -281,7 +281,8 @@ def test_a_trained_export_is_what_transformers_loads(
     assert all((x.shape, x.dtype) == (after[name].shape, after[name].dtype) for name, x in before.items())
     assert any(not torch.equal(x, after[name]) for name, x in before.items())
     assert (source / "config.json").read_bytes() == (run / "out" / "config.json").read_bytes()
-    model, report = hf.AutoModelForCausalLM.from_pretrained(run / "out", output_loading_info=True)
+    loaded: Any = hf.AutoModelForCausalLM.from_pretrained(run / "out", output_loading_info=True)
+    model, report = loaded
     assert not any(report[each] for each in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     with torch.no_grad():
         loss = _loss(model.train(), _tokens().split(BATCH)[STEPS]).item()

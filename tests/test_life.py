@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,10 +93,14 @@ def test_the_whole_life(family: str, folder: Path) -> None:
 
     exported = tptrain("export", str(run), str(out))
     assert exported.returncode == 0, exported.stdout
-    model, report = hf.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    loaded: Any = hf.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    model, report = loaded
     assert not any(report[each] for each in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     of_run = json.loads(tptrain("eval", str(run), *_data(folder)).stdout.splitlines()[-1])
+    (folder / "away").rename(folder / "model")
     of_transformers = loss_of_transformers(model.eval(), windows(folder))
-    print(f"{family}: {len(before)} steps at tp=2, eval {of_run['loss']}, Transformers {of_transformers}")
+    print(f"\n{family}: {len(before)} steps at tp=2 of {STEPS}, loss {after[0]} to {after[-1]}")
+    farthest = max(abs(row["loss"] / loss - 1) for row, loss in zip(before, after, strict=False))
+    print(f"eval {of_run['loss']}, Transformers {of_transformers}; farthest of steps done twice {farthest:.0e}")
     assert of_run["loss"] == pytest.approx(of_transformers, rel=1e-5)
     assert of_run["loss"] < after[0]

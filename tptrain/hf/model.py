@@ -77,8 +77,8 @@ class TransformersModel(nn.Module):
         plan = with_user_entries(plan, user_plan or {}, named, prefix)
         wanted = not cuts_layers(plan, named) if propose is None else propose
         self.proposed = proposal(inner, plan, mesh.grid, prefix) if wanted else {}
-        plan = {**plan, **self.proposed}
-        self.region = Sharder(inner, plan, mesh, vocabulary).shard()
+        self.plan: Plan = {**plan, **self.proposed}
+        self.region = Sharder(inner, self.plan, mesh, vocabulary).shard()
         if ops is not None:
             use_ours(inner, ops)
         self.lm_head = Head(head)

@@ -40,8 +40,10 @@ class Comparison:
 def compare(items: Sequence[Item], reference: Reference, mesh: Mesh, dtype: torch.dtype) -> list[Comparison]:
     """Every rank calls it, with the same items in the same order; all get the same answer.
 
-    The first difference is looked at more closely: it gets its kind.
+    The first difference is looked at more closely: it gets its kind. Outputs that the reference has not are left out: a
+    module's part of features on a rank may be as wide as the model, and is noted for that.
     """
+    items = [item for item in items if not item.what.startswith("output") or reference.has(item.key)]
     norm = reference.whole("gradient norm before clipping").item()
     own = [_distance(item, reference, norm, dtype) for item in items]
     everywhere = mesh.control.gather(own)
@@ -121,7 +123,7 @@ def _kind(item: Item, reference: Reference, mesh: Mesh) -> str:
         added = _close(_centred(total.cpu(), item), _centred(reference.part(item), item))
         if all(mesh.control.gather(added)):
             return f"a sum over {axis} is missing: the ranks' parts add up to what one rank has"
-    return "of no kind that is known"
+    return item.hint or "of no kind that is known"
 
 
 def _own_kind(item: Item, reference: Reference) -> str:
@@ -165,19 +167,37 @@ def _constant(difference: Tensor) -> str:
 
 
 def _moved(item: Item, ours: Tensor, reference: Reference) -> str:
-    """Whether the rows or columns are those of other places, or the rows those of another parameter."""
-    whole = reference.whole(item.key)
-    for dim, name in list(enumerate(("row", "column")))[: whole.dim()]:
-        others = tuple(slice(None) if d == dim else part for d, part in enumerate(item.place))
-        places = _places(ours.transpose(0, dim), whole[others].transpose(0, dim))
-        expected = torch.arange(item.place[dim].start, item.place[dim].start + ours.shape[dim])
-        if places is not None and (moved := (places != expected).nonzero()).numel():
-            there, here = int(places[moved[0]]), int(expected[moved[0]])
-            return f"a wrong slice: {name} {there} of the whole lies where {name} {here} belongs"
+    """Whether the rows or columns are those of other places, or the rows those of another parameter. Of a stack of
+    matrices also whether the matrices are, and then the first that is not right is looked at.
+    """
+    whole, theirs = reference.whole(item.key), reference.part(item)
+    where = ""
+    while True:
+        # The outermost dim of a stack is its matrices'; the two inner ones are rows and columns.
+        names = ("row", "column") if whole.dim() <= 2 else ("matrix",)
+        for dim, name in list(enumerate(names))[: whole.dim()]:
+            others = tuple(slice(None) if d == dim else part for d, part in enumerate(item.place))
+            places = _places(ours.transpose(0, dim), whole[others].transpose(0, dim))
+            expected = torch.arange(item.place[dim].start, item.place[dim].start + ours.shape[dim])
+            if places is not None and (moved := (places != expected).nonzero()).numel():
+                there, here = int(places[moved[0]]), int(expected[moved[0]])
+                return f"a wrong slice: {name} {there} of the whole lies where {name} {here} belongs{where}"
+        if whole.dim() <= 2:
+            break
+        first = int((ours != theirs).flatten(1).any(1).nonzero()[0])
+        number = item.place[0].start + first
+        where = f", in matrix {number}{where}"
+        ours, theirs, whole = ours[first], theirs[first], whole[number]
+        item = replace(item, place=item.place[1:])
     if item.what == "at the start":
+        shape = reference.whole(item.key).shape[1:]
         for module in reference.modules(item.what):
             other = reference.whole(f"{module} {item.what}")
-            if module != item.module and other.shape[1:] == whole.shape[1:] and _places(ours, other) is not None:
+            if (
+                module != item.module
+                and other.shape[1:] == shape == ours.shape[1:]
+                and _places(ours, other) is not None
+            ):
                 return f"a wrong slice: these are rows of {module}"
     return ""
 

@@ -42,6 +42,7 @@ class Item:
     value: Tensor
     place: Place
     depth: int  # modules that the step has passed to come here: rounding grows with it
+    hint: str = ""  # the kind of mistake that this module invites, where no other is recognised
 
     @property
     def key(self) -> str:
