@@ -289,6 +289,21 @@ def test_a_trained_export_is_what_transformers_loads(
     assert loss == pytest.approx(seen[family].losses[2][STEPS], rel=1e-5)
 
 
+def test_a_mask_that_a_model_has_changed_is_no_window() -> None:
+    """Gemma 4 makes another mask out of one with a window: what that is, SDPA is to know."""
+    from tptrain.hf.attention import WindowMask, attention
+
+    window = torch.ones(6, 6, dtype=torch.bool).tril().triu(-2)[None, None].as_subclass(WindowMask)
+    window.window = 3
+    other = window & torch.ones(6, 6, dtype=torch.bool).triu(-1)  # (1, 1, T, T)
+    q, k, v = torch.randn(3, 1, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    module: Any = torch.nn.Identity()
+    module.operations = REFERENCE
+    for mask in (window, other):
+        expected = F.scaled_dot_product_attention(q, k, v, mask.as_subclass(Tensor)).transpose(1, 2)
+        torch.testing.assert_close(attention(module, q, k, v, mask)[0], expected)
+
+
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 

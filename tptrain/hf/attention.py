@@ -21,9 +21,11 @@ IRRELEVANT = ("sliding_window", "position_ids", "cache_position", "use_cache", "
 
 
 class WindowMask(Tensor):
-    """A mask of Transformers, of which it is known that it is causal with this window, and nothing else."""
+    """A mask of Transformers, of which it is known that it is causal with this window, and nothing else. None: a model has made
+    another one out of it.
+    """
 
-    window: int
+    window: int | None = None
 
 
 def mask(*arguments: Any, allow_is_causal_skip: bool = True, **named: Any) -> Tensor | None:
