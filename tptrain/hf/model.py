@@ -77,7 +77,7 @@ class TransformersModel(nn.Module):
         wanted = not cuts_layers(plan, named) if propose is None else propose
         self.proposed = proposal(inner, plan, mesh.grid, prefix) if wanted else {}
         plan = {**plan, **self.proposed}
-        self.region = Sharder(inner, plan, mesh, vocabulary).shard()
+        self.region = Sharder(inner, plan, mesh, vocabulary, prefix).shard()
         if ops is not None:
             use_ours(inner, ops)
         self.lm_head = Head(head)
