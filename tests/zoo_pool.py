@@ -29,14 +29,15 @@ def preload() -> None:
 
 
 class Pool:
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, tasks: int = TASKS) -> None:
+        """`tasks`: after so many come new ranks."""
+        self.world, self.most = world, tasks
         self.ranks: list[tuple[Any, Connection]] = []
         self.tasks = 0
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
         """`function(*arguments)` on every rank; their values in rank order. Raises `TaskError`."""
-        if not self.ranks or self.tasks >= TASKS:
+        if not self.ranks or self.tasks >= self.most:
             self.stop()
             self._start()
         self.tasks += 1
