@@ -50,7 +50,7 @@ class Reference:
 
 def reference(family: str, stepped: bool = False, **changes: Any) -> Reference:
     """Of the family's small model with `changes` of its config."""
-    whole, tokens = zoo.model(family, **changes), zoo.tokens()
+    small, whole, tokens = zoo.config(family, **changes), zoo.model(family, **changes), zoo.tokens()
     loss, logits = zoo.loss_and_logits(whole, tokens)
     loss.backward()
     saved = whole.state_dict()
@@ -58,7 +58,7 @@ def reference(family: str, stepped: bool = False, **changes: Any) -> Reference:
     weights |= {name: b.detach().clone() for name, b in whole.named_buffers() if name in saved}
     grads = {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
     norm = torch.nn.utils.clip_grad_norm_(whole.parameters(), CLIP).item()
-    result = Reference(whole.config, tokens, weights, loss.item(), logits.detach(), grads, norm, {})
+    result = Reference(small, tokens, weights, loss.item(), logits.detach(), grads, norm, {})
     if stepped:
         groups = [
             {"params": [p for p in whole.parameters() if p.dim() > 1], "weight_decay": DECAY},

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from tests.engine import MUTATIONS, Reference, distances
 from tests.test_zoo import STYLES
 from tests.zoo_pool import Pool
 from tptrain.config import UserError
+from tptrain.hf import model
 from tptrain.hf.gradients import noted_modules, partial_parameters
-from tptrain.hf.model import TransformersModel
+from tptrain.hf.model import TransformersModel, build
 from tptrain.hf.region import Region
 from tptrain.parallel.mesh import Mesh, tp_grid
 
@@ -84,6 +86,11 @@ def test_two_kv_heads_on_four_ranks(four: Pool, family: str) -> None:
 
 def test_biases_and_one_kv_head(two: Pool) -> None:
     distance, what = _worst(two.run(distances, _reference("llama", **WITH_BIASES)))
+    assert distance < TOLERANCE, what
+
+
+def test_heads_of_values_of_another_size(two: Pool) -> None:
+    distance, what = _worst(two.run(distances, _reference("mimo_v2_flash", v_head_dim=4)))
     assert distance < TOLERANCE, what
 
 
@@ -179,6 +186,20 @@ def test_sizes_that_do_not_divide_are_refused_by_name() -> None:
     heads = zoo.config("llama", hidden_size=96, num_attention_heads=12, num_key_value_heads=6)
     with pytest.raises(UserError, match=r"tp=4: model\.layers\.0\.self_attn\.k_proj has 6 heads"):
         TransformersModel(heads, _unconnected(4, 6))
+
+
+def test_a_head_that_is_not_cut_is_refused() -> None:
+    """Its rows are not the vocabulary, so that only a style of the plan can cut them."""
+
+    def wider(config: Any) -> Any:
+        built = build(config)
+        built.lm_head = nn.Linear(64, 300, bias=False, device="meta")
+        return built
+
+    with patch.object(model, "build", wider):
+        TransformersModel(zoo.config("llama"), _unconnected(2))  # whose plan cuts it
+        with pytest.raises(UserError, match="the output head has 300 rows, for a vocabulary of 256"):
+            TransformersModel(zoo.config("llama"), _unconnected(2), {"lm_head": "replicate"})
 
 
 # ----------------------------------------------------------------------------------------------- reading of the graph
