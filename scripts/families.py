@@ -1,5 +1,6 @@
 """Every causal family of Transformers with a tensor-parallel plan, as a small random model, cut by Transformers and by
-tptrain, against one process. Started by scripts/families, which sets it up. Writes docs/families.md."""
+tptrain, which runs Transformers' model or has the family natively, against one process. Started by scripts/families,
+which sets it up. Writes docs/families.md."""
 
 import argparse
 import time
@@ -19,6 +20,7 @@ from tptrain.models.families import FAMILIES as NATIVE
 
 DEGREES = (2, 4)
 MOST = max(DEGREES)
+REFUSAL = "UserError: "
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 
 
@@ -33,7 +35,9 @@ class Pools:
         try:
             ranks = self.of[world].run(function, *arguments, timeout=self.timeout)
         except TaskError as error:
-            return Outcome("crashes", str(error))
+            text = str(error)
+            refused = text.startswith(REFUSAL)
+            return Outcome("refused" if refused else "crashes", text.removeprefix(REFUSAL) if refused else text)
         worst = zoo_step.worst(ranks)
         wrong = zoo_step.difference(worst)
         return Outcome("wrong" if wrong else "right", wrong, worst)
@@ -59,7 +63,7 @@ def arguments() -> argparse.Namespace:
 
 def row(family: str, pools: Pools) -> Row:
     """What `family` does alone, and cut in every way. Where 2 KV heads are too few, again with as many as ranks."""
-    result = Row(family, sorted(set(zoo.plan(zoo.config_classes()[family]).values())), native=family in NATIVE)
+    result = Row(family, sorted(set(zoo.plan(zoo.config_classes()[family]).values())))
     if family in ABSENT:
         result.absent = ABSENT[family]
         return result
@@ -73,8 +77,9 @@ def row(family: str, pools: Pools) -> Row:
         for tp in DEGREES:
             if result.styles:
                 result.theirs[tp] = pools.outcome(tp, zoo_step.theirs, folder)
+            result.engine[tp] = pools.outcome(tp, zoo_step.engine, folder)
             if family in NATIVE:
-                result.ours[tp] = pools.outcome(tp, zoo_step.ours, family, folder)
+                result.native[tp] = pools.outcome(tp, zoo_step.ours, family, folder)
         if result.theirs[MOST].verdict == "crashes" and zoo.grouped(family):
             try:
                 pools.of[1].run(zoo_step.alone, family, wide, MOST, timeout=pools.timeout)

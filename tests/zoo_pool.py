@@ -16,6 +16,7 @@ from tests.distributed import FORKSERVER
 
 MEMORY = 12 << 30  # bytes of addresses of each rank
 GRACE = 3  # seconds that the other ranks have after one has failed
+LONGEST = 300  # characters of an error
 TASKS = 25  # of one set of ranks: each leaves process groups behind
 
 
@@ -113,5 +114,5 @@ def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     frames = traceback.extract_tb(error.__traceback__)
     place = next((each for each in reversed(frames) if "/transformers/" in each.filename), frames[-1])
-    said = lines[0][:160] if lines else f"{frames[-1].line} in {frames[-1].name}"
+    said = lines[0][:LONGEST] if lines else f"{frames[-1].line} in {frames[-1].name}"
     return f"{type(error).__name__}: {said} ({os.path.basename(place.filename)}:{place.lineno})"
