@@ -1,6 +1,6 @@
-"""Every causal family of Transformers with a tensor-parallel plan, as a small random model, cut by Transformers and by
-tptrain, which runs Transformers' model or has the family natively, against one process. Started by scripts/families,
-which sets it up. Writes docs/families.md."""
+"""Every causal family of Transformers with a tensor-parallel plan, and some without, as a small random model, cut by
+Transformers and by tptrain, which runs Transformers' model or has the family natively, against one process. Started by
+scripts/families, which sets it up. Writes docs/families.md."""
 
 import argparse
 import time
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="A,B", help="these families, printed and not written")
     parser.add_argument("--timeout", type=float, default=90, help="seconds of a step, after which it crashes (90)")
     chosen = parser.parse_args()
-    known = list(zoo.config_classes())
+    known = [*zoo.config_classes(), *zoo.planless()]
     chosen.families = chosen.only.split(",") if chosen.only else known
     if unknown := set(chosen.families) - set(known):
         parser.error(f"--only: {', '.join(sorted(unknown))}: none of {', '.join(known)}")
@@ -63,7 +63,8 @@ def arguments() -> argparse.Namespace:
 
 def row(family: str, pools: Pools) -> Row:
     """What `family` does alone, and cut in every way. Where 2 KV heads are too few, again with as many as ranks."""
-    result = Row(family, sorted(set(zoo.plan(zoo.config_classes()[family]).values())))
+    config_class = (zoo.config_classes() | zoo.planless())[family]
+    result = Row(family, sorted(set(zoo.plan(config_class).values())))
     if family in ABSENT:
         result.absent = ABSENT[family]
         return result
@@ -80,7 +81,7 @@ def row(family: str, pools: Pools) -> Row:
             result.engine[tp] = pools.outcome(tp, zoo_step.engine, folder)
             if family in NATIVE:
                 result.native[tp] = pools.outcome(tp, zoo_step.ours, family, folder)
-        if result.theirs[MOST].verdict == "crashes" and zoo.grouped(family):
+        if result.theirs and result.theirs[MOST].verdict == "crashes" and zoo.grouped(family):
             try:
                 pools.of[1].run(zoo_step.alone, family, wide, MOST, timeout=pools.timeout)
                 result.wide = pools.outcome(MOST, zoo_step.theirs, wide)

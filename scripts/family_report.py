@@ -9,22 +9,22 @@ from importlib.metadata import version
 
 from tests.zoo_step import ALLOWED, FLOOR, Distance
 from tptrain.hf.corrections import CORRECTIONS
-from tptrain.models.families import FAMILIES as NATIVE
 
 INTRODUCTION = """\
 # Transformers' families, cut by tensor parallelism
 
 Of each causal family of Transformers that has a tensor-parallel plan (`base_model_tp_plan` of its config, or of its
-text model's) a small random model is built, with all its kinds of layers ([tests/zoo.py](../tests/zoo.py)): 64 wide,
-8 heads, 2 KV heads where the family has grouped queries, 4 experts, no parameter left at 0 or 1. One process computes
-the loss, the logits and the gradient of each parameter for a batch of 2 x 24 tokens, in float32 with eager attention.
-Then ranks that talk over gloo compute the same, in up to three ways:
+text model's), and of some without, a small random model is built, with all its kinds of layers
+([tests/zoo.py](../tests/zoo.py)): 64 wide, 8 heads, 2 KV heads where the family has grouped queries, 4 experts, no
+parameter left at 0 or 1. One process computes the loss, the logits and the gradient of each parameter for a batch of
+2 x 24 tokens, in float32 with eager attention. Then ranks that talk over gloo compute the same, in up to three ways:
 
 - **Transformers**: its own tensor parallelism (`DistributedConfig(tp_size=...)`), which loads the saved model.
 - **tptrain, Transformers' model**: Transformers' modelling code, sharded by the model's plan, with tptrain's linears,
-  embedding, loss and collectives ([tptrain/hf](../tptrain/hf)). It gets the weights as the model has them in memory,
-  so this says nothing of reading files.
-- **tptrain, native**: tptrain's own decoder, for the families that it has natively. {unplanned}
+  embedding, loss and collectives ([tptrain/hf](../tptrain/hf)). Where the plan cuts no layer, or there is none, tptrain
+  proposes cuts from names and shapes. It gets the weights as the model has them in memory, so this says nothing of
+  reading files.
+- **tptrain, native**: tptrain's own decoder, for the families that it has natively.
 
 What came out:
 
@@ -35,7 +35,8 @@ What came out:
 - **crashes**: a rank raised an error, died or gave no answer in time. The error is below the table.
 - **refused**: tptrain says before the first step that it cannot, and why. The reason is below the table.
 - **cut**: parameters of layers of which each rank holds a slice only, of all that get a gradient (embedding, head and
-  last norm are not counted), and their share of the elements. Every rank computes the rest anew.
+  last norm are not counted), and their share of the elements; "proposed" where tptrain proposed the cuts. Every rank
+  computes the rest anew.
 - **tp=4, 4 KV heads**: where the model with 2 KV heads crashes at tp=4, the same with 4.
 
 One small model, one batch and one step of each family show mistakes of a plan. They say nothing of speed, of bfloat16
@@ -114,9 +115,6 @@ class Row:
     wide: Outcome | None = None  # Transformers on the most ranks, with as many KV heads
 
 
-WAYS = {"Transformers": "theirs", "tptrain, Transformers' model": "engine", "tptrain, native": "native"}
-
-
 def one_line(row: Row) -> str:
     if row.absent:
         return f"{row.family}: not built: {row.absent}"
@@ -131,7 +129,6 @@ def page(rows: list[Row], minutes: float) -> str:
             allowed=f"{ALLOWED:g}",
             floor=f"{FLOOR:g}",
             minutes=minutes,
-            unplanned=_unplanned(rows),
             cores=os.cpu_count(),
             **{name: version(name) for name in ("transformers", "torch", "accelerate")},
         ),
@@ -145,11 +142,6 @@ def page(rows: list[Row], minutes: float) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _unplanned(rows: list[Row]) -> str:
-    names = sorted(set(NATIVE) - {row.family for row in rows})
-    return f"It also has {', '.join(names)}, without a plan in Transformers." if names else ""
-
-
 def _columns(row: Row) -> dict[str, Outcome]:
     """What came out of each way and number of ranks."""
     columns = {f"Transformers tp={tp}": each for tp, each in row.theirs.items()}
@@ -160,19 +152,27 @@ def _columns(row: Row) -> dict[str, Outcome]:
 
 def _totals(rows: list[Row], degrees: list[int]) -> str:
     """Counts of the table."""
-    built = [row for row in rows if not row.absent]
+    planned = [row for row in rows if row.styles]
+    built = [row for row in planned if not row.absent]
+    without = [row for row in rows if not row.styles and not row.absent]
     most = max(degrees)
-    lines = ["## Totals", "", f"{len(rows)} families have a plan; {len(built)} of them are built here.", ""]
+    text = f"{len(planned)} families have a plan; {len(built)} of them are built here, and {len(without)} without one."
     names = ["families", "right", "wrong", "crash", "refused", "right, but nothing of the layers cut"]
     names.append("mean share of the layers cut, where right")
-    lines += [f"| | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
+    lines = ["## Totals", "", text, "", f"| | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
     counted: dict[str, list[Outcome]] = {}
-    for name, way in WAYS.items():
-        of: list[Outcomes] = [getattr(row, way) for row in built]
-        counted |= {f"{name}, tp={tp}": [each[tp] for each in of if tp in each] for tp in degrees}
-        if way == "theirs":
-            wide = [row.wide or row.theirs[most] for row in built if row.theirs]
-            counted[f"{name}, tp={most}, with {most} KV heads where 2 crash"] = wide
+
+    def count(name: str, of: list[Outcomes]) -> None:
+        counted.update({f"{name}, tp={tp}": [each[tp] for each in of if tp in each] for tp in degrees})
+
+    count("Transformers", [row.theirs for row in built])
+    counted[f"Transformers, tp={most}, with {most} KV heads where 2 crash"] = [
+        row.wide or row.theirs[most] for row in built
+    ]
+    count("tptrain, Transformers' model", [row.engine for row in built])
+    if without:
+        count("tptrain, Transformers' model, no plan there", [row.engine for row in without])
+    count("tptrain, native", [row.native for row in rows])
     for name, outcomes in counted.items():
         verdicts = Counter(each.verdict for each in outcomes)
         counts = [len(outcomes), *(verdicts[each] for each in ("right", "wrong", "crashes", "refused"))]
@@ -234,7 +234,7 @@ def _table(rows: list[Row], degrees: list[int]) -> str:
     names += [f"tptrain, native: tp={degrees[0]}", *(f"tp={tp}" for tp in degrees[1:])]
     lines = ["## Families", "", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
     for row in rows:
-        cells = [row.family, ", ".join(row.styles), _cut(row.theirs)]
+        cells = [row.family, ", ".join(row.styles) or "no plan", _cut(row.theirs)]
         cells += ["not built" if row.absent else _cell(row.theirs, tp) for tp in degrees]
         cells += [str(row.wide or ""), _cut(row.engine)]
         cells += [_cell(row.engine, tp) for tp in degrees]
@@ -285,4 +285,6 @@ def _with_reason(outcome: Outcome) -> str:
 def _cut(outcomes: Mapping[int, Outcome]) -> str:
     """What of the layers is cut, on the fewest ranks that computed something."""
     of = next((each.distance for each in outcomes.values() if each.distance), None)
-    return "" if of is None else f"{of.cut[0]} of {of.cut[1]} ({of.share:.0%})"
+    if of is None:
+        return ""
+    return f"{of.cut[0]} of {of.cut[1]} ({of.share:.0%}){', proposed' * of.proposed}"

@@ -80,14 +80,15 @@ class Engine:
         recompute: bool = False,
         dtype: torch.dtype = torch.float32,
         frozen: str = "",
+        propose: bool | None = None,
     ) -> None:
         """`plan`: entries of the user; `dtype`: of the weights and of the computation; `frozen`: a part of the names of
-        parameters that are not trained.
+        parameters that are not trained; `propose`: see `TransformersModel`.
         """
         world = dist.get_world_size() if dist.is_initialized() else 1
         kv_heads = getattr(config.get_text_config(), "num_key_value_heads", None) or world
         self.mesh = _mesh(world, kv_heads)
-        self.model = TransformersModel(config, self.mesh, plan, recompute)
+        self.model = TransformersModel(config, self.mesh, plan, recompute, propose)
         for name, p in parameters(self.model):
             if frozen and frozen in name:
                 p.requires_grad_(False)

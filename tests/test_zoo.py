@@ -3,7 +3,7 @@
 import pytest
 
 from tests import zoo
-from tests.zoo_table import ABSENT, NO_GRADIENT, OVERRIDES
+from tests.zoo_table import ABSENT, NO_GRADIENT, OVERRIDES, PLANLESS
 
 # A family for each style of Transformers' plans.
 STYLES = {
@@ -31,7 +31,7 @@ def test_a_family_has_the_style(style: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::Warning:transformers")
-@pytest.mark.parametrize("family", zoo.families())
+@pytest.mark.parametrize("family", [*zoo.families(), *PLANLESS])
 def test_step(family: str) -> None:
     model = zoo.model(family)
     for name, p in model.named_parameters():
@@ -60,5 +60,6 @@ def test_the_table_has_no_strangers() -> None:
     known = set(zoo.config_classes())
     subs = [sub for each in zoo.config_classes().values() for sub in zoo.sub_configs(each).values()]
     known |= {getattr(sub, "model_type", "") for sub in subs}
-    assert OVERRIDES.keys() <= known
+    assert OVERRIDES.keys() <= known | zoo.planless().keys()
+    assert zoo.planless().keys() == set(PLANLESS)
     assert ABSENT.keys() <= known

@@ -1,4 +1,4 @@
-"""A small random model of every causal family of Transformers that has a tensor-parallel plan."""
+"""A small random model of every causal family of Transformers that has a tensor-parallel plan, and of a few without."""
 
 import copy
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import transformers as hf
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from tests.zoo_table import ABSENT, OVERRIDES, SIZES
+from tests.zoo_table import ABSENT, OVERRIDES, PLANLESS, SIZES
 
 BATCH, SEQ_LEN = 2, 24
 LARGEST = 5_000_000  # parameters; a model with more has a size that was not overridden
@@ -39,11 +39,16 @@ def families() -> list[str]:
     return [family for family in config_classes() if family not in ABSENT]
 
 
+def planless() -> dict[str, type[hf.PreTrainedConfig]]:
+    """By model type: the configs of the causal models without a plan that are built here."""
+    return {each.model_type: each for each in MODEL_FOR_CAUSAL_LM_MAPPING if each.model_type in PLANLESS}
+
+
 def config(family: str, **changes: Any) -> hf.PreTrainedConfig:
     """A small config of `family`, without dropout, with at least one layer of every kind that the default has.
 
     `changes` are of the text model."""
-    small = _small(config_classes()[family], changes)
+    small = _small((config_classes() | planless())[family], changes)
     small._attn_implementation = "eager"
     return small
 

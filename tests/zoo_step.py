@@ -58,6 +58,7 @@ class Distance:
     weight: float = 0.0  # the farthest of the weights, before the step
     cut: tuple[int, int] = (0, 0)  # parameters of layers: of how many a rank has a slice, how many get a gradient
     share: float = 0.0  # of the elements
+    proposed: bool = False  # whether tptrain proposed cuts that neither the model's plan has nor the user's
 
 
 def worst(ranks: list[Distance]) -> Distance:
@@ -139,10 +140,10 @@ def ours(family: str, folder: Path) -> Distance:
     return Distance(values["loss"], values["logits"], values[farthest], farthest.removeprefix("grad "))
 
 
-def engine(folder: Path) -> Distance:
+def engine(folder: Path, propose: bool | None = None) -> Distance:
     """The step of Transformers' model in tptrain's hands over all ranks, against the step in `folder`."""
     step: Step = torch.load(folder / "step.pt", weights_only=False)
-    own = Engine(_load_config(folder), step.weights)
+    own = Engine(_load_config(folder), step.weights, propose=propose)
     loss = own.step(step.tokens)
     logits = own.logits(step.tokens)
     named, farthest, counts = dict(parameters(own.model)), ("", 0.0), [0, 0, 0, 0]
@@ -162,6 +163,7 @@ def engine(folder: Path) -> Distance:
         0.0,
         (counts[0], counts[1]),
         counts[2] / max(1, counts[3]),
+        bool(own.model.proposed),
     )
 
 

@@ -117,6 +117,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": WINDOWS | {"n_shared_experts": 1},
     "emu3_text_model": {"pad_token_id": 0},  # None is refused; the batch does not have the token
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2},
+    "falcon": {"head_dim": ...},
     "falcon_h1": {"layer_types": ..., "mamba_d_ssm": 128},
     "flint": {"mlp_only_layers": [0]},
     "gemma3": {"vision_config": VISION | {"image_size": 28, "patch_size": 14}, "mm_tokens_per_image": 4},
@@ -184,6 +185,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     }
     | DENSE_FIRST,
     "ministral": WINDOWS,
+    "opt": {"ffn_dim": 96},
     "phi4_multimodal": {
         "vision_config": VISION | {"image_size": 28, "crop_size": 28, "patch_size": 14},
         "audio_config": VISION
@@ -216,8 +218,34 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hc_count": 2,
         "hc_lowrank": 8,
     },
+    "recurrent_gemma": {
+        "layer_types": ...,
+        "head_dim": ...,
+        "sliding_window": ...,
+        "attention_window_size": 9,
+        "num_hidden_layers": 3,
+        "lru_width": 64,
+    },
     "smollm3": {"no_rope_layers": [1, 0]},
+    "xglm": {"ffn_dim": 96},
 }
+# Families without a plan that are built here as well.
+PLANLESS = (
+    "biogpt",
+    "bitnet",
+    "bloom",
+    "falcon",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox_japanese",
+    "jetmoe",
+    "mpt",
+    "opt",
+    "persimmon",
+    "recurrent_gemma",
+    "stablelm",
+    "xglm",
+)
 # Families that are not built here, with the reason.
 ABSENT: dict[str, str] = {
     "gemma3n": "its image tower needs the packages timm and PIL; gemma3n_text is its text model",

@@ -19,6 +19,7 @@ from tptrain.hf.corrections import corrected
 from tptrain.hf.gradients import noted_modules, partial_parameters, receive, summed_over
 from tptrain.hf.head import Head, LogitRule, logit_rule
 from tptrain.hf.plan import Plan, with_user_entries
+from tptrain.hf.propose import cuts_layers, proposal
 from tptrain.hf.shard import Sharder
 from tptrain.nn.decoder import Segment, Stream
 from tptrain.nn.parameter import parameters
@@ -34,8 +35,20 @@ class TransformersModel(nn.Module):
     Parameters carry Transformers' names. They have no memory until a `Store` gives them theirs; call `settle` then.
     """
 
-    def __init__(self, config: Any, mesh: Mesh, user_plan: Plan | None = None, recompute: bool = False) -> None:
-        """`config`: transformers' PreTrainedConfig; `recompute`: layers are computed again in the backward pass."""
+    proposed: Plan  # what of the plan is neither the model's nor the user's: to be checked before training
+
+    def __init__(
+        self,
+        config: Any,
+        mesh: Mesh,
+        user_plan: Plan | None = None,
+        recompute: bool = False,
+        propose: bool | None = None,
+    ) -> None:
+        """`config`: transformers' PreTrainedConfig; `recompute`: layers are computed again in the backward pass.
+
+        `propose`: whether cuts are proposed for what the plan leaves whole; None: where it cuts no layer at all.
+        """
         super().__init__()
         self.mesh, text = mesh, config.get_text_config()
         self.vocab_size = text.vocab_size
@@ -54,6 +67,9 @@ class TransformersModel(nn.Module):
         prefix = names[embedding].rpartition(".")[0]  # of the decoder, whose layers a plan names
         plan = corrected(inner.tp_plan or {}, config, prefix)
         plan = with_user_entries(plan, user_plan or {}, named, prefix)
+        wanted = not cuts_layers(plan, named) if propose is None else propose
+        self.proposed = proposal(inner, plan, mesh.grid, prefix) if wanted else {}
+        plan = {**plan, **self.proposed}
         self.region = Sharder(inner, plan, mesh, vocabulary).shard()
         self.lm_head = Head(head)
         _check_cut(self.lm_head, self.vocab_size)
