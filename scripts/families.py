@@ -14,7 +14,7 @@ from family_report import Outcome, Row, one_line, page
 from tqdm import tqdm
 
 from tests import zoo, zoo_step
-from tests.zoo_pool import Pool, TaskError, preload
+from tests.zoo_pool import DIED, Pool, TaskError, preload
 from tests.zoo_table import ABSENT
 from tptrain.models.families import FAMILIES as NATIVE
 
@@ -31,11 +31,14 @@ class Pools:
     timeout: float
     of: dict[int, Pool] = field(default_factory=lambda: {world: Pool(world) for world in (1, *DEGREES)})
 
-    def outcome(self, world: int, function: Callable[..., Any], *arguments: Any) -> Outcome:
+    def outcome(self, world: int, function: Callable[..., Any], *arguments: Any, again: bool = True) -> Outcome:
+        """Of a step over so many ranks. Where a rank died without an error it is tried `again`, once."""
         try:
             ranks = self.of[world].run(function, *arguments, timeout=self.timeout)
         except TaskError as error:
             text = str(error)
+            if again and DIED in text:
+                return self.outcome(world, function, *arguments, again=False)
             refused = text.startswith(REFUSAL)
             return Outcome("refused" if refused else "crashes", text.removeprefix(REFUSAL) if refused else text)
         worst = zoo_step.worst(ranks)

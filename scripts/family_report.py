@@ -32,7 +32,7 @@ What came out:
   {allowed} of those of one process, relative. The figure is that of the worst gradient: the 2-norm of the difference
   over that of the gradient, or over {floor} of the norm of all gradients where that is more.
 - **wrong**: one of them is not. Which one, and by how much, is said below the table.
-- **crashes**: a rank raised an error, died or gave no answer in time. The error is below the table.
+- **crashes**: a rank raised an error, died twice or gave no answer in time. The error is below the table.
 - **refused**: tptrain says before the first step that it cannot, and why. The reason is below the table.
 - **cut**: parameters of layers of which each rank holds a slice only, of all that get a gradient (embedding, head and
   last norm are not counted), and their share of the elements; "proposed" where tptrain proposed the cuts. Every rank

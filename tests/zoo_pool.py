@@ -16,6 +16,7 @@ from tests.distributed import FORKSERVER
 
 MEMORY = 12 << 30  # bytes of addresses of each rank
 GRACE = 3  # seconds that the other ranks have after one has failed
+DIED = "a rank died"
 LONGEST = 300  # characters of an error
 TASKS = 25  # of one set of ranks: each leaves process groups behind
 
@@ -89,7 +90,7 @@ class Pool:
             return connection.recv()
         except (EOFError, ConnectionError):
             process.join(1)
-            return None, f"a rank died with exit code {process.exitcode}"
+            return None, f"{DIED} with exit code {process.exitcode}"
 
 
 def _rank(rank: int, world: int, port: int, tasks: Connection) -> None:
