@@ -21,12 +21,14 @@ from tptrain.config import Config, UserError, write_config
 from tptrain.models.check import check_tp, checked_spec
 from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut_of
 from tptrain.models.directory import tensors
+from tptrain.models.sizes import Facts, ask_for_cut, sizes
 from tptrain.models.spec import DecoderSpec
 from tptrain.records.run_dir import CARD, VERIFICATION
 from tptrain.records.verification import RESULT, Verification
 
 PROCESS_BYTES = 0.4e9  # of a rank: Python and torch
 GIB = 2.0**30
+VOCABULARY = 4096  # tokens, where a proposal is verified
 
 
 def prepare(config: Config) -> tuple[Config, Cut, int]:
@@ -40,6 +42,10 @@ def prepare(config: Config) -> tuple[Config, Cut, int]:
     if options.width is not None and options.width > spec.hidden_size:
         raise UserError(f"verify.width={options.width}: more than the model's {spec.hidden_size}. Leave it out.")
     check_tp(spec, tp)
+    if config.model.engine == "transformers":
+        if options.width is not None:
+            raise UserError("verify.width: only tptrain's own models can be made narrower. Leave it out.")
+        ask_for_cut(config)
     smaller = cut_of(config)
     check_tp(smaller.spec, tp)
     shrunk = options.width is not None or options.vocab is not None
@@ -47,7 +53,7 @@ def prepare(config: Config) -> tuple[Config, Cut, int]:
         why = "verify.width and verify.vocab shrink it" if config.model.path else "only model=hf has weights"
         raise UserError(f"verify.weights=model: {why}. Use verify.weights=random.")
     own = config.model.path is not None and not shrunk and options.weights != "random"
-    if own:
+    if own and config.model.engine == "native":
         tensors(config.model)
     train = replace(
         config.train,
@@ -86,6 +92,39 @@ def verify(config: Config) -> int:
     return 1 if verification.wrong else 0
 
 
+def check_proposed(config: Config) -> None:
+    """Verify a model whose plan is tptrain's proposal, unless it has been verified for this run at this tp.
+
+    On this machine's CPUs, with random weights and at most VOCABULARY tokens. Raises UserError where it is wrong.
+    """
+    spec, tp = sizes(config.model), config.parallel.tp
+    if not isinstance(spec, Facts) or not spec.proposed or tp == 1:
+        return
+    report = Path(config.run.dir) / VERIFICATION
+    if report.exists():
+        before = json.loads(report.read_text())
+        if before["verdict"] == "right" and f"tp={tp}" in before["topology"].split():
+            return
+    print(f"model.tp_plan: {config.model.name} has no plan that cuts its layers. tptrain proposes:", flush=True)
+    for name, style in spec.proposed.items():
+        print(f"  {name}: {style}")
+    print("One step of it is verified before it is trained:", flush=True)
+    cluster = replace(config.cluster, nodes=1, tasks_per_node=tp)
+    vocab = min(VOCABULARY, spec.vocab_size)
+    verified = replace(
+        config,
+        cluster=cluster,
+        train=replace(config.train, device="cpu", precision="fp32"),
+        verify=replace(config.verify, vocab=vocab, weights="random"),
+        model=replace(config.model, facts=dict(config.model.facts)),
+    )
+    if verify(verified):
+        raise UserError(
+            f"model.tp_plan: the proposal for {config.model.name} is wrong at tp={tp}, see above. Give a plan of your "
+            "own, or use parallel.tp=1."
+        )
+
+
 def _facts(config: Config, smaller: Cut, world: int) -> dict[str, object]:
     """What is verified, in words."""
     spec, whole, parallel = smaller.spec, smaller.model, config.parallel
@@ -94,8 +133,7 @@ def _facts(config: Config, smaller: Cut, world: int) -> dict[str, object]:
         return f"{name} {ours}" if ours == theirs else f"{name} {ours} for {theirs}"
 
     layers = ", ".join(map(str, smaller.layers))
-    count = len(set(whole.layers))
-    kinds = "all of one kind" if count == 1 else f"one of each of its {count} kinds"
+    kinds = "all of one kind" if smaller.kinds == 1 else f"one of each of its {smaller.kinds} kinds"
     widths = size("width", spec.hidden_size, whole.hidden_size)
     vocabulary = size("vocabulary", spec.vocab_size, whole.vocab_size)
     axes = [f"tp={parallel.tp}", f"dp={world // parallel.tp}"]
@@ -103,7 +141,7 @@ def _facts(config: Config, smaller: Cut, world: int) -> dict[str, object]:
     axes += [f"zero={parallel.zero}"] if world > parallel.tp else []
     axes += [] if config.train.recompute == "none" else [f"recompute={config.train.recompute}"]
     return {
-        "model": f"{config.model.name}: layers {layers} of its {len(whole.layers)}, {kinds}; {widths}, {vocabulary}",
+        "model": f"{config.model.name}: layers {layers} of its {smaller.total}, {kinds}; {widths}, {vocabulary}",
         "weights": "the model's own" if config.verify.weights == "model" else "random, every parameter drawn",
         "topology": " ".join(axes),
         "precision": config.train.precision,
@@ -119,7 +157,7 @@ def _make(scratch: Path) -> None:
         raise UserError(f"run.dir={scratch.parent}: cannot be made ({error.strerror}). Choose another.") from error
 
 
-def _check_memory(config: Config, spec: DecoderSpec, world: int) -> None:
+def _check_memory(config: Config, spec: DecoderSpec | Facts, world: int) -> None:
     """Say how much memory and disk it takes. Raises UserError where this machine's CPUs have less."""
     count = spec.matrix_parameters
     tokens = config.train.global_batch_size * config.train.seq_len

@@ -22,6 +22,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's backgr
 SANDBOX = Path(__file__).parent.parent / "scripts" / "slurm-sandbox"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-place",
+        action="store_true",
+        help="each fault of test_supervisor.py on four ranks of two worlds, not on one of each world",
+    )
+
+
 _starting: list[subprocess.Popen[bytes]] = []  # the sandbox, where this session starts it
 
 

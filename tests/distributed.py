@@ -1,5 +1,6 @@
 """Run a function on n real ranks (gloo unless told otherwise), each a process, and get every rank's result."""
 
+import gc
 import os
 import pickle
 import traceback
@@ -16,7 +17,8 @@ from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import Mesh, tp_grid
 
 FORKSERVER = mp.get_context("forkserver")  # starts processes that need not import torch
-FORKSERVER.set_forkserver_preload(["tests.distributed", "tptrain.train.loop"])
+# The first optimizer of a process imports torch._dynamo, which takes a second.
+FORKSERVER.set_forkserver_preload(["tests.distributed", "tptrain.train.loop", "torch._dynamo", "pytest"])
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, backend: str = "gloo") -> list[Any]:
@@ -48,9 +50,15 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, backend
     return [answers[rank] for rank in range(world)]
 
 
+def spare_garbage_collection() -> None:
+    """What is there now is left out where a run collects garbage at its start: of all modules, that takes long."""
+    gc.freeze()
+
+
 def _rank(rank: int, world: int, port: int, backend: str, results: Any, task: bytes) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    spare_garbage_collection()
     try:
         function, arguments = pickle.loads(task)
         store = f"tcp://127.0.0.1:{port}"

@@ -88,7 +88,7 @@ class Engine:
         world = dist.get_world_size() if dist.is_initialized() else 1
         kv_heads = getattr(config.get_text_config(), "num_key_value_heads", None) or world
         self.mesh = _mesh(world, kv_heads)
-        self.model = TransformersModel(config, self.mesh, plan, recompute, propose)
+        self.model = TransformersModel(config, self.mesh, plan, recompute, propose=propose)
         for name, p in parameters(self.model):
             if frozen and frozen in name:
                 p.requires_grad_(False)

@@ -191,8 +191,8 @@ def test_sizes_that_do_not_divide_are_refused_by_name() -> None:
 def test_a_head_that_is_not_cut_is_refused() -> None:
     """Its rows are not the vocabulary, so that only a style of the plan can cut them."""
 
-    def wider(config: Any) -> Any:
-        built = build(config)
+    def wider(config: Any, *rest: Any) -> Any:
+        built = build(config, *rest)
         built.lm_head = nn.Linear(64, 300, bias=False, device="meta")
         return built
 

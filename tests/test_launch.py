@@ -9,7 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import psutil
@@ -37,6 +42,14 @@ from tptrain.records.run_dir import COMMIT, committed, step_of
 from tptrain.train.metrics import read_rows
 
 TP2 = ["parallel.tp=2", "checkpoint.every=5"]
+LONGER = 100  # steps, so that a run is not at its end before it notices what happens to it
+FINISHED = [
+    "wandb.mode=offline",
+    "checkpoint.every=4",
+    "checkpoint.keep=4",
+    "cluster.env.GREETING='two words'",
+    "cluster.setup=['export NUMBER=7', 'echo greeting $GREETING $NUMBER']",
+]
 
 
 def launch_lines(folder: Path, *changes: str, name: str = "run") -> list[str]:
@@ -45,11 +58,9 @@ def launch_lines(folder: Path, *changes: str, name: str = "run") -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of 20 steps that nothing disturbed: the measure for those that are."""
+    """The folder of a run of 20 steps that nothing disturbed."""
     folder = tmp_path_factory.mktemp("launch")
-    done = tptrain(
-        "launch", *launch_lines(folder, "wandb.mode=offline"), HF_TOKEN="hf_secret-1", WANDB_API_KEY="5ec2e7" * 7
-    )
+    done = tptrain("launch", *launch_lines(folder, *FINISHED), HF_TOKEN="hf_secret-1", WANDB_API_KEY="5ec2e7" * 7)
     assert done.returncode == 0, done.stdout
     (folder / "output").write_text(done.stdout)
     return folder
@@ -57,7 +68,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_leaves_committed_sharded_checkpoints(finished: Path) -> None:
     checkpoints = committed(finished / "run" / "checkpoints")
-    assert [path.name for path in checkpoints] == ["step-00000015", "step-00000020"]  # keep=2
+    assert [step_of(path) for path in checkpoints] == [8, 12, 16, 20]  # keep=4
     for path in checkpoints:
         commit = read_commit(path)
         assert not isinstance(commit, str)
@@ -94,11 +105,16 @@ def test_console_tells_progress_and_what_is_next(finished: Path) -> None:
     assert f"{finished}/run/checkpoints" in output
 
 
-def test_on_a_terminal_rows_are_a_bar_and_validations_are_lines(finished: Path) -> None:
+@pytest.fixture(scope="module")
+def on_terminals(finished: Path) -> list[str]:
+    """What a run of 10 steps showed on a terminal, and what it showed when it went on to 20."""
+    lines = launch_lines(finished, "train.eval_every=5", "optim=constant", "wandb.mode=offline", name="terminal")
+    return [on_a_terminal("launch", *lines, f"train.steps={steps}") for steps in (10, 20)]
+
+
+def test_on_a_terminal_rows_are_a_bar_and_validations_are_lines(finished: Path, on_terminals: list[str]) -> None:
     """Also of a run that goes on: the rows it has before are not shown again."""
-    for start, steps in ((0, 10), (10, 20)):
-        changes = f"train.steps={steps}", "train.eval_every=5", "optim=constant"
-        shown = on_a_terminal("launch", *launch_lines(finished, *changes, name="terminal"))
+    for start, steps, shown in zip((0, 10), (10, 20), on_terminals, strict=True):
         lines = [line.rstrip() for line in re.split(r"[\r\n]+", shown)]
         bar = rf" {steps}/{steps} \[.*, loss \d\.\d{{4}}, lr .*, grad_norm .* tok/s\]"
         assert any(re.search(bar, line) for line in lines), shown
@@ -108,6 +124,14 @@ def test_on_a_terminal_rows_are_a_bar_and_validations_are_lines(finished: Path) 
         assert sum(line.startswith("started in") for line in lines) == 1
     log = max((finished / "terminal" / "logs").glob("*_0_log.out"), key=lambda path: path.stat().st_mtime)
     assert log.read_text().count("\nstep ") == 10
+
+
+@pytest.mark.usefixtures("on_terminals")
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished: Path) -> None:
+    files = sorted((finished / "terminal").glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert len({file.name for file in files}) == 1, "both attempts carry one run id"
+    assert set(wandb_rows(finished / "terminal")) == set(range(1, 21))
 
 
 def test_no_secret_is_written(finished: Path) -> None:
@@ -121,7 +145,7 @@ def test_no_secret_is_written(finished: Path) -> None:
 
 def test_again_is_done_already(finished: Path) -> None:
     before = sorted((finished / "run").rglob("*"))
-    again = tptrain("launch", *launch_lines(finished, "wandb.mode=offline"))
+    again = tptrain("launch", *launch_lines(finished, *FINISHED))
     assert again.returncode == 0
     assert "already finished: step 20" in again.stdout
     new = set((finished / "run").rglob("*")) - set(before)
@@ -134,28 +158,161 @@ def test_train_under_torchrun(finished: Path) -> None:
     done = run(*torchrun, "-m", "tptrain", "train", *launch_lines(finished, name="torchrun"))
     assert done.returncode == 0, done.stdout
     assert losses(finished / "torchrun") == losses(finished / "run")
+    checkpoints = committed(finished / "torchrun" / "checkpoints")
+    assert [path.name for path in checkpoints] == ["step-00000015", "step-00000020"]  # keep=2, the default
 
 
-def test_ctrl_c_saves_and_the_next_launch_goes_on(finished: Path) -> None:
-    longer = "checkpoint.every=0", "train.steps=100"  # so that it is not at its end before it hears of the signal
-    lines = launch_lines(finished, *longer, name="ctrl-c")
-    launch = start_launch(*lines)
-    wait_until(lambda: rows_in(finished / "ctrl-c") >= 3, "three steps", launch)
-    os.killpg(launch.pid, signal.SIGINT)  # a terminal signals the whole foreground group
+# ----------------------------------------------------------------------------------------------------------- disturbed
+
+
+Measure = Callable[[int], list[float]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished: Path) -> Measure:
+    """The losses of that many steps at a constant rate, of a run that nothing disturbed."""
+    runs: list[list[float]] = []
+
+    def first(steps: int) -> list[float]:
+        if not runs or len(runs[-1]) < steps:
+            name = f"undisturbed-{steps}"
+            changes = "optim=constant", "checkpoint.every=0", f"train.steps={steps}"
+            done = tptrain("launch", *launch_lines(finished, *changes, name=name))
+            assert done.returncode == 0, done.stdout
+            runs.append(losses(finished / name))
+        return runs[-1][:steps]
+
+    return first
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a launch ended that was disturbed in its training, and what it left."""
+
+    output: str
+    code: int
+    pid: int  # of the controller
+    saved: str  # the name of the newest committed checkpoint
+    steps: int  # in metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Disturbed:
+    refused: subprocess.CompletedProcess[str]  # another launch into the run while it went on
+    untouched: bool  # whether that one left the run's config as it was
+    endings: dict[str, Ending]
+    last: str  # the output of the launch that went on to the end
+    losses: list[float]
+
+
+KILLED = {f"rank {rank} killed while {moment}": (rank, moment) for moment in ("training", "saving") for rank in (0, 1)}
+DISTURBANCES = {  # and the spacing of checkpoints in the launch that is disturbed so; 0: only at its end
+    "Ctrl-C": 0,
+    "controller killed": 0,
+    "SIGTERM to the controller": 0,
+    **{name: 1 if moment == "saving" else 5 for name, (_, moment) in KILLED.items()},
+}
+
+
+@pytest.fixture(scope="module")
+def disturbed(finished: Path) -> Disturbed:
+    """One run that is disturbed in each way in turn, each time in the launch that goes on after the one before."""
+    run_dir, endings = finished / "disturbed", {}
+    refused, untouched, lines = None, False, []
+    for name, every in DISTURBANCES.items():
+        changes = "optim=constant", f"train.steps={rows_in(run_dir) + LONGER}", f"checkpoint.every={every}"
+        lines = launch_lines(finished, *changes, name="disturbed")
+        launch = start_launch(*lines)
+        if not endings:
+            wait_for_ranks(launch)
+            before = (run_dir / "config.yaml").read_text()
+            refused = tptrain("launch", *lines, "logging.every=2")
+            untouched = (run_dir / "config.yaml").read_text() == before
+        endings[name] = disturb(launch, name, run_dir)
+    assert refused is not None
+    last = tptrain("launch", *lines)
+    assert last.returncode == 0, last.stdout
+    return Disturbed(refused, untouched, endings, last.stdout, losses(run_dir))
+
+
+def wait_for_ranks(launch: subprocess.Popen[str]) -> None:
+    wait_until(lambda: len(ranks_of(launch)) == 2, "two ranks", launch)
+
+
+def disturb(launch: subprocess.Popen[str], name: str, run_dir: Path) -> Ending:
+    """The end of a launch that is disturbed after some steps of its own."""
+    folder = run_dir / "checkpoints"
+    steps, saved = rows_in(run_dir), step_of(committed(folder)[-1]) if committed(folder) else 0
+    wait_until(lambda: rows_in(run_dir) >= steps + 3, "three more steps", launch)
+    (controller,) = psutil.Process(launch.pid).children()
+    ranks = controller.children(recursive=True)
+    if name == "Ctrl-C":
+        os.killpg(launch.pid, signal.SIGINT)  # a terminal signals the whole foreground group
+    elif name == "controller killed":
+        controller.kill()
+    elif name == "SIGTERM to the controller":
+        controller.terminate()
+    else:
+        rank, moment = KILLED[name]
+        victim = trainer_of(ranks_of(launch)[rank])
+        wait_until(lambda: step_of(committed(folder)[-1]) > saved, "a checkpoint", launch)
+        if moment == "saving":
+            wait_until(lambda: any(not (path / COMMIT).exists() for path in folder.glob("step-*")), "a save", launch)
+        victim.kill()
     output = finish(launch)
-    assert launch.returncode == 1
-    assert "stopped at step" in output
-    assert "Traceback" not in output
-    (saved,) = committed(finished / "ctrl-c" / "checkpoints")
-    steps = len(losses(finished / "ctrl-c"))
-    assert 3 <= steps < 100
-    assert saved.name == f"step-{steps:08d}"
-    again = tptrain("launch", *lines)
-    assert again.returncode == 0, again.stdout
-    assert f"resuming from {saved.name}" in again.stdout
-    undisturbed = tptrain("launch", *launch_lines(finished, *longer, name="undisturbed"))
-    assert undisturbed.returncode == 0, undisturbed.stdout
-    assert losses(finished / "ctrl-c") == losses(finished / "undisturbed")
+    assert not psutil.wait_procs(ranks, timeout=5)[1], f"{name}: ranks are left"
+    return Ending(output, launch.returncode, controller.pid, committed(folder)[-1].name, rows_in(run_dir))
+
+
+def test_a_run_that_is_disturbed_over_and_over_is_as_one_that_is_not(
+    disturbed: Disturbed, undisturbed: Measure
+) -> None:
+    """Whatever ended a launch, the next one goes on from the newest committed checkpoint."""
+    endings = list(disturbed.endings.values())
+    outputs = [*(ending.output for ending in endings[1:]), disturbed.last]
+    for ending, output in zip(endings, outputs, strict=True):
+        assert f"resuming from {ending.saved}" in output
+    assert disturbed.losses == undisturbed(max(len(disturbed.losses), LONGER))[: len(disturbed.losses)]
+
+
+def test_ctrl_c_saves(disturbed: Disturbed) -> None:
+    ending = disturbed.endings["Ctrl-C"]
+    assert ending.code == 1
+    assert "stopped at step" in ending.output
+    assert "Traceback" not in ending.output
+    assert ending.saved == f"step-{ending.steps:08d}"
+
+
+def test_ranks_whose_controller_is_killed_stop_as_on_a_sigterm(disturbed: Disturbed) -> None:
+    ending = disturbed.endings["controller killed"]
+    assert ending.code == 1, ending.output
+    assert f"error: the process that started the ranks (pid {ending.pid}) was killed" in ending.output
+    assert f"the newest committed checkpoint is {ending.saved}" in ending.output
+    assert ending.saved == f"step-{ending.steps:08d}"
+
+
+def test_a_sigterm_to_the_controller_reaches_the_ranks(disturbed: Disturbed) -> None:
+    ending = disturbed.endings["SIGTERM to the controller"]
+    assert ending.code == 0, ending.output
+    assert "saved; launch again" in ending.output
+    assert "killed" not in ending.output
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_a_killed_rank_ends_the_run_and_is_named(disturbed: Disturbed, name: str) -> None:
+    ending, (rank, _) = disturbed.endings[name], KILLED[name]
+    assert ending.code == 1
+    assert re.search(rf"verdict: rank {rank} on .* was killed by SIGKILL", ending.output)
+    assert f"the newest committed checkpoint is {ending.saved}" in ending.output
+
+
+def test_a_second_launch_into_a_run_that_goes_on_is_refused(disturbed: Disturbed) -> None:
+    assert disturbed.refused.returncode == 2
+    assert "is running. Wait for it, or stop it first" in disturbed.refused.stdout
+    assert disturbed.untouched
+
+
+# ---------------------------------------------------------------------------------------------- disturbed at the start
 
 
 @pytest.mark.parametrize("pause_s", [0, 0.4])  # no rank is there yet; ranks do not listen yet
@@ -170,88 +327,64 @@ def test_ctrl_c_while_the_ranks_start(finished: Path, pause_s: float) -> None:
     assert launch.returncode == 1
 
 
-@pytest.mark.parametrize("moment", ["training", "saving"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_run_and_the_rerun_goes_on(finished: Path, rank: int, moment: str) -> None:
-    run_dir = finished / f"killed-{rank}-{moment}"
-    every = "checkpoint.every=1" if moment == "saving" else "checkpoint.every=5"
-    lines = launch_lines(finished, every, name=run_dir.name)
-    launch = start_launch(*lines)
-    folder = run_dir / "checkpoints"
-    wait_until(lambda: rows_in(run_dir) >= 7 and len(committed(folder)) > 0, "seven steps and a checkpoint", launch)
-    victim = trainer_of(ranks_of(launch)[rank])
-    if moment == "saving":
-        wait_until(lambda: any(not (path / COMMIT).exists() for path in folder.glob("step-*")), "a save", launch)
-    victim.kill()
-    output = finish(launch)
-    assert launch.returncode == 1
-    assert re.search(rf"verdict: rank {rank} on .* was killed by SIGKILL", output)
-    newest = committed(run_dir / "checkpoints")[-1].name
-    assert f"the newest committed checkpoint is {newest}" in output
-    again = tptrain("launch", *lines)
-    assert again.returncode == 0, again.stdout
-    assert f"resuming from {newest}" in again.stdout
-    assert losses(run_dir) == losses(finished / "run")
-
-
-@pytest.mark.parametrize("moment", ["training", "start-up"])
-def test_ranks_whose_controller_is_killed_stop_as_on_a_sigterm(finished: Path, moment: str) -> None:
-    run_dir = finished / f"orphans-{moment}"
-    lines = launch_lines(finished, "train.steps=5000", "checkpoint.every=1000", name=run_dir.name)
-    launch = start_launch(*lines)
-    if moment == "training":
-        wait_until(lambda: rows_in(run_dir) >= 3, "three steps", launch)
-    else:
-        wait_until(lambda: len(ranks_of(launch)) == 2, "two ranks", launch)
+def test_ranks_whose_controller_is_killed_at_the_start_stop(finished: Path) -> None:
+    launch = start_launch(*launch_lines(finished, "train.steps=5000", name="orphans"))
+    wait_for_ranks(launch)
     (controller,) = psutil.Process(launch.pid).children()
     ranks = controller.children(recursive=True)
-    controller.send_signal(signal.SIGKILL if moment == "training" else signal.SIGUSR2)
+    controller.send_signal(signal.SIGUSR2)
     output = finish(launch)
     assert launch.returncode == 1, output
     assert f"error: the process that started the ranks (pid {controller.pid}) was killed" in output
     assert not psutil.wait_procs(ranks, timeout=5)[1], "ranks are left"
-    if moment == "training":
-        newest = committed(run_dir / "checkpoints")[-1].name
-        assert f"the newest committed checkpoint is {newest}" in output
-        assert step_of(run_dir / "checkpoints" / newest) == len(losses(run_dir))
-    else:
-        assert "before the first step: nothing was trained" in output
+    assert "before the first step: nothing was trained" in output
 
 
-@pytest.mark.parametrize("moment", ["training", "start-up"])
-def test_a_sigterm_to_the_controller_reaches_the_ranks(finished: Path, moment: str) -> None:
-    run_dir = finished / f"passed-on-{moment}"
-    launch = start_launch(*launch_lines(finished, "train.steps=5000", name=run_dir.name))
-    if moment == "training":
-        wait_until(lambda: rows_in(run_dir) >= 3, "three steps", launch)
-    else:
-        wait_until(lambda: sum(defers_sigterm(each.pid) for each in ranks_of(launch)) == 2, "two ranks", launch)
+def test_a_sigterm_to_the_controller_at_the_start_reaches_the_ranks(finished: Path) -> None:
+    launch = start_launch(*launch_lines(finished, "train.steps=5000", name="passed-on"))
+    wait_until(lambda: sum(defers_sigterm(each.pid) for each in ranks_of(launch)) == 2, "two ranks", launch)
     (controller,) = psutil.Process(launch.pid).children()
     controller.terminate()
     output = finish(launch)
-    assert launch.returncode == (0 if moment == "training" else 1), output
-    assert ("saved; launch again" if moment == "training" else "before the first step: nothing was trained") in output
+    assert launch.returncode == 1, output
+    assert "before the first step: nothing was trained" in output
     assert "killed" not in output
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_supervisor_killed_in_start_up_is_named(finished: Path, rank: int) -> None:
-    run_dir = finished / f"start-up-{rank}"
-    launch = start_launch(*launch_lines(finished, "train.steps=5000", name=run_dir.name))
+@pytest.fixture(scope="module")
+def silent_server(finished: Path) -> Iterator[Future[subprocess.CompletedProcess[str]]]:
+    """A launch whose wandb server takes connections and never answers: most of its time it waits for time-outs."""
+    with socket.socket() as silent, ThreadPoolExecutor(1) as thread:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(50)
+        server = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        lines = launch_lines(finished, "wandb.mode=auto", name="wandb-silent")
+        yield thread.submit(tptrain, "launch", *lines, WANDB_API_KEY="5ec2e7" * 7, WANDB_BASE_URL=server)
 
-    def connected() -> bool:
+
+@pytest.mark.usefixtures("silent_server")  # which waits beside this test, that waits too
+def test_a_supervisor_killed_in_start_up_is_named(finished: Path) -> None:
+    """That of rank 0 in one launch, of rank 1 in another: both wait for what does not come, side by side."""
+
+    def connected(launch: subprocess.Popen[str]) -> bool:
         """Supervisors to that of rank 0, and trainers, which import torch before, to the store."""
         ranks = ranks_of(launch)
         both = [process for each in ranks if each.children() for process in (each, trainer_of(each))]
         ends = [psutil.Process(each.pid).net_connections("tcp") for each in both]
         return len(ends) == 4 and all(any(end.status == "ESTABLISHED" for end in each) for each in ends)
 
-    wait_until(connected, "connections", launch)
-    ranks_of(launch)[rank].kill()
-    output = finish(launch)
-    assert launch.returncode == 1
-    assert re.search(rf"(verdict|error): rank {rank} on \S+ does not answer: its processes are gone", output), output
-    assert f"rank {1 - rank} " not in output
+    launches = []
+    for rank in (0, 1):
+        launch = start_launch(*launch_lines(finished, "train.steps=5000", name=f"start-up-{rank}"))
+        wait_until(partial(connected, launch), "connections", launch)
+        ranks_of(launch)[rank].kill()
+        launches.append(launch)
+    for rank, launch in enumerate(launches):
+        output = finish(launch)
+        assert launch.returncode == 1
+        pattern = rf"(verdict|error): rank {rank} on \S+ does not answer: its processes are gone"
+        assert re.search(pattern, output), output
+        assert f"rank {1 - rank} " not in output
 
 
 def test_of_ranks_that_were_killed_the_one_that_ended_before_is_named(
@@ -271,39 +404,37 @@ def test_of_ranks_that_were_killed_the_one_that_ended_before_is_named(
     assert "error: rank 1 was killed or crashed" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("harm", ["truncated", "bit-flipped", "no marker"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished: Path, harm: str) -> None:
-    run_dir = finished / f"damaged-{harm.replace(' ', '-')}"
+def test_damaged_checkpoints_are_named_and_the_one_before_is_used(finished: Path) -> None:
+    """The newest has lost its end, the one before has a flipped bit, the one before that has no marker."""
+    run_dir = finished / "damaged"
     shutil.copytree(finished / "run", run_dir)
-    newest = run_dir / "checkpoints" / "step-00000020"
-    file = newest / "__1_0.distcp"
+    unmarked, flipped, truncated = committed(run_dir / "checkpoints")[1:]
+    (unmarked / COMMIT).unlink()
+    file = flipped / "__0_0.distcp"
     content = bytearray(file.read_bytes())
-    if harm == "truncated":
-        file.write_bytes(content[:-1])
-    elif harm == "bit-flipped":
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    else:
-        (newest / COMMIT).unlink()
-    again = tptrain("launch", *launch_lines(finished, "train.steps=21", "wandb.mode=disabled", name=run_dir.name))
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    file = truncated / "__1_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1])
+    again = tptrain("launch", *launch_lines(finished, "train.steps=21", "checkpoint.keep=4", name=run_dir.name))
     assert again.returncode == 0, again.stdout
-    assert "step-00000020" in again.stdout
-    if harm != "no marker":
-        assert "__1_0.distcp" in again.stdout
-    assert "resuming from step-00000015" in again.stdout
+    assert re.search(rf"{truncated.name} is damaged.*__1_0\.distcp", again.stdout), again.stdout
+    assert re.search(rf"{flipped.name} is damaged.*__0_0\.distcp", again.stdout), again.stdout
+    assert unmarked.name in again.stdout
+    assert "resuming from step-00000008" in again.stdout
     assert len(losses(run_dir)) == 21
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_disk_stops_with_a_message_and_harms_nothing(finished: Path) -> None:
+def test_a_full_disk_stops_with_a_message_and_harms_nothing(finished: Path, undisturbed: Measure) -> None:
     """Something else fills it up once the run has begun: before, the run would be refused."""
     one = sum(file.stat().st_size for file in (finished / "run/checkpoints/step-00000020").iterdir())
     disk, filler = finished / "disk", finished / "disk" / "filler"
-    longer = "checkpoint.keep=99", "train.steps=100"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
     try:
-        lines = [*launch_lines(finished, *longer), f"run.dir={disk}/run"]
+        changes = "optim=constant", f"train.steps={LONGER}", "checkpoint.keep=99"
+        lines = [*launch_lines(finished, *changes), f"run.dir={disk}/run"]
         launch = start_launch(*lines)
         wait_until(lambda: len(committed(disk / "run" / "checkpoints")) >= 2, "two checkpoints", launch)
         with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):  # a save takes its part meanwhile
@@ -326,35 +457,17 @@ def test_a_full_disk_stops_with_a_message_and_harms_nothing(finished: Path) -> N
         again = tptrain("launch", *lines)
         assert again.returncode == 0, again.stdout
         assert f"resuming from {left[-1].name}" in again.stdout
-        undisturbed = tptrain("launch", *launch_lines(finished, *longer, "checkpoint.every=0", name="no-disk"))
-        assert undisturbed.returncode == 0, undisturbed.stdout
-        assert losses(disk / "run") == losses(finished / "no-disk")
+        assert losses(disk / "run") == undisturbed(LONGER)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_silent_wandb_server_does_not_stop_training(finished: Path) -> None:
-    """A server that takes connections and never answers: the run is logged offline instead."""
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen(50)
-        server = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        lines = launch_lines(finished, "wandb.mode=auto", name="wandb-silent")
-        done = tptrain("launch", *lines, WANDB_API_KEY="5ec2e7" * 7, WANDB_BASE_URL=server)
+def test_a_silent_wandb_server_does_not_stop_training(finished: Path, silent_server: Future[Any]) -> None:
+    """The run is logged offline instead."""
+    done = silent_server.result()
     assert done.returncode == 0, done.stdout
     assert "wandb is out of reach" in done.stdout
     assert set(wandb_rows(finished / "wandb-silent")) == set(range(1, 21))
-
-
-def test_a_resumed_run_goes_on_in_the_same_wandb_run(finished: Path) -> None:
-    folder = finished / "wandb-resumed"
-    for steps in (10, 20):
-        lines = launch_lines(finished, "wandb.mode=offline", f"train.steps={steps}", "optim=constant", name=folder.name)
-        assert tptrain("launch", *lines).returncode == 0
-    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    assert len(files) == 2
-    assert len({file.name for file in files}) == 1, "both attempts carry one run id"
-    assert set(wandb_rows(folder)) == set(range(1, 21))
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(finished: Path) -> None:
@@ -366,38 +479,24 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(finished: Path) 
 
 
 def test_set_up_lines_and_variables_reach_local_ranks(finished: Path) -> None:
-    setup = "cluster.setup=['export NUMBER=7', 'echo greeting $GREETING $NUMBER']"
-    lines = launch_lines(finished, "train.steps=1", "cluster.env.GREETING='two words'", setup, name="setup")
-    done = tptrain("launch", *lines)
-    assert done.returncode == 0, done.stdout
-    assert "greeting two words 7" in done.stdout
-    broken = tptrain("launch", *lines, "cluster.setup=['false']", "train.steps=2")
+    assert "greeting two words 7" in (finished / "output").read_text()
+    broken = tptrain("launch", *launch_lines(finished, "cluster.setup=['false']", name="broken"))
     assert broken.returncode == 1
     assert "rank 0 was killed or crashed" in broken.stdout
 
 
-def test_a_second_launch_into_a_run_that_goes_on_is_refused(finished: Path) -> None:
-    lines = launch_lines(finished, "train.steps=100000", "checkpoint.every=0", name="twice")
-    launch = start_launch(*lines)
-    wait_until(lambda: rows_in(finished / "twice") >= 1, "a step", launch)
-    before = (finished / "twice" / "config.yaml").read_text()
-    refused = tptrain("launch", *lines, "logging.every=2")
-    assert refused.returncode == 2
-    assert "is running. Wait for it, or stop it first" in refused.stdout
-    assert (finished / "twice" / "config.yaml").read_text() == before
-    os.killpg(launch.pid, signal.SIGINT)
-    assert "stopped at step" in finish(launch)
-
-
-def test_a_run_whose_data_changed_behind_its_name_is_not_resumed(finished: Path, tmp_path: Path) -> None:
-    lines = [*launch_lines(tmp_path, "optim=constant"), "train.steps=2"]
-    assert tptrain("launch", *lines).returncode == 0
-    corpus = tmp_path / "corpus.jsonl"
+def test_a_run_whose_data_changed_behind_its_name_is_not_resumed(finished: Path) -> None:
+    shutil.copytree(finished / "run", finished / "same-data")
+    lines = launch_lines(finished, name="same-data")
+    corpus = finished / "corpus.jsonl"
+    before = corpus.read_text()
     os.utime(corpus)  # touched, but the same: packed again, and the run goes on
-    again = tptrain("launch", *lines, "train.steps=3")
-    assert "resuming from step-00000002" in again.stdout
-    with corpus.open("a") as file:
-        file.write('{"text": "one more document"}\n')
-    changed = tptrain("launch", *lines, "train.steps=4")
+    again = tptrain("launch", *lines, "train.steps=21")
+    assert "resuming from step-00000020" in again.stdout
+    try:
+        corpus.write_text(before + '{"text": "one more document"}\n')
+        changed = tptrain("launch", *lines, "train.steps=22")
+    finally:
+        corpus.write_text(before)
     assert changed.returncode == 2, changed.stdout
     assert "its data has changed" in changed.stdout

@@ -28,7 +28,7 @@ GPU = Operations("torch.compile", "cuda")
 GROUPS = sorted(file.stem for file in (config_dir() / "model").glob("*.yaml") if file.stem != "hf")
 MODELS = {name: case.ours for name, case in CASES.items()}
 MODELS |= {name: load_config([f"model={name}"]).model for name in GROUPS}
-DEGREES = [(name, tp) for name, model in MODELS.items() for tp in tp_degrees(decoder_spec(model))[0] if tp <= 16]
+DEGREES = [(name, tp) for name, model in MODELS.items() for tp in tp_degrees(model)[0] if tp <= 16]
 
 
 # ----------------------------------------------------------------------------------------------------------- parameters
@@ -79,7 +79,7 @@ def test_qkv_and_gate_up_are_one_product_each(name: str, tp: int) -> None:
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_joined_weights_lie_together_in_every_layer(name: str) -> None:
-    model, tp = MODELS[name], tp_degrees(decoder_spec(MODELS[name]))[0][-1]
+    model, tp = MODELS[name], tp_degrees(MODELS[name])[0][-1]
     tiny = training(model, meta_mesh(tp_grid(tp, tp, kv_heads(model)), Counter()))
     units = [block.unit for block in tiny.store.blocks]
     assert units == ["embedding", *(f"layers.{i}" for i in range(model.num_hidden_layers)), "head"]
@@ -154,9 +154,9 @@ def test_a_ring_sends_each_byte_twice_but_for_a_rank() -> None:
 
 
 def test_legal_degrees_of_eight_heads() -> None:
-    legal, refused = tp_degrees(decoder_spec(load_config(["model=tiny"]).model))
+    legal, refused = tp_degrees(load_config(["model=tiny"]).model)
     assert (legal, refused) == ([1, 2, 4, 8], [])
-    legal, refused = tp_degrees(decoder_spec(load_config(["model=tiny", "model.intermediate_size=516"]).model))
+    legal, refused = tp_degrees(load_config(["model=tiny", "model.intermediate_size=516"]).model)
     assert legal == [1, 2, 4]
     assert refused == ["parallel.tp=8: does not divide model.intermediate_size=516. Use a divisor."]
 

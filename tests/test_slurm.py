@@ -5,21 +5,25 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.commands import TIMEOUT_S, TPTRAIN, losses, run, tptrain, wait_until
+from tests.commands import TIMEOUT_S, TPTRAIN, losses, rows_in, run, tptrain, wait_until
 from tests.corpus import overrides
 from tests.test_slurm_client import HOSTLISTS
 from tests.wandb_files import wandb_rows
-from tptrain.records.run_dir import committed
+from tptrain.records.run_dir import committed, newest_checkpoint
 
-pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
+# The time-out holds for the fixtures too, one of which is a job with five disturbances.
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm"), pytest.mark.timeout(600)]
 
 JOB = ["cluster=slurm", "cluster.nodes=2", "cluster.tasks_per_node=2", "parallel.tp=2", "checkpoint.every=5"]
-STEPS = 60
+STEPS = 120
 LONG = [*JOB, f"train.steps={STEPS}", "train.seq_len=64", "optim=constant", "wandb.mode=offline", "watchdog.step_s=6"]
 
 
@@ -226,54 +230,90 @@ def test_what_slurm_would_refuse_is_a_users_error(folder: Path, change: str, wor
 # ------------------------------------------------------------------------------------------------------------ disturbed
 
 
-def test_a_killed_rank_is_named_its_node_left_out_and_the_run_goes_on(folder: Path, undisturbed: list[float]) -> None:
-    job, run_dir = start_long(folder, "killed")
-    refused = tptrain("launch", *overrides(folder, "killed"), *LONG)
-    assert refused.returncode == 2
-    assert f"job {job} is" in refused.stdout
-    trainer(run_dir, 3).send_signal(signal.SIGKILL)
+@dataclass(frozen=True)
+class Disturbed:
+    run_dir: Path
+    refused: subprocess.CompletedProcess[str]  # another launch into the run, while its job waits or runs
+    job: str
+    starts: list[dict]
+    ends: dict[str, dict]  # by what was done to the run; one more start follows each
+
+
+@pytest.fixture(scope="module")
+def disturbed(folder: Path) -> Disturbed:
+    """A long run that is disturbed in each way in turn, each time after it has gone on to a new checkpoint."""
+    run_dir, lines = folder / "disturbed", [*overrides(folder, "disturbed"), *LONG, "cluster.max_restarts=1"]
+    job = submit(*lines)
+    refused = tptrain("launch", *lines)
+    wait_until(lambda: rows_in(run_dir) >= 5, "five steps")
+    # The time limit's signal is what Slurm is asked to send before the limit. The real limit is in test_drill.py.
+    signal_of_the_limit = partial(ask, "scancel", "--signal=USR2", job)
+    others: list[str] = []
+
+    def preempt() -> None:
+        command = "sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2"
+        others.append(ask(*command))
+
+    disturbances: dict[str, Callable[[], object]] = {
+        "limit": signal_of_the_limit,
+        "limit again": signal_of_the_limit,
+        "preempted": preempt,
+        "killed": lambda: trainer(run_dir, 3).send_signal(signal.SIGKILL),
+        "stopped": lambda: trainer(run_dir, 1).send_signal(signal.SIGSTOP),
+    }
+    for count, disturb in enumerate(disturbances.values(), start=1):
+        disturb()
+        wait_until(lambda n=count: in_queue(job) and len(events(run_dir, "end")) == n, f"end {count}")
+        saved = events(run_dir, "end")[-1]["checkpoint"]
+        if count < len(disturbances):
+            wait_until(lambda name=saved: in_queue(job) and newest_checkpoint(run_dir) > name, "a new checkpoint")
     assert wait_for_end(job) == "COMPLETED"
-    first, last = events(run_dir, "end")
-    assert "rank 3 on n2 was killed by SIGKILL" in first["message"]
-    assert (first["requeued"], first["excluded"], last["kind"]) == (True, "n2", "done")
-    assert "n2" not in events(run_dir, "start")[1]["nodes"]
-    assert_as_if_nothing_happened(run_dir, undisturbed)
-
-
-def test_a_stopped_rank_is_noticed_and_the_run_goes_on(folder: Path, undisturbed: list[float]) -> None:
-    job, run_dir = start_long(folder, "stopped")
-    trainer(run_dir, 1).send_signal(signal.SIGSTOP)
-    assert wait_for_end(job) == "COMPLETED"
-    assert "rank 1 on n1 was stopped (SIGSTOP)" in events(run_dir, "end")[0]["message"]
-    assert_as_if_nothing_happened(run_dir, undisturbed)
-
-
-def test_preempted_by_a_higher_partition(folder: Path, undisturbed: list[float]) -> None:
-    job, run_dir = start_long(folder, "preempted", "checkpoint.every=0")
-    other = ask("sbatch", "--parsable", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
-    assert wait_for_end(job) == "COMPLETED"
-    first, last = events(run_dir, "end")
-    assert (first["kind"], first["message"], first["requeued"]) == ("stopped", "preempted", True)
-    assert first["checkpoint"] == f"step-{first['step']:08d}"
-    assert last["kind"] == "done"
-    assert wait_for_end(other) == "COMPLETED"
-    assert_as_if_nothing_happened(run_dir, undisturbed)
-
-
-def test_the_time_limits_signal_requeues(folder: Path, undisturbed: list[float]) -> None:
-    """SIGUSR2 is what Slurm is asked to send before the limit; twice here. The real limit is in test_drill.py."""
-    job, run_dir = start_long(folder, "limited", "checkpoint.every=0", "cluster.max_restarts=1")
-    for attempt in (1, 2):
-        ask("scancel", "--signal=USR2", job)
-        wait_until(lambda n=attempt: len(events(run_dir, "end")) == n, f"end {attempt}")
-        if attempt < 2:
-            step = events(run_dir, "end")[-1]["step"]
-            wait_until(lambda n=step: in_queue(job) and len(losses(run_dir)) >= n + 5, "five more steps")
-    assert wait_for_end(job) == "COMPLETED"
+    assert [wait_for_end(other) for other in others] == ["COMPLETED"]
     ends = events(run_dir, "end")
-    assert [end["kind"] for end in ends] == ["stopped"] * 2 + ["done"]
-    assert all("time limit" in end["message"] for end in ends[:2])
-    assert_as_if_nothing_happened(run_dir, undisturbed)
+    assert len(ends) == len(disturbances) + 1
+    return Disturbed(
+        run_dir, refused, job, events(run_dir, "start"), dict(zip([*disturbances, "undisturbed"], ends, strict=True))
+    )
+
+
+def test_a_run_killed_stopped_preempted_and_at_its_limit_is_as_if_undisturbed(
+    disturbed: Disturbed, undisturbed: list[float]
+) -> None:
+    assert disturbed.ends["undisturbed"]["kind"] == "done"
+    assert_as_if_nothing_happened(disturbed.run_dir, undisturbed)
+
+
+def test_a_killed_rank_is_named_and_its_node_left_out(disturbed: Disturbed) -> None:
+    end, nodes, next_nodes = disturbed.ends["killed"], disturbed.starts[3]["nodes"], disturbed.starts[4]["nodes"]
+    assert f"rank 3 on {nodes[3]} was killed by SIGKILL" in end["message"]
+    assert (end["requeued"], end["excluded"]) == (True, nodes[3])
+    assert nodes[3] not in next_nodes
+
+
+def test_a_stopped_rank_is_noticed_and_named(disturbed: Disturbed) -> None:
+    end, nodes, next_nodes = disturbed.ends["stopped"], disturbed.starts[4]["nodes"], disturbed.starts[5]["nodes"]
+    assert f"rank 1 on {nodes[1]} was stopped (SIGSTOP)" in end["message"]
+    assert nodes[1] not in next_nodes
+
+
+def test_preempted_by_a_higher_partition(disturbed: Disturbed) -> None:
+    end = disturbed.ends["preempted"]
+    assert (end["kind"], end["message"], end["requeued"]) == ("stopped", "preempted", True)
+    assert end["checkpoint"] == f"step-{end['step']:08d}"
+
+
+def test_the_time_limits_signal_requeues(disturbed: Disturbed) -> None:
+    """More often than cluster.max_restarts allows of failures."""
+    for name in ("limit", "limit again"):
+        end = disturbed.ends[name]
+        assert end["kind"] == "stopped"
+        assert "time limit" in end["message"]
+        assert end["checkpoint"] == f"step-{end['step']:08d}"
+
+
+def test_a_second_launch_into_a_run_whose_job_runs_is_refused(disturbed: Disturbed) -> None:
+    assert disturbed.refused.returncode == 2
+    assert f"job {disturbed.job} is" in disturbed.refused.stdout
 
 
 def test_cancel_leaves_a_checkpoint_and_no_process(folder: Path) -> None:

@@ -1,8 +1,10 @@
 """Stopping before the end, on real ranks: whoever is asked, whenever, all stop at one step, and nothing is lost."""
 
+import copy
 import random
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,9 +14,9 @@ import torch
 
 from tests.commands import losses
 from tests.corpus import overrides
-from tests.distributed import mesh, run_ranks
+from tests.distributed import mesh, run_ranks, spare_garbage_collection
 from tptrain.checkpoint.commit import read_commit
-from tptrain.config import load_config
+from tptrain.config import Config, load_config
 from tptrain.config.schema import kv_heads
 from tptrain.optim.reduce import Reducer
 from tptrain.parallel.mesh import Mesh
@@ -25,14 +27,20 @@ from tptrain.train.stop import Agreement, Stop
 WORLD, STEPS = 4, 60
 
 
+@cache
+def _config(*lines: str) -> Config:
+    return load_config(list(lines))
+
+
 def _train(
     folder: str, name: str, wish: Callable[[Mesh], Any] | None = None, *changes: str, allocation: Any = None
 ) -> Any:
     lines = [*overrides(Path(folder), name), "parallel.tp=2", f"train.steps={STEPS}", "optim=constant", *changes]
-    config = load_config(lines)
+    config = copy.deepcopy(_config(*lines))
     Path(config.run.dir or "").mkdir(parents=True, exist_ok=True)
     grid = mesh(2, kv_heads(config.model))
     stop = Stop(grid, allocation, wish(grid)) if wish else Stop(grid, allocation)
+    spare_garbage_collection()
     return train(config, grid, stop), grid.box.state.step
 
 

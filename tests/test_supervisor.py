@@ -45,6 +45,8 @@ B, T = 2, 8
 MODEL = ModelConfig(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
 
 EVERYWHERE = ((2, 0), (2, 1), (4, 0), (4, 3))  # worlds, and the rank in each that has the fault
+# By default each fault is once in each world, and once on rank 0, which judges; each place has faults of several kinds.
+NEAR, FAR = ((2, 1), (4, 0)), ((2, 0), (4, 3))
 FAULTS = {  # the verdict's kind and text; {tp} and {dp} stand for the rank's groups, and {tp} for both without dp
     "stops": ("hang", r"stopped \(SIGSTOP\) .* never entered .* of \(16, 16\) float32 over {tp} \(embedding.py"),
     "hangs": ("hang", r"never entered .* of \([\d, ]+\) float32 over {dp} \(reduce.py"),
@@ -65,7 +67,16 @@ FAULTS = {  # the verdict's kind and text; {tp} and {dp} stand for the rank's gr
 }
 
 
-FEWER = {"vanishes": ((2, 1), (4, 0)), "dies-alone": ((2, 1),), "device-fails": ((4, 0),)}
+ONLY = {"vanishes": NEAR, "dies-alone": ((2, 1),), "device-fails": ((4, 0),)}  # with --every-place too
+BY_DEFAULT = {
+    "stops": NEAR,
+    "hangs": FAR,
+    "dies": FAR,
+    "raises": NEAR,
+    "skips-a-layer": NEAR,
+    "skips-in-the-loss": FAR,
+    "sends-less": NEAR,
+} | ONLY
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,16 @@ class Case:
         return f"{self.fault}-{self.rank}-of-{self.world}"
 
 
-CASES = [Case(fault, world, rank) for fault in FAULTS for world, rank in FEWER.get(fault, EVERYWHERE)]
+def cases(config: pytest.Config) -> list[Case]:
+    places = ONLY if config.getoption("--every-place") else BY_DEFAULT
+    return [Case(fault, world, rank) for fault in FAULTS for world, rank in places.get(fault, EVERYWHERE)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        hangs_only = metafunc.function is test_a_hang_leaves_stacks
+        chosen = [case for case in cases(metafunc.config) if not hangs_only or FAULTS[case.fault][0] == "hang"]
+        metafunc.parametrize("case", chosen, ids=str)
 
 
 @dataclass(frozen=True)
@@ -342,11 +362,13 @@ def signalled(folder: Path, wish: Signals) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Future[Outcome]]]:
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Any, Future[Outcome]]]:
     """Of all cases, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         by_case: dict[Any, Future[Outcome]] = {}
-        for case in [*CASES, *(Case("", world, 0) for world in (2, 4))]:
+        for case in [*cases(request.config), *(Case("", world, 0) for world in (2, 4))]:
             folder = tmp_path_factory.mktemp("ranks")
             by_case[case] = pool.submit(lambda f, c: finish(f, start(f, c.world, tiny_run, c)), folder, case)
         folder = tmp_path_factory.mktemp("missed")
@@ -365,7 +387,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Any, Fut
 # ------------------------------------------------------------------------------------------------------------- tests
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_fault_ends_all_ranks_and_is_named(case: Case, outcomes: dict[Any, Future[Outcome]]) -> None:
     got = outcomes[case].result()
     assert not got.left
@@ -411,7 +432,6 @@ def test_without_a_network_between_supervisors_files_are_judged(
         assert ("no report of it can be read" in verdict["text"]) == (world == 4)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if FAULTS[case.fault][0] == "hang"], ids=str)
 def test_a_hang_leaves_stacks(case: Case, outcomes: dict[Any, Future[Outcome]]) -> None:
     stacks = outcomes[case].result().stacks
     if case.fault == "stops":  # a stopped process cannot tell its own

@@ -15,7 +15,7 @@ import xxhash
 
 from tests.commands import losses
 from tests.corpus import overrides
-from tests.distributed import gather_global, mesh, run_ranks
+from tests.distributed import gather_global, mesh, run_ranks, spare_garbage_collection
 from tptrain.config import load_config
 from tptrain.config.schema import kv_heads
 from tptrain.nn.parameter import initial_values, parameter, parameters, sharding
@@ -60,6 +60,7 @@ def run_here(lines: list[str], tp: int, stop_after: int = 10**9, ops: Operations
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     grid = mesh(tp, kv_heads(config.model), shared=True)
+    spare_garbage_collection()
     train(config, grid, Stop(grid, wish=after(stop_after)), ops)
 
 

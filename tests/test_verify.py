@@ -217,7 +217,7 @@ def _prove(config: Config, folder: Path) -> list[Comparison]:
     step = Step(small, config, grid, REFERENCE)
     step.draw()
     tokens = token_ids(small, SEQUENCES * BATCHES * grid.size("dp"), 0)
-    return prove(step, tokens, Reference(folder), grid)
+    return prove(step, tokens, Reference(folder), grid, torch.float32)
 
 
 def _with_faults(config: Config, folder: Path, faults: list[str]) -> dict[str, list[Comparison]]:

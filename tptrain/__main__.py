@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def launch(options: argparse.Namespace) -> int:
     from launch import run_dir, submit, sweep
+    from launch.verify import check_proposed
     from tptrain.config import UserError, check_cluster, check_data, load_config
     from tptrain.run.rank import run
 
@@ -77,6 +78,8 @@ def launch(options: argparse.Namespace) -> int:
     elif cluster.dry_run:
         raise UserError("cluster.dry_run: shows the sbatch script, and cluster=local has none. Use cluster=slurm.")
     _warn(configs, options.overrides)
+    for config in configs:
+        check_proposed(config)
     if cluster.dry_run:
         print(submit.script(configs, base))
         return 0
@@ -182,7 +185,9 @@ def show_plan(options: argparse.Namespace) -> int:
     from tptrain.config import load_config
     from tptrain.plan.report import plan
 
-    print(plan(load_config(options.overrides)))
+    config = load_config(options.overrides)
+    _settle_engine(config)
+    print(plan(config))
     return 0
 
 
@@ -231,6 +236,7 @@ def evaluate(options: argparse.Namespace) -> int:
     config.run.dir = str(Path(config.data.cache_dir) / "eval")  # the same on every rank; nothing is written there
     check_data(config)
     validate(config)
+    _settle_engine(config)
     check_model(config, reads_weights=checkpoint is None)
     find_place()
     result, is_main = run(config, checkpoint)
@@ -249,6 +255,7 @@ def verify(options: argparse.Namespace) -> int:
     if not overrides or "=" in overrides[0]:
         config = load_config([*overrides, "data.tokenizer=bytes"])  # no text is read
         validate(config)
+        _settle_engine(config)
         return verify(config)
     if len(overrides) > 1:
         raise UserError(f"verify: {overrides[0]} is checked as it is, without {overrides[1]}.")
@@ -276,8 +283,10 @@ def import_model(options: argparse.Namespace) -> int:
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is written over. Choose another name.")
     validate(config)
+    _settle_engine(config)
     check_tp(checked_spec(config.model), config.parallel.tp)
-    tensors(config.model)
+    if config.model.engine == "native":
+        tensors(config.model)
     find_place()
     if run(config):
         print(f"imported {config.model.path} to {out}")
@@ -306,8 +315,17 @@ def _settle(config: "Config") -> None:
     from tptrain.models.cost import checkpoint_every
 
     validate(config)
+    _settle_engine(config)
     check_model(config)
     config.checkpoint.every = checkpoint_every(config)
+
+
+def _settle_engine(config: "Config") -> None:
+    """Decide who computes the model, and say so where there was a choice. Raises UserError."""
+    from tptrain.models.sizes import settle_engine
+
+    if (line := settle_engine(config)) and os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def _warn(configs: "list[Config]", overrides: list[str]) -> None:

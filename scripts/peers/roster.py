@@ -21,6 +21,13 @@ class Entry:
 TPTRAIN = Entry("tptrain", "tptrain", "ours", package="tptrain")
 ENTRIES = (
     TPTRAIN,
+    Entry(
+        "engine",
+        "tptrain, Transformers' model",
+        "ours",
+        overrides=("model.engine=transformers",),
+        package="tptrain",
+    ),
     Entry("dtensor", "PyTorch DTensor", "peer", "dtensor"),
     Entry("dtensor-sp", "PyTorch DTensor, sequence parallel", "peer", "dtensor", {"sequence": True}),
     Entry("dtensor-compile", "PyTorch DTensor, compiled", "peer", "dtensor", {"compile": True}),
@@ -39,7 +46,7 @@ ENTRIES = (
 CUDA = ("tptrain", "dtensor", "dtensor-compile", "hf", "hf-compile", "titan", "titan-compile")  # one rank: no TP
 
 
-OF_FAMILIES = ("tptrain", "scratch", "hf", "hf-compile", "threads")  # who reads a Hugging Face directory
+OF_FAMILIES = ("tptrain", "engine", "scratch", "hf", "hf-compile", "threads")  # who reads a Hugging Face directory
 FROM_SCRATCH = ("llama", "qwen3")  # families that `model.*` settings can make, too
 
 
@@ -47,6 +54,8 @@ def takes_part(entry: Entry, family: str) -> bool:
     """Whether a contestant can train a model of this family (none: a Llama from scratch)."""
     if entry.key == "scratch":
         return family in FROM_SCRATCH
+    if entry.key == "engine":
+        return bool(family)
     return not family or entry.key in OF_FAMILIES
 
 

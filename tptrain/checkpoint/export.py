@@ -3,9 +3,11 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from tptrain.models.directory import OWN_FILES, TENSORS, file_name
 from tptrain.models.families.keys import Key
 from tptrain.models.settings import decoder_spec, family, family_of_settings
 from tptrain.models.spec import DecoderSpec
+from tptrain.nn.parameter import parameters
 from tptrain.records.run_dir import CARD
 
 SHARD_BYTES = 5 * 10**9  # of a file, where the run did not begin with a directory whose files say more
@@ -63,35 +66,63 @@ def _check(checkpoint: Path) -> None:
 
 @dataclass
 class _Contents:
-    """What is to be written: files, and for each tensor in them the parameters of ours that it holds."""
+    """What is to be written: files, and what gives the values of some tensors in them, in order and in any type.
 
-    spec: DecoderSpec
+    `values` is called with names and with what gives a parameter of ours, whole and padded.
+    """
+
     ours: Shapes
     parts: list[safetensors.Shard]
-    keys: dict[str, list[Key]]
+    values: Callable[[list[str], Callable[[str], Tensor]], Iterator[Tensor]]
 
 
 def _contents(config: Config, kept: Path) -> _Contents:
     """Names, types and files as in the directory that the run began with; else the family's names, in one type."""
-    spec = decoder_spec(config.model)
-    ours = shapes(spec)
     if not config.model.path:
-        groups = by_tensor(family_of_settings(config.model).keys(spec))
+        spec = decoder_spec(config.model)
+        ours, groups = shapes(spec), by_tensor(family_of_settings(config.model).keys(spec))
         dtype = DTYPES[config.train.precision]
         parts = safetensors.shards({n: (dtype, their_shape(g, ours, spec)) for n, g in groups.items()}, SHARD_BYTES)
-        return _Contents(spec, ours, parts, groups)
+        return _Contents(ours, parts, partial(_joined, spec, groups, ours))
     if not (kept / TENSORS).exists():
         raise UserError(f"{kept}: is missing, and the tokenizer and the rest of the model are there. Restore it.")
-    written: dict[str, list[str]] = json.loads((kept / TENSORS).read_text())
-    groups = {file_name(name, written): group for name, group in by_tensor(family(config.model).keys(spec)).items()}
+    written: dict[str, list[Any]] = json.loads((kept / TENSORS).read_text())  # name -> dtype, file and shape
+    contents = _converted if config.model.engine == "transformers" else _native
+    ours, known, values = contents(config, written)
+    files: dict[str, safetensors.Shard] = {}
+    for name, (dtype, file, *_) in written.items():
+        if name in known:  # else a buffer, which follows from config.json
+            files.setdefault(file, safetensors.Shard(file)).add(name, safetensors.DTYPES[dtype], known[name])
+    return _Contents(ours, list(files.values()), values)
+
+
+def _native(config: Config, written: dict[str, list[Any]]) -> tuple[Shapes, Shapes, Any]:
+    """The shapes of our parameters and of the directory's tensors, and what gives their values."""
+    spec = decoder_spec(config.model)
+    ours, keys = shapes(spec), family(config.model).keys(spec)
+    groups = {file_name(name, written): group for name, group in by_tensor(keys).items()}
     if spec.tied and "lm_head.weight" in written:  # the same matrix once more
         groups["lm_head.weight"] = next(g for g in groups.values() if g[0].ours == "embed_tokens.weight")
-    files: dict[str, safetensors.Shard] = {}
-    for name, (dtype, file) in written.items():
-        if name in groups:  # else a buffer, which follows from config.json
-            shape = their_shape(groups[name], ours, spec)
-            files.setdefault(file, safetensors.Shard(file)).add(name, safetensors.DTYPES[dtype], shape)
-    return _Contents(spec, ours, list(files.values()), groups)
+    known = {name: their_shape(group, ours, spec) for name, group in groups.items()}
+    return ours, known, partial(_joined, spec, groups, ours)
+
+
+def _joined(
+    spec: DecoderSpec, groups: dict[str, list[Key]], ours: Shapes, names: list[str], value: Callable[[str], Tensor]
+) -> Iterator[Tensor]:
+    for name in names:
+        yield join(spec, groups[name], ours, value)
+
+
+def _converted(config: Config, written: dict[str, list[Any]]) -> tuple[Shapes, Shapes, Any]:
+    """As `_native`, of a model that is Transformers'."""
+    from tptrain.checkpoint.transformers import Converted
+    from tptrain.hf.model import on_meta
+
+    model = on_meta(config.model)
+    converted = Converted(model, {name: tuple(shape) for name, (_, _, *shape) in written.items()})
+    known = {name: converted.shapes[name] for name in converted.targets}
+    return {name: p.sharding.shape for name, p in parameters(model)}, known, converted.values
 
 
 def _add_card(card: Path, readme: Path) -> None:
@@ -102,7 +133,7 @@ def _add_card(card: Path, readme: Path) -> None:
 
 
 def _write_weights(contents: _Contents, index: Index, target: Path) -> None:
-    ours, spec = contents.ours, contents.spec
+    ours = contents.ours
 
     def value(name: str) -> Tensor:
         stored = f"model/{name}"
@@ -114,8 +145,9 @@ def _write_weights(contents: _Contents, index: Index, target: Path) -> None:
     with tqdm(desc="exporting", total=total, unit=" tensors", disable=None) as bar:
 
         def values(part: safetensors.Shard) -> Iterator[Tensor]:
-            for name, (dtype, _) in part.tensors.items():
-                yield join(spec, contents.keys[name], ours, value).to(dtype)
+            tensors = contents.values(list(part.tensors), value)
+            for (dtype, _), tensor in zip(part.tensors.values(), tensors, strict=True):
+                yield tensor.to(dtype)
                 bar.update()
 
         for part in contents.parts:

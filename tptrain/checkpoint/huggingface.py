@@ -17,9 +17,11 @@ from tptrain.config.schema import ModelConfig
 from tptrain.models.directory import keys, tensors
 from tptrain.models.families.keys import Key
 from tptrain.models.safetensors import Entry, problem
+from tptrain.models.settings import decoder_spec
 from tptrain.models.spec import DecoderSpec
 from tptrain.nn.decoder import Decoder, on_meta
 from tptrain.nn.parameter import Parameter, parameters
+from tptrain.parallel.mesh import Mesh
 
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")  # whose rows are padded
 AT_ONCE = 2**19  # elements that are read, summed and stored at a time: they stay in the processor's cache
@@ -32,6 +34,15 @@ Shapes = Mapping[str, tuple[int, ...]]  # of our parameters, global and padded
 def shapes(spec: DecoderSpec) -> Shapes:
     """Of a decoder's parameters, by name."""
     return {name: p.sharding.shape for name, p in parameters(on_meta(spec))}
+
+
+def shapes_of(model: ModelConfig) -> Shapes:
+    """Of the parameters of a model of either engine, by name."""
+    if model.engine != "transformers":
+        return shapes(decoder_spec(model))
+    from tptrain.hf.model import on_meta as transformers_on_meta
+
+    return {name: p.sharding.shape for name, p in parameters(transformers_on_meta(model))}
 
 
 def by_tensor(where: Iterable[Key]) -> dict[str, list[Key]]:
@@ -110,7 +121,7 @@ def load_pretrained(
     ):
         for part in parts:
             values = part.read(reader)
-            sums[part.name] += _bit_sum(values, part.p)
+            sums[part.name] += bit_sum(values, part.p)
             fill(part.name, part.p, part.start, values)
             bar.update(values.numel())
             alive()
@@ -120,7 +131,7 @@ def load_pretrained(
             rows = min(padding, p.sharding.local_shape[0])
             width = p.sharding.size // p.sharding.local_shape[0]
             fill(name, p, p.sharding.size - rows * width, torch.zeros(rows * width))
-    return _digest(sums, model, entries, where)
+    return digest(mesh, dict(parameters(model)), sums, {name: entries[where[name].theirs].dtype for name in ours})
 
 
 def _parts(name: str, p: Parameter, key: Key, entry: Entry, rows: int) -> Iterator[_Part]:
@@ -135,7 +146,7 @@ def _parts(name: str, p: Parameter, key: Key, entry: Entry, rows: int) -> Iterat
             yield _Part(name, p, (start + done - first) * inner, entry, run, columns, key.transposed)
 
 
-def _bit_sum(values: Tensor, p: Parameter) -> int:
+def bit_sum(values: Tensor, p: Parameter) -> int:
     """The sum modulo 2**64 of the elements' bits as integers: of the parts of a tensor, however it is cut, the same.
 
     A matrix is summed by words of 8 bytes where up to 64 ranks cut none in two; by numpy, which wraps without a cast.
@@ -146,17 +157,19 @@ def _bit_sum(values: Tensor, p: Parameter) -> int:
     return int(integers.sum(dtype=np.int64))
 
 
-def _digest(sums: dict[str, int], model: Decoder, entries: dict[str, Entry], where: dict[str, Key]) -> str:
-    """Of all weights: every slice is counted once, however many ranks hold it."""
-    mesh, digest, totals = model.mesh, xxhash.xxh3_128(), dict.fromkeys(sums, 0)
-    slices = {(name, p.sharding.offsets): sums[name] for name, p in parameters(model)}
+def digest(mesh: Mesh, ours: Mapping[str, Parameter], sums: Mapping[str, int], dtypes: Mapping[str, str]) -> str:
+    """Of all weights: every slice is counted once, however many ranks hold it. `sums`: of the bits of this rank's
+    slices; `dtypes`: of the tensors in the files.
+    """
+    whole, totals = xxhash.xxh3_128(), dict.fromkeys(sums, 0)
+    slices = {(name, p.sharding.offsets): sums[name] for name, p in ours.items()}
     everywhere = mesh.control.gather(slices if mesh.index("dp") == 0 else {})
     for (name, _), value in {place: value for each in everywhere for place, value in each.items()}.items():
         totals[name] += value
-    for name, p in sorted(parameters(model)):
+    for name, p in sorted(ours.items()):
         total = totals[name] % 2**64
-        digest.update(f"{name} {entries[where[name].theirs].dtype} {p.sharding.shape} {total}\n".encode())
-    return digest.hexdigest()
+        whole.update(f"{name} {dtypes[name]} {p.sharding.shape} {total}\n".encode())
+    return whole.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------------ out

@@ -7,10 +7,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tptrain.checkpoint.commit import CheckpointError, Commit, damage, read_commit
-from tptrain.checkpoint.huggingface import shapes
+from tptrain.checkpoint.huggingface import shapes_of
 from tptrain.checkpoint.index import Index
 from tptrain.config import UserError, read_config
-from tptrain.models.settings import decoder_spec
 from tptrain.records.run_dir import COMMIT, step_folders
 
 
@@ -49,7 +48,7 @@ def problem_of(folder: Path) -> str | None:
             return problem
     try:
         index = Index(folder)
-        ours = shapes(decoder_spec(read_config(folder / "config.yaml").model))
+        ours = shapes_of(read_config(folder / "config.yaml").model)
     except (CheckpointError, UserError) as error:
         return str(error)
     for name, shape in ours.items():

@@ -24,8 +24,8 @@ from tptrain.config.errors import UserError
 from tptrain.config.pretrained import CONFIG_BYTES, directory, read_json, tokenizer_rules
 from tptrain.config.schema import MODEL_FILES, SMALL_VOCABULARY, Config, kv_heads
 
-FREE_MAPPINGS = ("cluster.env", "cluster.sbatch", "cluster.srun")  # any key may stand below these
-WITH_HF = ("model.path", "model.revision", "model.name", "model.dropout")
+FREE_MAPPINGS = ("cluster.env", "cluster.sbatch", "cluster.srun", "model.tp_plan")  # any key may stand below these
+WITH_HF = ("model.path", "model.revision", "model.name", "model.dropout", "model.engine", "model.tp_plan")
 
 
 def config_dir() -> Path:
@@ -179,13 +179,13 @@ def _check_keys(overrides: list[Override], config: Config) -> None:
     if config.optim.schedule == "constant" and "optim.min_lr_ratio" in keys:
         raise UserError("optim.min_lr_ratio: has no effect on optim.schedule=constant. Leave it out.")
     for key in keys:
-        if key in ("model.directory", "model.source"):
+        if key in ("model.directory", "model.source", "model.facts"):
             raise UserError(f"{key}: follows from model.path. Set that.")
-        if by_hf and key.startswith("model.") and key not in WITH_HF:
+        if by_hf and key.startswith("model.") and not key.startswith(WITH_HF):
             raise UserError(
                 f"{key}: with model=hf config.json decides on it. Leave it out, or edit a copy of the model."
             )
-        if not by_hf and key in WITH_HF and key != "model.name":
+        if not by_hf and key.startswith(WITH_HF) and key != "model.name":
             raise UserError(f"{key}: only model=hf reads it. Add model=hf.")
     if by_hf and not config.model.path:
         raise UserError("model.path: not set. model=hf needs a Hugging Face directory or a name of the hub.")
@@ -240,6 +240,8 @@ def _fill_in_pretrained(config: Config) -> None:
     before = read_config(snapshot).model if snapshot.exists() else None
     if before is not None and before.path in names and before.revision == model.revision:
         model.path, model.directory, model.source = before.path, before.directory, before.source
+        if model.engine == "auto":
+            model.engine = before.engine
     else:
         folder = directory(model.path, model.revision)
         model.path = _absolute(model.path) if Path(model.path).expanduser().is_dir() else model.path

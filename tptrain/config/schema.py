@@ -79,8 +79,14 @@ class ModelConfig:
     path: str | None = None
     revision: str | None = None  # of the hub: a branch, a tag or a commit
     dropout: float | None = number(None, least=0, most=0)  # model=hf: 0 trains without the dropout of its config.json
+    # model=hf: whose code computes the model; auto: tptrain's own where it knows all of the config.json
+    engine: str = choice("auto", "auto", "native", "transformers")
+    # engine=transformers: styles of modules, by patterns, in addition to the model's own plan
+    tp_plan: dict[str, str] = field(default_factory=dict)
     directory: str | None = None  # where loading has found the model
     source: dict[str, Any] = field(default_factory=dict)  # its config.json
+    # engine=transformers: what its code says of the model's sizes
+    facts: dict[str, Any] = field(default_factory=dict, metadata=MAY_CHANGE)
 
 
 @dataclass
@@ -226,6 +232,7 @@ class Config:
 
 
 MODEL_FILES = "model"  # below a run directory: the files of a Hugging Face directory, without the weights
+TENSORS = "tensors.json"  # in it: name, type, file and shape of each tensor, in the order of the files
 CPUS_OF_GPU = 4  # that a rank with a GPU needs: trainer, autograd, NCCL, data and saver
 MOST_AT_ONCE = 8  # sequences, where train.micro_batch_size does not say
 VOCAB_MULTIPLE = 128

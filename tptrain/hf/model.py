@@ -5,7 +5,7 @@ Shapes: see nn/decoder.py.
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,18 +13,22 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tptrain.config import UserError
-from tptrain.config.schema import padded_vocab_size
+from tptrain.config import Config, UserError
+from tptrain.config.schema import ModelConfig, padded_vocab_size
+from tptrain.hf.attention import use_ours
 from tptrain.hf.corrections import corrected
+from tptrain.hf.cut import keep_layers, stack
 from tptrain.hf.gradients import noted_modules, partial_parameters, receive, summed_over
 from tptrain.hf.head import Head, LogitRule, logit_rule
 from tptrain.hf.plan import Plan, with_user_entries
 from tptrain.hf.propose import cuts_layers, proposal
 from tptrain.hf.shard import Sharder
+from tptrain.nn.cross_entropy import OutputHead
 from tptrain.nn.decoder import Segment, Stream
 from tptrain.nn.parameter import parameters
 from tptrain.nn.rotary import Context
-from tptrain.parallel.mesh import Mesh
+from tptrain.ops.table import Operations
+from tptrain.parallel.mesh import Mesh, tp_grid
 
 PROBE = 8  # tokens of the forward pass that is only looked at
 
@@ -43,16 +47,19 @@ class TransformersModel(nn.Module):
         mesh: Mesh,
         user_plan: Plan | None = None,
         recompute: bool = False,
+        layers: tuple[int, ...] | None = None,
+        ops: Operations | None = None,
         propose: bool | None = None,
     ) -> None:
-        """`config`: transformers' PreTrainedConfig; `recompute`: layers are computed again in the backward pass.
+        """`config`: transformers' PreTrainedConfig; `recompute`: layers are computed again in the backward pass;
+        `layers`: those of the model that there are, where not all; `ops`: what computes attention, if not Transformers.
 
         `propose`: whether cuts are proposed for what the plan leaves whole; None: where it cuts no layer at all.
         """
         super().__init__()
         self.mesh, text = mesh, config.get_text_config()
         self.vocab_size = text.vocab_size
-        self.inner = inner = build(config)
+        self.inner = inner = build(config, layers)
         embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
         if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
             raise UserError(
@@ -71,10 +78,12 @@ class TransformersModel(nn.Module):
         self.proposed = proposal(inner, plan, mesh.grid, prefix) if wanted else {}
         plan = {**plan, **self.proposed}
         self.region = Sharder(inner, plan, mesh, vocabulary).shard()
+        if ops is not None:
+            use_ours(inner, ops)
         self.lm_head = Head(head)
         _check_cut(self.lm_head, self.vocab_size)
         self.rule = LogitRule()
-        _fill_buffers(inner, mesh.device)
+        fill_buffers(inner, mesh.device)
         if recompute:
             inner.gradient_checkpointing_enable({"use_reentrant": False})
         inner.train()
@@ -110,6 +119,10 @@ class TransformersModel(nn.Module):
         x = x.flatten(0, 1)  # (N, D)
         return x if self.rule.scale == 1.0 else x * self.rule.scale
 
+    @property
+    def output_head(self) -> OutputHead:
+        return OutputHead(self.lm_head.weight, self.vocab_size, self.rule.cap, self.lm_head.bias)
+
     def logits(self, x: Tensor) -> Tensor:
         """(N, D), the head's input -> (N, V/tp), this rank's columns of the padded vocabulary."""
         return self.rule.capped(x @ self.lm_head.weight.t() + (0 if self.lm_head.bias is None else self.lm_head.bias))
@@ -128,8 +141,72 @@ class TransformersModel(nn.Module):
         return layer[1] if layer else "rest"
 
 
-def build(config: Any) -> Any:
-    """The causal language model of a config, on the meta device."""
+def of_config(config: Config, mesh: Mesh, ops: Operations) -> TransformersModel:
+    """The model of a run's config."""
+    model = config.model
+    if not mesh.is_main:
+        transformers.logging.set_verbosity_error()  # its warnings come once
+    source = read_config(model.source, model.dropout)
+    return TransformersModel(source, mesh, model.tp_plan, config.train.recompute == "full", ops=ops)
+
+
+def on_meta(model: ModelConfig, vocab: int | None = None, layers: tuple[int, ...] | None = None) -> TransformersModel:
+    """A whole model on no device, for the shapes of its parameters."""
+    source, mesh = read_config(model.source, model.dropout, vocab), Mesh(tp_grid(1, 1, 1), 0, torch.device("meta"))
+    return TransformersModel(source, mesh, model.tp_plan, layers=layers)
+
+
+def read_config(source: Mapping[str, Any], dropout: float | None, vocab: int | None = None) -> Any:
+    """Transformers' config out of the content of a config.json; `vocab` cuts the vocabulary.
+
+    Raises UserError for one that Transformers does not know, or that asks for what is not trained here.
+    """
+    kind = str(source.get("model_type"))
+    if source.get("quantization_config") is not None:
+        raise UserError("model.path: its weights are quantized. Name the directory of the original weights.")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"model.path: config.json has model_type={kind!r}, which neither tptrain nor Transformers "
+            f"{transformers.__version__} knows. Code out of a model's directory is never run."
+        )
+    plain = transformers.PreTrainedConfig._decode_special_floats(dict(source))  # infinity, as their files write it
+    config = transformers.CONFIG_MAPPING[kind].from_dict(plain)
+    text = config.get_text_config()
+    noisy = [name for name, value in vars(text).items() if _is_noise(name) and isinstance(value, float) and value > 0]
+    if noisy and dropout != 0:
+        raise UserError(
+            f"model.path: config.json has {noisy[0]}={getattr(text, noisy[0])}, and Transformers' models are trained "
+            "without. Add model.dropout=0."
+        )
+    for name in noisy:
+        setattr(text, name, 0.0)
+    if vocab is not None:
+        text.vocab_size = min(vocab, text.vocab_size)
+    return config
+
+
+def _is_noise(name: str) -> bool:
+    return "dropout" in name or name.endswith(("_pdrop", "jitter_noise"))
+
+
+def kv_heads(config: Any) -> int:
+    """Heads of keys of a model, which its ranks share where they are fewer; as many as the heads of queries where the
+    config does not say.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 1
+    return heads if getattr(text, "kv_lora_rank", None) else getattr(text, "num_key_value_heads", None) or heads
+
+
+def build(config: Any, layers: tuple[int, ...] | None = None) -> Any:
+    """The causal language model of a config, on the meta device; `layers`: the ones that it keeps, where not all."""
+    inner = _built(config)
+    if layers is not None:
+        keep_layers(inner, stack(inner).name, layers)
+    return inner
+
+
+def _built(config: Any) -> Any:
     config = copy.deepcopy(config)
     named: Any = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
@@ -148,7 +225,7 @@ def _check_cut(head: Head, vocab_size: int) -> None:
         )
 
 
-def _fill_buffers(model: Any, device: torch.device) -> None:
+def fill_buffers(model: Any, device: torch.device) -> None:
     """Buffers that follow from the config, such as rotary frequencies, are computed; the weights are not touched."""
     for module in model.modules():
         for key, buffer in module._buffers.items():

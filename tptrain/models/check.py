@@ -6,7 +6,8 @@ from tptrain.config import Config, UserError
 from tptrain.config.schema import MODEL_FILES, ModelConfig, RopeScaling, kv_heads
 from tptrain.config.validate import vocabulary
 from tptrain.models.directory import TENSORS, tensors
-from tptrain.models.settings import decoder_spec, family_of_settings
+from tptrain.models.settings import family_of_settings
+from tptrain.models.sizes import Facts, sizes
 from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec
 
 
@@ -16,7 +17,8 @@ def check_model(config: Config, reads_weights: bool = True) -> None:
     `reads_weights`: those of `model.path` will be wanted, unless the run has begun with them already.
     """
     spec = checked_spec(config.model)
-    if reads_weights and config.model.path is not None and not (Path(config.run.dir) / MODEL_FILES / TENSORS).exists():
+    begun = (Path(config.run.dir) / MODEL_FILES / TENSORS).exists()
+    if reads_weights and config.model.path is not None and config.model.engine == "native" and not begun:
         tensors(config.model)
     if config.checkpoint.export != "none" and config.model.path is None:
         family_of_settings(config.model)
@@ -38,11 +40,11 @@ def check_model(config: Config, reads_weights: bool = True) -> None:
         )
 
 
-def checked_spec(model: ModelConfig) -> DecoderSpec:
-    """The decoder of these settings. Raises UserError where they contradict each other."""
+def checked_spec(model: ModelConfig) -> DecoderSpec | Facts:
+    """The model of these settings, whose engine has been settled. Raises UserError where they contradict each other."""
     if model.path is None:
         _check_settings(model)
-    return decoder_spec(model)
+    return sizes(model)
 
 
 def _check_settings(model: ModelConfig) -> None:
@@ -69,9 +71,12 @@ def _check_settings(model: ModelConfig) -> None:
         )
 
 
-def check_tp(spec: DecoderSpec, tp: int) -> None:
-    """Raises UserError where the model cannot be cut into so many parts."""
-    for layer in dict.fromkeys(spec.layers):
+def check_tp(spec: DecoderSpec | Facts, tp: int) -> None:
+    """Raises UserError where the model cannot be cut into so many parts.
+
+    Of a model of Transformers only the vocabulary is looked at: its code has been asked about the rest.
+    """
+    for layer in () if isinstance(spec, Facts) else dict.fromkeys(spec.layers):
         if isinstance(layer.token_mixer, AttentionSpec):
             _check_heads(layer.token_mixer.heads, layer.token_mixer.kv_heads, tp)
         if isinstance(layer.channel_mixer, FFNSpec) and layer.channel_mixer.width % tp:

@@ -3,7 +3,7 @@
 import math
 
 from tptrain.config import Config
-from tptrain.models.settings import decoder_spec
+from tptrain.models.sizes import Facts, sizes
 from tptrain.models.spec import DecoderSpec
 
 CHECKPOINT_BYTES = 4 * 3  # of a parameter: a float32 master and two moments
@@ -23,7 +23,7 @@ def checkpoint_every(config: Config) -> int:
     """
     if config.checkpoint.every is not None:
         return config.checkpoint.every
-    spec, train = decoder_spec(config.model), config.train
+    spec, train = sizes(config.model), config.train
     size = checkpoint_size(spec)
     if size < CHEAP:
         return OFTEN
@@ -39,7 +39,7 @@ def saves_after(step: int, config: Config) -> int:
     return 1 if every == 0 else steps // every - step // every + (steps % every > 0)
 
 
-def checkpoint_size(spec: DecoderSpec) -> int:
+def checkpoint_size(spec: DecoderSpec | Facts) -> int:
     """Bytes of a checkpoint, but for norms and biases: less than a hundredth."""
     return CHECKPOINT_BYTES * spec.matrix_parameters
 
@@ -49,4 +49,4 @@ def copy_size(config: Config, ranks: int, ranks_of_node: int) -> int:
     moments, and the pinned memory that they go through.
     """
     parts = ranks if config.parallel.zero else config.parallel.tp
-    return ranks_of_node * (checkpoint_size(decoder_spec(config.model)) // parts + STAGING_BYTES)
+    return ranks_of_node * (checkpoint_size(sizes(config.model)) // parts + STAGING_BYTES)

@@ -6,6 +6,7 @@ from typing import Any
 
 from tptrain.config import Config
 from tptrain.models.settings import decoder_spec
+from tptrain.models.sizes import Facts, facts_of, sizes
 from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec, LayerSpec, LongScaling, RotarySpec
 
 LENGTH = 64  # tokens of a sequence, where the model has so many positions
@@ -18,9 +19,12 @@ WINDOW = 24  # keys that a query of a layer with a sliding window sees at most: 
 class Cut:
     """A smaller decoder, and the model that it is of."""
 
-    spec: DecoderSpec
-    model: DecoderSpec
+    spec: DecoderSpec | Facts
+    model: DecoderSpec | Facts
     layers: tuple[int, ...]  # which of the model's layers it has: of each kind one at least
+    total: int  # layers of the model
+    kinds: int  # of its layers
+    stack: str = "layers"  # the name of the list of layers; empty: all of the model is run
 
     @property
     def length(self) -> int:
@@ -29,14 +33,18 @@ class Cut:
 
     def source(self, name: str) -> str:
         """The name in the model of a parameter or module of the cut."""
-        if not name.startswith("layers."):
+        if not self.stack or not name.startswith(f"{self.stack}."):
             return name
-        _, number, *rest = name.split(".")
-        return ".".join(["layers", str(self.layers[int(number)]), *rest])
+        number, _, rest = name.removeprefix(f"{self.stack}.").partition(".")
+        return ".".join([self.stack, str(self.layers[int(number)]), *([rest] if rest else [])])
 
 
 def cut_of(config: Config) -> Cut:
     """What `verify` runs of a config's model. Raises UserError where that is no model."""
+    if config.model.engine == "transformers":
+        known = config.model.facts["cut"]
+        facts, layers = facts_of(known["facts"]), tuple(known["layers"])
+        return Cut(facts, sizes(config.model), layers, known["total"], known["kinds"], known["stack"])
     return cut(decoder_spec(config.model), config.parallel.tp, config.verify.width, config.verify.vocab)
 
 
@@ -56,7 +64,7 @@ def cut(spec: DecoderSpec, tp: int, width: int | None = None, vocab: int | None 
         hidden_size=width or spec.hidden_size,
         vocab_size=min(vocab or spec.vocab_size, spec.vocab_size),
     )
-    return Cut(smaller, spec, layers)
+    return Cut(smaller, spec, layers, len(spec.layers), len(first))
 
 
 def _smaller(layer: LayerSpec, ratio: float, tp: int) -> LayerSpec:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from tptrain.config import Config, UserError
 from tptrain.config.load import write_atomically
-from tptrain.config.schema import MODEL_FILES, ModelConfig
+from tptrain.config.schema import MODEL_FILES, TENSORS, ModelConfig
 from tptrain.models.families.keys import Key
 from tptrain.models.safetensors import Entry, TensorFiles
 from tptrain.models.settings import decoder_spec, family
 
-TENSORS = "tensors.json"  # in that copy: name, type and file of each tensor, in the order of the files
 DIGEST = "weights.digest"  # in that copy: of the weights that the run began with
 PARTIAL = f".{MODEL_FILES}"  # that copy in a run directory while it is made
 OWN_FILES = (TENSORS, DIGEST)  # which are not the model's
@@ -82,7 +81,8 @@ def _copy(source: Path, target: Path) -> None:
         for file in sorted(source.iterdir()):
             if file.is_file() and not file.name.endswith(WEIGHTS) and file.stat().st_size <= FILE_BYTES:
                 shutil.copyfile(file, partial / file.name)
-        written = {name: [entry.dtype, entry.file.name] for name, entry in TensorFiles(source).entries.items()}
+        entries = TensorFiles(source).entries
+        written = {name: [entry.dtype, entry.file.name, *entry.shape] for name, entry in entries.items()}
         write_atomically(partial / TENSORS, json.dumps(written, indent=0))
         partial.rename(target)
     except OSError as error:

@@ -148,6 +148,11 @@ class DecoderSpec:
     logit_softcap: float | None = None  # logits z become cap * tanh(z / cap), after the scale
 
     @property
+    def heads(self) -> int:
+        """Of the layer with most."""
+        return max(getattr(layer.token_mixer, "heads", 1) for layer in self.layers)
+
+    @property
     def kv_heads(self) -> int:
         """Of every layer with attention: the grid of ranks follows from it."""
         (count,) = {layer.token_mixer.kv_heads for layer in self.layers if isinstance(layer.token_mixer, AttentionSpec)}

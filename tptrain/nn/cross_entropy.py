@@ -6,6 +6,7 @@ Shapes: N tokens, c of a chunk; D hidden; v a rank's columns of the vocabulary, 
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,16 @@ from tptrain.parallel.collectives import NOTHING, all_gather, all_reduce_, all_t
 from tptrain.parallel.mesh import Mesh
 
 LOGITS_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}  # of a chunk in float32
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """What makes logits of hidden states: `softcap` turns logits z into cap * tanh(z / cap)."""
+
+    weight: Parameter  # (V/tp, D)
+    vocab_size: int  # rows without padding
+    softcap: float | None = None
+    bias: Parameter | None = None  # (V/tp,)
 
 
 class CrossEntropy:

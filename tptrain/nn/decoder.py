@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tptrain.models.sizes import Facts
 from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec, LayerSpec, NormSpec
 from tptrain.nn.attention import Attention
-from tptrain.nn.cross_entropy import capped
+from tptrain.nn.cross_entropy import OutputHead, capped
 from tptrain.nn.embedding import VocabEmbedding
 from tptrain.nn.ffn import FFN
 from tptrain.nn.linear import ColumnLinear, PendingSum, Recompute
@@ -166,6 +167,10 @@ class Decoder(nn.Module):
         x = normed(self.norm, stream)[1]
         return x if self.spec.logit_scale == 1.0 else x * self.spec.logit_scale
 
+    @property
+    def output_head(self) -> OutputHead:
+        return OutputHead(self.lm_head.weight, self.spec.vocab_size, self.spec.logit_softcap)
+
     def logits(self, x: Tensor) -> Tensor:
         """(n, D), the head's input -> (N, V/tp), this rank's columns of the padded vocabulary."""
         return capped(self.lm_head(x), self.spec.logit_softcap)
@@ -215,8 +220,10 @@ def on_meta(spec: DecoderSpec) -> Decoder:
     return Decoder(spec, Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), REFERENCE)
 
 
-def parameter_count(spec: DecoderSpec) -> int:
-    """Parameters of a decoder, padding of the vocabulary among them; a layer of each kind is built, on no device."""
+def parameter_count(spec: DecoderSpec | Facts) -> int:
+    """Parameters of a model, padding of the vocabulary among them; a layer of each kind is built, on no device."""
+    if isinstance(spec, Facts):
+        return spec.parameters
     kinds = Counter(spec.layers)
     model = on_meta(replace(spec, layers=tuple(kinds)))
 

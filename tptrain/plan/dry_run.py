@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from tptrain.checkpoint.layout import flat
 from tptrain.config import Config
 from tptrain.config.schema import micro_batch_size
-from tptrain.models.settings import decoder_spec
+from tptrain.models.sizes import sizes
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.ops.meta import meta_table
 from tptrain.ops.table import Operations
@@ -26,7 +26,7 @@ from tptrain.parallel.group import Group
 from tptrain.parallel.mesh import Grid, Mesh, tp_grid
 from tptrain.train.runner import Runner
 from tptrain.train.schedule import Reduce
-from tptrain.train.trainer import build_model, micro_batches, parameter_counts
+from tptrain.train.trainer import build_model, cross_entropy, micro_batches, parameter_counts
 from tptrain.watch.black_box import BlackBox
 
 Calls = Counter[tuple[str, str, int]]  # (operation, axis, bytes of the whole tensor) -> how often
@@ -61,15 +61,15 @@ class DryRun:
 def dry_run(config: Config, tp: int, dp: int, table: Operations) -> DryRun:
     """A step of `config` on a grid of dp x tp ranks that compute with `table`."""
     train, calls = config.train, Counter()
-    spec = decoder_spec(config.model)
-    mesh = meta_mesh(tp_grid(tp * dp, tp, spec.kv_heads), calls, config.parallel.sequence_parallel)
+    mesh = meta_mesh(tp_grid(tp * dp, tp, sizes(config.model).kv_heads), calls, config.parallel.sequence_parallel)
     ops = meta_table(table)
     with LiveBytes() as live:
         model, store = build_model(config, mesh, ops)
         weights = live.now
         optimizer = Optimizer(store, config.optim, mesh, config.parallel.zero == 1)
         state, gradients = live.now, sum(block.grads.nbytes for block in optimizer.state.blocks)
-        loss = _Loss(model.lm_head.weight, spec.vocab_size, mesh, ops, spec.logit_softcap)
+        loss = cross_entropy(model, ops, _Loss)
+        assert isinstance(loss, _Loss)
         loss.live = live
         runner = Runner(model, loss, optimizer.reducer, train.recompute)
         parts, schedule = micro_batches(config, mesh)

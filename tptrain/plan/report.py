@@ -12,11 +12,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 from tptrain.config import Config, UserError, check_topology
-from tptrain.config.schema import MOST_AT_ONCE, micro_batch_size
+from tptrain.config.schema import MOST_AT_ONCE, ModelConfig, micro_batch_size
 from tptrain.models.check import check_tp, checked_spec
 from tptrain.models.cost import CHECKPOINT_BYTES, STAGING_BYTES, checkpoint_every
-from tptrain.models.settings import decoder_spec
-from tptrain.models.spec import DecoderSpec
+from tptrain.models.sizes import Facts, sizes
 from tptrain.nn.decoder import parameter_count
 from tptrain.ops.choose import planned
 from tptrain.plan.dry_run import DryRun, dry_run
@@ -42,7 +41,7 @@ ASSUMED = (
 
 def plan(config: Config) -> str:
     """The report, lines of plain text. Raises UserError where no TP degree at all suits the model."""
-    legal, reasons = tp_degrees(checked_spec(config.model))
+    legal, reasons = tp_degrees(config.model)
     runs: dict[int, DryRun] = {}
     steps: dict[int, Step | None] = {}
     for tp in tqdm(legal, desc="dry runs", unit="tp", leave=False, disable=None):
@@ -64,19 +63,29 @@ def plan(config: Config) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def tp_degrees(spec: DecoderSpec) -> tuple[list[int], list[str]]:
+def tp_degrees(model: ModelConfig) -> tuple[list[int], list[str]]:
     """The powers of two up to the number of heads that the model allows, and for the others the reason, a line each."""
     legal: list[int] = []
     refused: list[str] = []
-    tp = 1
-    while tp <= max(getattr(layer.token_mixer, "heads", 1) for layer in spec.layers):
+    spec, tp = checked_spec(model), 1
+    while tp <= spec.heads:
         try:
             check_tp(spec, tp)
+            if isinstance(spec, Facts):
+                _check_transformers(model, tp)
             legal.append(tp)
         except UserError as error:
             refused.append(str(error))
         tp *= 2
     return legal, refused
+
+
+def _check_transformers(model: ModelConfig, tp: int) -> None:
+    """Raises UserError where Transformers' model cannot be cut into so many parts."""
+    from tptrain.hf.resolve import resolve
+
+    assert model.directory is not None
+    resolve(None, model.source, model.tp_plan, model.dropout, tp)
 
 
 def _ranks(config: Config) -> int | None:
@@ -139,7 +148,7 @@ def ring_seconds(size: float, ranks: int, bandwidth: float) -> float:
 def _step_flops(config: Config) -> float:
     """FLOPs of an optimizer step on all ranks together."""
     train = config.train
-    return decoder_spec(config.model).flops_per_token(train.seq_len) * train.global_batch_size * train.seq_len
+    return sizes(config.model).flops_per_token(train.seq_len) * train.global_batch_size * train.seq_len
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
@@ -151,7 +160,7 @@ def _heading(config: Config) -> str:
     if ranks:
         where = f"{ranks} (cluster.nodes={cluster.nodes} x cluster.tasks_per_node={cluster.tasks_per_node}), "
         where += f"so dp = {ranks} / tp"
-    parameters = parameter_count(decoder_spec(model))
+    parameters = parameter_count(sizes(model))
     size = CHECKPOINT_BYTES * parameters
     unit, scale = _unit([size], BINARY)
     return (

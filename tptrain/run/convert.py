@@ -6,11 +6,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tptrain.checkpoint.commit import Commit
-from tptrain.checkpoint.huggingface import load_pretrained
 from tptrain.checkpoint.layout import weights_state
+from tptrain.checkpoint.pretrained import read_weights
 from tptrain.checkpoint.save import write_checkpoint
 from tptrain.config import Config
-from tptrain.models.directory import adopt, tensors
+from tptrain.models.directory import adopt
+from tptrain.models.safetensors import TensorFiles
 from tptrain.run.rendezvous import connect_ranks, meet
 from tptrain.train.trainer import build_model
 from tptrain.watch.black_box import BlackBox
@@ -25,7 +26,9 @@ def run(config: Config) -> bool:
     box, folder = BlackBox(), Path(config.run.dir)
     rendezvous = meet(config, box)
     mesh = connect_ranks(config, box, rendezvous)
-    precision = "bf16" if {entry.dtype for entry in tensors(config.model).values()} == {"BF16"} else "fp32"
+    assert config.model.directory is not None
+    dtypes = {entry.dtype for entry in TensorFiles(Path(config.model.directory)).entries.values()}
+    precision = "bf16" if dtypes == {"BF16"} else "fp32"
     config = replace(config, train=replace(config.train, precision=precision))
     model, store = build_model(config, mesh, rendezvous.ops)
 
@@ -34,7 +37,7 @@ def run(config: Config) -> bool:
         adopt(config)
 
     mesh.control.main_first(claim)
-    load_pretrained(config.model, model, store.fill, box.touch)
+    read_weights(config.model, model, store.fill, box.touch)
     commit = Commit(0, 0, mesh.world, mesh.size("tp"), "", 0, {}, optimizer=False)
     write_checkpoint(folder / "checkpoints", weights_state(store), commit, config, mesh)
     dist.destroy_process_group()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tptrain.checkpoint.huggingface import load_pretrained
 from tptrain.checkpoint.load import load_weights
+from tptrain.checkpoint.pretrained import read_weights
 from tptrain.config import Config
 from tptrain.run.rendezvous import connect_ranks, meet
 from tptrain.train.evaluate import Evaluation, evaluate
@@ -23,7 +23,7 @@ def run(config: Config, checkpoint: Path | None) -> tuple[Evaluation, bool]:
     mesh = connect_ranks(config, box, rendezvous)
     model, store = build_model(config, mesh, rendezvous.ops)
     if checkpoint is None:
-        load_pretrained(config.model, model, store.fill, box.touch)
+        read_weights(config.model, model, store.fill, box.touch)
     else:
         load_weights(checkpoint, store)
     result = evaluate(config, model, cross_entropy(model, rendezvous.ops))

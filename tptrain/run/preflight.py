@@ -25,7 +25,7 @@ import tptrain
 from tptrain import __version__
 from tptrain.config import Config, UserError
 from tptrain.models.cost import CHECKPOINT_BYTES, saves_after
-from tptrain.models.settings import decoder_spec
+from tptrain.models.sizes import sizes
 from tptrain.nn.decoder import parameter_count
 from tptrain.records.run_dir import COMMIT, step_folders, step_of
 
@@ -191,7 +191,7 @@ def check_disk(config: Config) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free + unfinished  # which the next save takes away
-    one = CHECKPOINT_BYTES * parameter_count(decoder_spec(config.model))
+    one = CHECKPOINT_BYTES * parameter_count(sizes(config.model))
     at_once = max((keep + 1) * one - on_disk, one)  # the newest is written before the oldest goes
     needed = min(at_once, one * saves_after(step_of(kept[-1]) if kept else 0, config))
     if needed and free <= needed:

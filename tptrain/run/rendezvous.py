@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tptrain.config import Config, UserError, check_topology, variables
-from tptrain.models.settings import decoder_spec
+from tptrain.models.sizes import sizes
 from tptrain.ops.choose import choose
 from tptrain.ops.node_cache import node_cache
 from tptrain.ops.table import Operations
@@ -73,7 +73,7 @@ def connect_ranks(config: Config, box: BlackBox, rendezvous: Rendezvous) -> Mesh
     )
     box.touch("build")
     return connect(
-        tp_grid(meeting.world, config.parallel.tp, decoder_spec(config.model).kv_heads),
+        tp_grid(meeting.world, config.parallel.tp, sizes(config.model).kv_heads),
         rendezvous.device,
         box=box,
         store=meeting.store,

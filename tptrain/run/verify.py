@@ -25,6 +25,7 @@ from tptrain.records.verification import RESULT
 from tptrain.run.device import pick_device
 from tptrain.run.rank import is_lost_rank
 from tptrain.run.rendezvous import connect_ranks, meet
+from tptrain.train.trainer import DTYPES
 from tptrain.verify.prove import Say, prove, write_reference
 from tptrain.verify.reference import Reference
 from tptrain.verify.step import Step, token_ids
@@ -45,10 +46,15 @@ def reference(config: Config, folder: Path) -> None:
     cut = cut_of(config)
     config = replace(config, parallel=ParallelConfig(zero=0), train=replace(config.train, recompute="none"))
     device = pick_device(config, 0, 1)
+    tokens = token_ids(cut, config.train.global_batch_size, config.train.seed)
+    if config.model.engine == "transformers":
+        from tptrain.verify.transformers import PlainStep
+
+        write_reference(PlainStep(cut, config, device), tokens, Reference(folder), _say("one rank"))
+        return
     mesh = connect(tp_grid(1, 1, cut.spec.kv_heads), device)
     step = Step(cut, config, mesh, replace(REFERENCE, device=device.type))
     fill(step, config, cut)
-    tokens = token_ids(cut, config.train.global_batch_size, config.train.seed)
     write_reference(step, tokens, Reference(folder), _say("one rank"))
 
 
@@ -57,11 +63,16 @@ def ranks(config: Config, folder: Path) -> None:
     cut, box = cut_of(config), BlackBox()
     rendezvous = meet(config, box)
     mesh = connect_ranks(config, box, rendezvous)
-    step = Step(cut, config, mesh, rendezvous.ops)
-    fill(step, config, cut)
+    if config.model.engine == "transformers":
+        from tptrain.verify.transformers import TransformersStep
+
+        step = TransformersStep(cut, config, mesh, rendezvous.ops)
+    else:
+        step = Step(cut, config, mesh, rendezvous.ops)
+        fill(step, config, cut)
     tokens = token_ids(cut, config.train.global_batch_size, config.train.seed)
     say = _say(f"{mesh.world} ranks") if mesh.is_main else lambda _: None
-    comparisons = prove(step, tokens, Reference(folder), mesh, say)
+    comparisons = prove(step, tokens, Reference(folder), mesh, DTYPES[config.train.precision], say)
     if mesh.is_main:
         facts = {"device": _device_name(mesh.device), "torch": torch.__version__, "kernels": rendezvous.ops.backend}
         facts["items"] = [asdict(replace(each, module=cut.source(each.module))) for each in comparisons]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from tptrain.config import Config
 from tptrain.config.schema import MOST_AT_ONCE
 from tptrain.data.packing import packed_tokens, prepare
 from tptrain.nn.cross_entropy import CrossEntropy
-from tptrain.nn.decoder import Decoder
 from tptrain.parallel.collectives import all_reduce_
+
+if TYPE_CHECKING:
+    from tptrain.train.trainer import Model
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(config: Config, model: Decoder, loss: CrossEntropy) -> Evaluation:
+def evaluate(config: Config, model: "Model", loss: CrossEntropy) -> Evaluation:
     """Every token of the data but each window's first is scored once; the last window may be shorter.
 
     Every rank calls it and gets the same; the windows are divided over dp. Raises UserError for data that cannot be

@@ -7,14 +7,15 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from pathlib import Path
 
-from tptrain.checkpoint.huggingface import load_pretrained
 from tptrain.checkpoint.load import load_newest
+from tptrain.checkpoint.pretrained import read_weights
 from tptrain.checkpoint.save import Saver
 from tptrain.config import Config, UserError
 from tptrain.config.load import write_atomically
 from tptrain.config.schema import MODEL_FILES
 from tptrain.models.cost import checkpoint_every
 from tptrain.models.directory import DIGEST
+from tptrain.models.sizes import sizes
 from tptrain.ops.choose import choose
 from tptrain.ops.node_cache import node_cache
 from tptrain.ops.table import Operations
@@ -90,8 +91,8 @@ def start_from(trainer: Trainer, say: Callable[[str], None]) -> None:
     config, mesh = trainer.config, trainer.mesh
     say(f"reading the weights of {config.model.directory}")
     if "auto_map" in config.model.source:
-        say("its config.json names code of its authors (auto_map), which is not run: the family is known here")
-    digest = load_pretrained(config.model, trainer.model, trainer.optimizer.state.fill, mesh.box.touch)
+        say("its config.json names code of its authors (auto_map), which is not run")
+    digest = read_weights(config.model, trainer.model, trainer.optimizer.state.fill, mesh.box.touch)
     trainer.optimizer.publish()
     record = Path(config.run.dir) / MODEL_FILES / DIGEST
 
@@ -205,7 +206,7 @@ def _row(trainer: Trainer, step: int, loss: float, norm: float, seconds: float) 
     }
     peak = peak_flops(mesh.device, config.train.precision)
     if peak is not None:
-        flops = trainer.model.spec.flops_per_token(config.train.seq_len) * tokens_in_step
+        flops = sizes(config.model).flops_per_token(config.train.seq_len) * tokens_in_step
         row["mfu"] = flops / seconds / (peak * mesh.world)
     return row
 

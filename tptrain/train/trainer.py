@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,19 +28,32 @@ from tptrain.parallel.mesh import Mesh
 from tptrain.train.runner import Runner
 from tptrain.train.schedule import Schedule, overlapped, plain
 
+if TYPE_CHECKING:  # Transformers is imported where its models are trained
+    from tptrain.hf.model import TransformersModel
+
+    Model = Decoder | TransformersModel
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_model(config: Config, mesh: Mesh, ops: Operations) -> tuple[Decoder, Store]:
-    """The decoder and the memory of its weights, without values."""
+def build_model(config: Config, mesh: Mesh, ops: Operations) -> tuple["Model", Store]:
+    """The model and the memory of its weights, without values. Every rank calls it."""
+    dtype, dp = DTYPES[config.train.precision], mesh.size("dp")
+    if config.model.engine == "transformers":
+        from tptrain.hf.model import of_config
+
+        model = of_config(config, mesh, ops)
+        store = Store(model, dtype, dp)
+        model.settle()
+        return model, store
     model = Decoder(decoder_spec(config.model), mesh, ops)
-    return model, Store(model, DTYPES[config.train.precision], mesh.size("dp"))
+    return model, Store(model, dtype, dp)
 
 
-def cross_entropy(model: Decoder, ops: Operations) -> CrossEntropy:
-    """The loss of a decoder's output head."""
-    spec = model.spec
-    return CrossEntropy(model.lm_head.weight, spec.vocab_size, model.mesh, ops, spec.logit_softcap)
+def cross_entropy(model: "Model", ops: Operations, kind: type[CrossEntropy] = CrossEntropy) -> CrossEntropy:
+    """The loss of a model's output head."""
+    head = model.output_head
+    return kind(head.weight, head.vocab_size, model.mesh, ops, head.softcap, head.bias)
 
 
 def micro_batches(config: Config, mesh: Mesh) -> tuple[int, Schedule]:
@@ -54,7 +68,7 @@ class Trainer:
     config: Config
     mesh: Mesh
     data: TokenData
-    model: Decoder
+    model: "Model"
     optimizer: Optimizer
     loss: CrossEntropy
 
@@ -149,7 +163,7 @@ def initialise(trainer: Trainer) -> None:
     trainer.optimizer.state.initialise(lambda name, p: initial_values(name, p, seed, cores))
 
 
-def parameter_counts(model: Decoder) -> tuple[int, int]:
+def parameter_counts(model: "Model") -> tuple[int, int]:
     """Parameters of the model, and of this rank's slices."""
     layouts = [p.sharding for p in model.parameters()]  # type: ignore[attr-defined]
     return sum(math.prod(layout.shape) for layout in layouts), sum(layout.size for layout in layouts)

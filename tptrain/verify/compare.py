@@ -70,7 +70,7 @@ def _distance(item: Item, reference: Reference, norm: float, dtype: torch.dtype)
     allowed = allowance(dtype, item.depth)
     if not theirs.numel():  # rows of the vocabulary's padding alone
         return 0.0, allowed
-    if item.what == "at the start":
+    if item.what in ("at the start", "buffer"):
         allowed = 0.0
     elif item.what == "gradient":
         size = max(size, FLOOR * norm)
@@ -97,6 +97,8 @@ def _kind(item: Item, reference: Reference, mesh: Mesh) -> str:
     """What kind of mistake it looks like. Every rank calls it."""
     if not reference.has(item.key):
         return "one rank has no such parameter: tied weights that have come apart"
+    if item.what == "buffer":
+        return "a buffer that is not what follows from the config: it was lost when the model was built"
     if item.module == "gradient norm":  # of gradients that have been found right
         more = item.value.item() > reference.part(item).item()
         return (

@@ -1,13 +1,28 @@
 """The proof: a step on one rank, written down, and the same step on many ranks, held against it."""
 
 from collections.abc import Callable
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tptrain.parallel.mesh import Mesh
 from tptrain.verify.compare import Comparison, compare
 from tptrain.verify.reference import Reference
-from tptrain.verify.step import Step
+from tptrain.verify.step import Item
+
+
+class Step(Protocol):
+    """A step of a model whose weights are there."""
+
+    def weights(self) -> list[Item]: ...
+
+    def forward_and_backward(self, tokens: Tensor) -> list[Item]: ...
+
+    def norm(self) -> Item: ...
+
+    def update(self, norm: float) -> list[Item]: ...
+
 
 Say = Callable[[str], None]  # what comes next
 
@@ -24,12 +39,13 @@ def write_reference(step: Step, tokens: Tensor, reference: Reference, say: Say =
     reference.write(step.update(norm.value.item()))
 
 
-def prove(step: Step, tokens: Tensor, reference: Reference, mesh: Mesh, say: Say = lambda _: None) -> list[Comparison]:
+def prove(
+    step: Step, tokens: Tensor, reference: Reference, mesh: Mesh, dtype: torch.dtype, say: Say = lambda _: None
+) -> list[Comparison]:
     """Run the step, whose weights are there, and compare all of it. Every rank calls it and gets the same answer.
 
     Where something differs, what follows from it is left out: the weights at the start, the passes, the update.
     """
-    dtype = next(step.model.parameters()).dtype
     say("weights")
     comparisons = compare(step.weights(), reference, mesh, dtype)
     if not all(each.right for each in comparisons):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tptrain.config import Config
 from tptrain.models.cut import BATCHES, SEQUENCES, Cut
+from tptrain.models.spec import DecoderSpec
 from tptrain.nn.decoder import Decoder, Stream
 from tptrain.nn.parameter import Parameter, initial_values, parameters
 from tptrain.nn.store import Store
@@ -119,6 +120,7 @@ class Step:
     """A cut model with all that one step takes."""
 
     def __init__(self, cut: Cut, config: Config, mesh: Mesh, ops: Operations) -> None:
+        assert isinstance(cut.spec, DecoderSpec)
         self.mesh, self.seed = mesh, config.train.seed
         self.sequences = SEQUENCES * BATCHES  # of this dp rank
         self.model = Decoder(cut.spec, mesh, ops)

@@ -1,0 +1,92 @@
+"""Which tensors of a Hugging Face directory a model's parameters come from, and back, by Transformers' own conversions.
+
+Most parameters are one tensor, perhaps under another name. Others are made of several, such as the experts of a layer:
+Transformers' code converts those, a group at a time.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from tptrain.config import UserError
+
+
+@dataclass
+class Group:
+    """Tensors of a directory that are converted together, in their order, with the pattern of each."""
+
+    target: str  # the first parameter that comes out of it
+    converter: WeightConverter | None  # None: one tensor, which is the parameter
+    tensors: list[tuple[str, str]] = field(default_factory=list)  # name in the directory, pattern
+
+    def convert(self, model: Any, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The group's parameters, whole; `read` gives a tensor of the directory."""
+        if self.converter is None:
+            return {self.target: read(self.tensors[0][0])}
+        converter: Any = copy.deepcopy(self.converter)
+        for name, pattern in self.tensors:
+            converter.add_tensor(self.target, name, pattern, read(name))
+        converted = converter.convert(self.target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+
+def sources(model: Any, tensors: Iterable[str]) -> list[Group]:
+    """The groups of a directory's tensors. Notes in the model which conversions they need, for `revert`.
+
+    Raises UserError for a directory that lacks a tensor of the model or has one that is none of its.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    known = model.state_dict()
+    groups: dict[str, Group] = {}
+    strangers = []
+    for name in sorted(tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if target not in known and name in known:
+            target, pattern = name, None
+        if target not in known:
+            strangers.append(name)
+            continue
+        converter = None if pattern is None else by_pattern[pattern]
+        groups.setdefault(target, Group(target, converter)).tensors.append((name, pattern or name))
+    model._weight_conversions = [each for each in conversions if each.was_used()]
+    _check(model, known, groups, strangers)
+    return list(groups.values())
+
+
+def revert(model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole parameters of one group as tensors of the directory."""
+    return revert_weight_conversion(model, dict(parameters))
+
+
+def _check(model: Any, known: Mapping[str, Tensor], groups: Mapping[str, Group], strangers: list[str]) -> None:
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    others = [name for name in strangers if not any(re.search(pattern, name) for pattern in ignored)]
+    if others:
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        raise UserError(
+            f"model.path: has the tensor {others[0]}{more}, which {type(model).__name__} does not know: "
+            "the model would not be what its authors trained."
+        )
+    tied = {name for name, p in model.named_parameters(remove_duplicate=False)} - {
+        name for name, _ in model.named_parameters()
+    }
+    several = any(group.converter is not None and len(group.converter.target_patterns) > 1 for group in groups.values())
+    missing = [] if several else sorted(known.keys() - groups.keys() - tied)
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"model.path: lacks the tensor {missing[0]}{more}. Fetch it anew.")
