@@ -133,9 +133,9 @@ class Sharder:
         """Heads of a projection to keys or values; None of any other module."""
         parent, _, leaf = name.rpartition(".")
         head_dim = getattr(self.modules[parent], "head_dim", None) if leaf in KEYS_AND_VALUES else None
-        return (
-            module.out_features // head_dim if isinstance(head_dim, int) and hasattr(module, "out_features") else None
-        )
+        keys = self.modules.get(f"{parent}.k_proj", module)  # the heads of values may be of another size
+        features = getattr(keys, "out_features", None)
+        return features // head_dim if isinstance(head_dim, int) and isinstance(features, int) else None
 
     def _check_size(self, name: str, style: str, size: int, parts: int) -> None:
         if size % parts:
