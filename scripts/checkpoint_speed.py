@@ -23,6 +23,7 @@ from tptrain.checkpoint.load import load_newest
 from tptrain.checkpoint.save import Saver
 from tptrain.config import load_config
 from tptrain.models.cost import CHECKPOINT_BYTES
+from tptrain.models.sizes import sizes
 from tptrain.nn.decoder import parameter_count
 from tptrain.ops.choose import choose
 from tptrain.ops.node_cache import node_cache
@@ -46,7 +47,7 @@ def main(folder: Path, model: str) -> None:
         for tensor in block.moments.values():
             tensor.normal_()  # zeros would be written faster on some file systems
     saver = Saver(folder, trainer.optimizer, config, "data", mesh)
-    size = CHECKPOINT_BYTES * parameter_count(trainer.model.spec)
+    size = CHECKPOINT_BYTES * parameter_count(sizes(config.model))
     batch, actions = trainer.to_device(trainer.data.samples(0, 1)), plain(1, trainer.runner.units)
     taken: dict[str, list[float]] = {name: [] for name in ("call", "pass", "beside", "wait", "save", "load", "dd")}
 

@@ -27,8 +27,9 @@ import torch.distributed as dist
 from tptrain.checkpoint import safetensors
 from tptrain.checkpoint.commit import Commit
 from tptrain.checkpoint.export import export
-from tptrain.checkpoint.huggingface import by_tensor, load_pretrained, shapes, their_shape
+from tptrain.checkpoint.huggingface import by_tensor, shapes, their_shape
 from tptrain.checkpoint.layout import weights_state
+from tptrain.checkpoint.pretrained import read_weights
 from tptrain.checkpoint.save import write_checkpoint
 from tptrain.config import Config, load_config
 from tptrain.models.directory import adopt
@@ -99,7 +100,7 @@ def rank(folder: Path, save: bool) -> None:
     dist.barrier()
     started = time.perf_counter()
     model, store = build_model(config, mesh, REFERENCE)
-    load_pretrained(config.model, model, store.fill)
+    read_weights(config.model, model, store.fill)
     dist.barrier()
     seconds = time.perf_counter() - started
     done.set()

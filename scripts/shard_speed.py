@@ -43,7 +43,7 @@ def main(overrides: list[str]) -> None:
     peak, alone = peak_flops(device, train.precision), 0.0
     flops = decoder_spec(config.model).flops_per_token(train.seq_len) * tokens
     ops = choose(device.type, train.compile, node_cache())
-    for tp in tp_degrees(decoder_spec(config.model))[0]:
+    for tp in tp_degrees(config.model)[0]:
         if tp > 8:
             break
         group = replace(config, parallel=replace(config.parallel, tp=tp))

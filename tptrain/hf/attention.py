@@ -21,8 +21,9 @@ IRRELEVANT = ("sliding_window", "position_ids", "cache_position", "use_cache", "
 
 
 class WindowMask(Tensor):
-    """A mask of Transformers, of which it is known that it is causal with this window, and nothing else. None: a model has made
-    another one out of it.
+    """A mask of Transformers, of which it is known that it is causal with this window, and nothing else.
+
+    None: a model has made another one out of it.
     """
 
     window: int | None = None

@@ -29,7 +29,7 @@ def resolve(directory: str | None, source: dict[str, Any], plan: dict[str, str],
     mesh = Mesh(tp_grid(tp, tp, kv_heads(config)), 0, torch.device("meta"))
     model = TransformersModel(config, mesh, plan)
     if directory is not None:
-        shapes = {name: entry.shape for name, entry in TensorFiles(Path(directory)).entries.items()}
+        shapes = {name: entry.shape for name, entry in TensorFiles(Path(directory), integers=True).entries.items()}
         check_shapes(model.inner, sources(model.inner, shapes), shapes, model.shapes)
     return _facts(model)
 
