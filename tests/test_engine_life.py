@@ -48,9 +48,9 @@ from tptrain.records.run_dir import step_folder
 from tptrain.train.trainer import Trainer, build_model, cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:transformers")
-# By family: bytes of a file. Mixtral's experts are one tensor each in the files, Qwen3-Next has linear attention, and
-# DeepSeek-V3 latent attention.
-SHARDS = {"mixtral": "450KB", "qwen3_next": "5GB", "deepseek_v3": "5GB"}
+# By family: bytes of a file. Mixtral's experts are one tensor each in the files, Qwen3-Next has linear attention,
+# DeepSeek-V3 latent attention, and Sarvam's queries, keys and values are one tensor in the files.
+SHARDS = {"mixtral": "450KB", "qwen3_next": "5GB", "deepseek_v3": "5GB", "sarvam_moe": "5GB"}
 WORLD, VOCABULARY = 4, 300
 STEPS, MORE = 3, 5  # to the checkpoint, and to the end
 BATCH, LENGTH = 4, 24
@@ -396,6 +396,21 @@ def test_a_mistake_is_one_message(folder: Path, tmp_path: Path, capsys: pytest.C
     shutil.copytree(folder / "deepseek_v3", tmp_path / "model")
     damage(tmp_path / "model")
     _refused(["model=hf", f"model.path={tmp_path}/model", *lines], tmp_path / "run", capsys, message)
+
+
+def test_a_missing_tensor_is_missed_where_another_is_taken_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sarvam's queries, keys and values are one tensor in the files and three in the model."""
+    from tests import zoo
+
+    zoo.model("sarvam_moe", vocab_size=VOCABULARY).save_pretrained(tmp_path / "model")
+    lines = ["model=hf", f"model.path={tmp_path}/model", "data.tokenizer=bytes", f"run.dir={tmp_path}/run"]
+    with answered_here():
+        assert main(["config", *lines, "train.seq_len=16"]) == 0, capsys.readouterr().err
+    _change_tensors(lambda tensors: tensors.pop("model.norm.weight"))(tmp_path / "model")
+    sizes._ask.cache_clear()  # of the same directory as it was
+    _refused(lines[:2], tmp_path / "run", capsys, "lacks the tensor model.norm.weight")
 
 
 def test_an_engine_is_of_its_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def load_converted(
     the model needs. `whole`: the directory's model, where `model` is a part of it, in which a parameter has the name
     that `name_in_part` gives, if it is there.
     """
-    ours = dict(parameters(model))
+    ours, whole = dict(parameters(model)), whole or model.whole
     sums, dtypes = dict.fromkeys(ours, 0), {}
     quiet = None if model.mesh.is_main else True  # rank 0 shows a bar, on a terminal
     total = sum(p.sharding.size for p in ours.values())
@@ -47,8 +47,8 @@ def load_converted(
         closing(safetensors.Reader()) as reader,
         tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=quiet) as bar,
     ):
-        for group in sources(whole or model.inner, entries):
-            for name, start, values in _slices(group, entries, ours, model, reader, name_in_part):
+        for group in sources(whole, entries):
+            for name, start, values in _slices(group, entries, ours, model, whole, reader, name_in_part):
                 p, dtypes[name] = ours[name], entries[group.tensors[0][0]].dtype
                 sums[name] += bit_sum(values, p)
                 fill(name, p, start, values)
@@ -65,6 +65,7 @@ def _slices(
     entries: Mapping[str, Entry],
     ours: Mapping[str, Parameter],
     model: TransformersModel,
+    whole: Any,
     reader: safetensors.Reader,
     name_in_part: Callable[[str], str | None],
 ) -> Iterator[tuple[str, int, Tensor]]:
@@ -81,12 +82,12 @@ def _slices(
         for start, values in _runs(entry, ours[name], reader):
             yield name, start, values
         return
-    for converted, whole in group.convert(model.inner, lambda each: read_whole(entries[each], reader)).items():
+    for converted, value in group.convert(whole, lambda each: read_whole(entries[each], reader)).items():
         target = name_in_part(converted)
         if target is not None and target in ours:
             layout = ours[target].sharding
             place = zip(layout.offsets, layout.local_shape, strict=True)
-            part = whole.view(layout.shape)[tuple(slice(first, first + length) for first, length in place)]
+            part = value.view(layout.shape)[tuple(slice(first, first + length) for first, length in place)]
             yield target, 0, part.contiguous()
 
 
@@ -155,8 +156,8 @@ class Converted:
         self.targets: dict[str, tuple[str, ...]] = {}  # the parameters that a tensor comes from
         everything = dict(model.inner.named_parameters(remove_duplicate=False))
         names = {id(p): name for name, p in self.ours.items()}
-        for group in sources(model.inner, shapes):
-            converted = group.convert(model.inner, lambda name: torch.empty(shapes[name], device="meta"))
+        for group in sources(model.whole, shapes):
+            converted = group.convert(model.whole, lambda name: torch.empty(shapes[name], device="meta"))
             targets = tuple(names[id(everything[name])] for name in converted)  # a tied head's is the embedding
             self.targets |= {name: targets for name, _ in group.tensors}
 
@@ -165,7 +166,7 @@ class Converted:
 
         @lru_cache(maxsize=1)  # the tensors of a group come one after another
         def group(targets: tuple[str, ...]) -> dict[str, Tensor]:
-            return revert(self.model.inner, {name: self._in_module(name, value(name)) for name in targets})
+            return revert(self.model.whole, {name: self._in_module(name, value(name)) for name in targets})
 
         for name in names:
             tensors = group(self.targets[name])

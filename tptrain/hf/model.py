@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -94,6 +94,11 @@ class TransformersModel(nn.Module):
 
     def named_parameters(self, *arguments: Any, **named: Any) -> Iterator[tuple[str, nn.Parameter]]:
         return self.inner.named_parameters(*arguments, **named)
+
+    @cached_property
+    def whole(self) -> Any:
+        """The same model, not cut and without memory: what conversions of a directory's tensors read sizes of."""
+        return build(self.inner.config)
 
     @property
     def vocabulary(self) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def resolve(directory: str | None, source: dict[str, Any], plan: dict[str, str],
     model = TransformersModel(config, mesh, plan)
     if directory is not None:
         shapes = {name: entry.shape for name, entry in TensorFiles(Path(directory), integers=True).entries.items()}
-        check_shapes(model.inner, sources(model.inner, shapes), shapes, model.shapes)
+        check_shapes(model.whole, sources(model.whole, shapes), shapes, model.shapes)
     return _facts(model)
 
 

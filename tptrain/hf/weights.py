@@ -36,7 +36,7 @@ class Group:
     tensors: list[tuple[str, str]] = field(default_factory=list)  # name in the directory, pattern
 
     def convert(self, model: Any, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """The group's parameters, whole; `read` gives a tensor of the directory."""
+        """The group's parameters, whole; `read` gives a tensor of the directory. `model` is not cut."""
         if self.converter is None:
             return {self.target: read(self.tensors[0][0])}
         converter: Any = copy.deepcopy(self.converter)
@@ -81,7 +81,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_shapes(model: Any, groups: Iterable[Group], tensors: Shapes, parameters: Shapes) -> None:
-    """Raises UserError where a directory's tensors of these shapes do not make up parameters of those."""
+    """Raises UserError where a directory's tensors of these shapes do not make up all parameters of those."""
+    complete: set[str] = set()
     for group in groups:
         names = ", ".join(dict.fromkeys(pattern for _, pattern in group.tensors))
         if odd := _odd_one(group, tensors):
@@ -101,6 +102,8 @@ def check_shapes(model: Any, groups: Iterable[Group], tensors: Shapes, parameter
                 raise UserError(
                     f"model.path: has {what} of {list(shape)}, where config.json asks for {list(expected)}.{ANEW}"
                 )
+        complete |= converted.keys()
+    _check_missing(sorted(parameters.keys() - complete - _tied(model)))
 
 
 def _odd_one(group: Group, tensors: Shapes) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
@@ -122,11 +125,17 @@ def _check(model: Any, known: Mapping[str, Tensor], groups: Mapping[str, Group],
             f"model.path: has the tensor {others[0]}{more}, which {type(model).__name__} does not know: "
             "the model would not be what its authors trained."
         )
-    tied = {name for name, p in model.named_parameters(remove_duplicate=False)} - {
-        name for name, _ in model.named_parameters()
-    }
     several = any(group.converter is not None and len(group.converter.target_patterns) > 1 for group in groups.values())
-    missing = [] if several else sorted(known.keys() - groups.keys() - tied)
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"model.path: lacks the tensor {missing[0]}{more}.{ANEW}")
+    _check_missing([] if several else sorted(known.keys() - groups.keys() - _tied(model)))  # else see `check_shapes`
+
+
+def _tied(model: Any) -> set[str]:
+    """Names of parameters that are others once more."""
+    everything = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return everything - {name for name, _ in model.named_parameters()}
+
+
+def _check_missing(names: list[str]) -> None:
+    if names:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise UserError(f"model.path: lacks the tensor {names[0]}{more}.{ANEW}")
