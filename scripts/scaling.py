@@ -72,7 +72,7 @@ def fit(folder: str) -> None:
         subject = trainer(sizes, folder)
         train = subject.config.train
         tokens = train.global_batch_size * train.seq_len
-        flops = sizes(subject.config.model).flops_per_token(train.seq_len) * tokens
+        flops = sizes_of(subject.config.model).flops_per_token(train.seq_len) * tokens
         run = dry_run(subject.config, 1, 1, subject.loss.ops)
         rows.append((flops, run.activations, run.parameters))
         measured.append(seconds(subject))
