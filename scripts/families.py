@@ -1,5 +1,6 @@
-"""Every causal family of Transformers with a tensor-parallel plan, as a small random model, cut by Transformers and by
-tptrain, against one process. Started by scripts/families, which sets it up. Writes docs/families.md."""
+"""Every causal family of Transformers with a tensor-parallel plan, and some without, as a small random model, cut by
+Transformers and by tptrain, which runs Transformers' model or has the family natively, against one process. Started by
+scripts/families, which sets it up. Writes docs/families.md."""
 
 import argparse
 import time
@@ -13,12 +14,13 @@ from family_report import Outcome, Row, one_line, page
 from tqdm import tqdm
 
 from tests import zoo, zoo_step
-from tests.zoo_pool import Pool, TaskError, preload
+from tests.zoo_pool import DIED, Pool, TaskError, preload
 from tests.zoo_table import ABSENT
 from tptrain.models.families import FAMILIES as NATIVE
 
 DEGREES = (2, 4)
 MOST = max(DEGREES)
+REFUSAL = "UserError: "
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 
 
@@ -29,11 +31,16 @@ class Pools:
     timeout: float
     of: dict[int, Pool] = field(default_factory=lambda: {world: Pool(world) for world in (1, *DEGREES)})
 
-    def outcome(self, world: int, function: Callable[..., Any], *arguments: Any) -> Outcome:
+    def outcome(self, world: int, function: Callable[..., Any], *arguments: Any, again: bool = True) -> Outcome:
+        """Of a step over so many ranks. Where a rank died without an error it is tried `again`, once."""
         try:
             ranks = self.of[world].run(function, *arguments, timeout=self.timeout)
         except TaskError as error:
-            return Outcome("crashes", str(error))
+            text = str(error)
+            if again and DIED in text:
+                return self.outcome(world, function, *arguments, again=False)
+            refused = text.startswith(REFUSAL)
+            return Outcome("refused" if refused else "crashes", text.removeprefix(REFUSAL) if refused else text)
         worst = zoo_step.worst(ranks)
         wrong = zoo_step.difference(worst)
         return Outcome("wrong" if wrong else "right", wrong, worst)
@@ -50,7 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="A,B", help="these families, printed and not written")
     parser.add_argument("--timeout", type=float, default=90, help="seconds of a step, after which it crashes (90)")
     chosen = parser.parse_args()
-    known = list(zoo.config_classes())
+    known = [*zoo.config_classes(), *zoo.planless()]
     chosen.families = chosen.only.split(",") if chosen.only else known
     if unknown := set(chosen.families) - set(known):
         parser.error(f"--only: {', '.join(sorted(unknown))}: none of {', '.join(known)}")
@@ -59,7 +66,8 @@ def arguments() -> argparse.Namespace:
 
 def row(family: str, pools: Pools) -> Row:
     """What `family` does alone, and cut in every way. Where 2 KV heads are too few, again with as many as ranks."""
-    result = Row(family, sorted(set(zoo.plan(zoo.config_classes()[family]).values())), native=family in NATIVE)
+    config_class = (zoo.config_classes() | zoo.planless())[family]
+    result = Row(family, sorted(set(zoo.plan(config_class).values())))
     if family in ABSENT:
         result.absent = ABSENT[family]
         return result
@@ -73,9 +81,10 @@ def row(family: str, pools: Pools) -> Row:
         for tp in DEGREES:
             if result.styles:
                 result.theirs[tp] = pools.outcome(tp, zoo_step.theirs, folder)
+            result.engine[tp] = pools.outcome(tp, zoo_step.engine, folder)
             if family in NATIVE:
-                result.ours[tp] = pools.outcome(tp, zoo_step.ours, family, folder)
-        if result.theirs[MOST].verdict == "crashes" and zoo.grouped(family):
+                result.native[tp] = pools.outcome(tp, zoo_step.ours, family, folder)
+        if result.theirs and result.theirs[MOST].verdict == "crashes" and zoo.grouped(family):
             try:
                 pools.of[1].run(zoo_step.alone, family, wide, MOST, timeout=pools.timeout)
                 result.wide = pools.outcome(MOST, zoo_step.theirs, wide)

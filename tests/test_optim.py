@@ -55,7 +55,7 @@ def _flags() -> dict[int | None, tuple[float, float]]:
         reducer = _optimizer(module, grid, zero=flagged != 0).reducer
         for _, p in parameters(module):
             assert p.main_grad is not None
-            p.main_grad.fill_(0.5)
+            p.add_grad(torch.full_like(p.main_grad, 0.5))
         reducer.finish()
         norm, flag = reducer.norm_and_flags(flag=grid.rank == flagged).tolist()
         answers[flagged] = (flag, norm)

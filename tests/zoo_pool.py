@@ -16,6 +16,8 @@ from tests.distributed import FORKSERVER
 
 MEMORY = 12 << 30  # bytes of addresses of each rank
 GRACE = 3  # seconds that the other ranks have after one has failed
+DIED = "a rank died"
+LONGEST = 300  # characters of an error
 TASKS = 25  # of one set of ranks: each leaves process groups behind
 
 
@@ -29,14 +31,15 @@ def preload() -> None:
 
 
 class Pool:
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, tasks: int = TASKS) -> None:
+        """`tasks`: after so many come new ranks."""
+        self.world, self.most = world, tasks
         self.ranks: list[tuple[Any, Connection]] = []
         self.tasks = 0
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
         """`function(*arguments)` on every rank; their values in rank order. Raises `TaskError`."""
-        if not self.ranks or self.tasks >= TASKS:
+        if not self.ranks or self.tasks >= self.most:
             self.stop()
             self._start()
         self.tasks += 1
@@ -87,7 +90,7 @@ class Pool:
             return connection.recv()
         except (EOFError, ConnectionError):
             process.join(1)
-            return None, f"a rank died with exit code {process.exitcode}"
+            return None, f"{DIED} with exit code {process.exitcode}"
 
 
 def _rank(rank: int, world: int, port: int, tasks: Connection) -> None:
@@ -112,5 +115,5 @@ def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     frames = traceback.extract_tb(error.__traceback__)
     place = next((each for each in reversed(frames) if "/transformers/" in each.filename), frames[-1])
-    said = lines[0][:160] if lines else f"{frames[-1].line} in {frames[-1].name}"
+    said = lines[0][:LONGEST] if lines else f"{frames[-1].line} in {frames[-1].name}"
     return f"{type(error).__name__}: {said} ({os.path.basename(place.filename)}:{place.lineno})"

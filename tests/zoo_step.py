@@ -19,17 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tests import parity, zoo
 from tests import reference as ref
-from tests.distributed import gather_global, mesh
+from tests.engine import FLOOR, Engine, slice_of
 from tptrain.config import ModelConfig
-from tptrain.config.schema import OptimConfig, padded_vocab_size
-from tptrain.hf.model import TransformersModel
-from tptrain.nn.cross_entropy import CrossEntropy
-from tptrain.nn.parameter import Parameter, parameters, sharding
-from tptrain.nn.store import Store
-from tptrain.ops.table import REFERENCE
-from tptrain.optim.adamw import Optimizer
-from tptrain.train.runner import Runner
-from tptrain.train.schedule import plain
+from tptrain.nn.parameter import parameters
 
 hf.logging.set_verbosity(logging.CRITICAL)
 hf.logging.disable_progress_bar()
@@ -37,7 +29,6 @@ warnings.filterwarnings("ignore", module="transformers")
 warnings.filterwarnings("ignore", module="torch.distributed.tensor")
 IN_A_LAYER = re.compile(r"\.\d+\.")
 ALLOWED = 1e-3  # relative, of the loss and of the gradients
-FLOOR = 1e-4  # of the norm of all gradients: a smaller one is held against this. Some are zero in exact arithmetic
 
 
 @dataclass
@@ -67,6 +58,7 @@ class Distance:
     weight: float = 0.0  # the farthest of the weights, before the step
     cut: tuple[int, int] = (0, 0)  # parameters of layers: of how many a rank has a slice, how many get a gradient
     share: float = 0.0  # of the elements
+    proposed: bool = False  # whether tptrain proposed cuts that neither the model's plan has nor the user's
 
 
 def worst(ranks: list[Distance]) -> Distance:
@@ -151,48 +143,27 @@ def ours(family: str, folder: Path) -> Distance:
 def engine(folder: Path, propose: bool | None = None) -> Distance:
     """The step of Transformers' model in tptrain's hands over all ranks, against the step in `folder`."""
     step: Step = torch.load(folder / "step.pt", weights_only=False)
-    config = _load_config(folder)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    text = config.get_text_config()
-    grid = mesh(world, getattr(text, "num_key_value_heads", None) or world)
-    model = TransformersModel(config, grid, propose=propose)
-    store = Store(model, torch.float32)
-    for name, p in parameters(model):
-        whole = _padded(step.weights[name], p).view(p.sharding.shape)
-        store.fill(name, p, 0, _slice(whole, p))
-    model.settle()
-    optimizer = Optimizer(store, OptimConfig(), grid, zero=False)
-    loss = CrossEntropy(model.lm_head.weight, model.vocab_size, grid, REFERENCE, model.rule.cap, model.lm_head.bias)
-    runner = Runner(model, loss, optimizer.reducer)
-    batch = step.tokens[:, :-1], step.tokens[:, 1:].flatten()
-    optimizer.state.zero_grad()
-    torch.manual_seed(2)
-    total = runner.run(plain(1, runner.units), lambda _: batch, 1 / batch[1].numel())
-    optimizer.reducer.finish()
-    torch.manual_seed(2)
-    with torch.no_grad():
-        logits = model.logits(model(batch[0]))  # (N, V/tp)
-    layout = sharding(grid, (len(batch[1]), padded_vocab_size(model.vocab_size)), {1: "tp"})
-    logits = gather_global(logits, layout, grid)[:, : step.logits.shape[-1]].view(step.logits.shape)
-    norm, farthest, counts = step.norm, ("", 0.0), [0, 0, 0, 0]
-    for name, p in parameters(model):
-        if not p.requires_grad or p.main_grad is None:
-            continue
-        right = _slice(_padded(step.grads.get(name, torch.zeros_like(step.weights[name])), p).view(p.sharding.shape), p)
-        own = torch.zeros_like(p.main_grad) if p.overwrite else p.main_grad
-        distance = _or_infinity(_distance(own, right, FLOOR * norm))
+    own = Engine(_load_config(folder), step.weights, propose=propose)
+    loss = own.step(step.tokens)
+    logits = own.logits(step.tokens)
+    named, farthest, counts = dict(parameters(own.model)), ("", 0.0), [0, 0, 0, 0]
+    for name, grad in own.gradients().items():
+        p = named[name]
+        right = slice_of(step.grads.get(name, torch.zeros_like(step.weights[name])), p)
+        distance = _or_infinity(_distance(grad, right, FLOOR * step.norm))
         farthest = max(farthest, (name, distance), key=lambda each: each[1])
         if IN_A_LAYER.search(name) and name in step.grads:
-            cut = p.sharding.local_shape != p.sharding.shape
-            counts = [a + b for a, b in zip(counts, (cut, 1, cut * p.sharding.size, p.sharding.size), strict=True)]
+            cut, size = p.sharding.local_shape != p.sharding.shape, step.weights[name].numel()
+            counts = [a + b for a, b in zip(counts, (cut, 1, cut * size, size), strict=True)]
     return Distance(
-        abs(total.item() / step.loss - 1),
+        abs(loss / step.loss - 1),
         _distance(logits, step.logits),
         farthest[1],
         farthest[0],
         0.0,
         (counts[0], counts[1]),
         counts[2] / max(1, counts[3]),
+        bool(own.model.proposed),
     )
 
 
@@ -200,17 +171,6 @@ def _load_config(folder: Path) -> hf.PreTrainedConfig:
     config = hf.AutoConfig.from_pretrained(folder)
     config._attn_implementation = "eager"
     return config
-
-
-def _padded(whole: Tensor, p: Parameter) -> Tensor:
-    """With the rows of padding that a vocabulary has."""
-    rows = p.sharding.shape[0] - len(whole) if 0 < whole.dim() == len(p.sharding.shape) else 0
-    return torch.cat([whole, whole.new_zeros(rows, *whole.shape[1:])]) if rows else whole
-
-
-def _slice(whole: Tensor, p: Parameter) -> Tensor:
-    place = zip(p.sharding.offsets, p.sharding.local_shape, strict=True)
-    return whole[tuple(slice(start, start + length) for start, length in place)]
 
 
 def _load(step: Step, folder: Path, **settings: Any) -> hf.PreTrainedModel:

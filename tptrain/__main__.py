@@ -206,7 +206,7 @@ def train(options: argparse.Namespace) -> int:
         raise UserError("run.name: not set, and the ranks must agree on it. Give run.name or run.dir.")
     config = load_config(overrides)
     check_data(config)
-    _settle(config)
+    _settle(config, say=False)  # every rank comes here
 
     def claim() -> None:
         _check_free(Path(config.run.dir))
@@ -308,23 +308,23 @@ def _exit_code(rank: int) -> int:
     return rank if rank in (0, 2) else 1
 
 
-def _settle(config: "Config") -> None:
+def _settle(config: "Config", say: bool = True) -> None:
     """Check what needs neither a machine nor data, and fill in what follows from the model. Raises UserError."""
     from tptrain.config import validate
     from tptrain.models.check import check_model
     from tptrain.models.cost import checkpoint_every
 
     validate(config)
-    _settle_engine(config)
+    _settle_engine(config, say)
     check_model(config)
     config.checkpoint.every = checkpoint_every(config)
 
 
-def _settle_engine(config: "Config") -> None:
+def _settle_engine(config: "Config", say: bool = True) -> None:
     """Decide who computes the model, and say so where there was a choice. Raises UserError."""
     from tptrain.models.sizes import settle_engine
 
-    if (line := settle_engine(config)) and os.environ.get("RANK", "0") == "0":
+    if (line := settle_engine(config)) and say:
         print(line, file=sys.stderr)
 
 

@@ -57,7 +57,8 @@ def partial_parameters(output: Tensor, modules: Mapping[Any, str], name_of: Call
     """
     kinds: dict[Any, str] = {}
     reached: list[tuple[Any, str, str]] = [(output.grad_fn, COMPLETE, "")]  # step, kind, the module it is in
-    mixed_in: dict[Any, str] = {}  # the module in which a step's gradients are first of both kinds
+    inside: dict[Any, str] = {}  # the module that each step is in
+    mixed: list[str] = []  # modules to whose output gradients of both kinds come, the last module first
     while reached:
         step, kind, module = reached.pop()
         module = modules.get(step, module)
@@ -65,18 +66,18 @@ def partial_parameters(output: Tensor, modules: Mapping[Any, str], name_of: Call
         kind = kind if kind == before else MIXED
         if step in kinds and kind == before:
             continue
-        kinds[step] = kind
+        kinds[step], inside[step] = kind, module
+        if kind == MIXED and step in modules:
+            mixed.append(module)
         crossing = CROSSINGS.get(getattr(step, "_forward_cls", type(None)))
         if crossing is not None:
             kind = crossing.get(kind, kind)
         reached.extend((following, kind, module) for following, _ in step.next_functions if following is not None)
-        if kind == MIXED:
-            mixed_in.setdefault(step, module)
     for step, kind in kinds.items():
         variable = getattr(step, "variable", None)
         crossing = CROSSINGS.get(getattr(step, "_forward_cls", type(None)))
         if (variable is not None and kind == MIXED) or (crossing is not None and kind not in crossing):
-            raise _mistake(next(iter(mixed_in.values()), "") or name_of(variable))
+            raise _mistake(next(iter(mixed), "") or name_of(variable) or inside[step])
     return {id(step.variable) for step, kind in kinds.items() if kind == PARTIAL and hasattr(step, "variable")}
 
 

@@ -77,10 +77,11 @@ class TransformersModel(nn.Module):
         wanted = not cuts_layers(plan, named) if propose is None else propose
         self.proposed = proposal(inner, plan, mesh.grid, prefix) if wanted else {}
         plan = {**plan, **self.proposed}
-        self.region = Sharder(inner, plan, mesh, vocabulary).shard()
+        self.region = Sharder(inner, plan, mesh, vocabulary, prefix).shard()
         if ops is not None:
             use_ours(inner, ops)
         self.lm_head = Head(head)
+        _check_cut(self.lm_head, self.vocab_size)
         self.rule = LogitRule()
         fill_buffers(inner, mesh.device)
         if recompute:
@@ -212,6 +213,16 @@ def _built(config: Any) -> Any:
         if type(config) is getattr(named, "config_class", None):
             return named._from_config(config, dtype=torch.float32)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _check_cut(head: Head, vocab_size: int) -> None:
+    """Each rank's columns of the logits are its own. Raises UserError where several ranks have the same."""
+    layout = head.weight.sharding
+    if layout.copies > 1:
+        raise UserError(
+            f"model.tp_plan: the output head has {layout.shape[0]} rows, for a vocabulary of {vocab_size}, and no "
+            "style cuts them. Add one: lm_head: colwise."
+        )
 
 
 def fill_buffers(model: Any, device: torch.device) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.core_model_loading import build_glob_alternation
 
 from tptrain.config import UserError
 from tptrain.hf.plan import COLUMN, EMBEDDING, ROW, Plan, style_of
@@ -33,10 +34,12 @@ class CutEmbedding(nn.Embedding):
 
 
 class Sharder:
-    """Cuts one model. `vocabulary`: modules whose rows are the vocabulary, padded to `rows`."""
+    """Cuts one model. `vocabulary`: modules whose rows are the vocabulary, and their number with padding; `prefix`: the
+    name of the decoder in the model.
+    """
 
-    def __init__(self, model: nn.Module, plan: Plan, mesh: Mesh, vocabulary: dict[str, int]) -> None:
-        self.model, self.plan, self.mesh, self.vocabulary = model, plan, mesh, vocabulary
+    def __init__(self, model: Any, plan: Plan, mesh: Mesh, vocabulary: dict[str, int], prefix: str) -> None:
+        self.model, self.plan, self.mesh, self.vocabulary, self.prefix = model, plan, mesh, vocabulary, prefix
         self.region, self.tp = Region(mesh), mesh.size("tp")
         self.modules = dict(model.named_modules())
         self.made: dict[int, Parameter] = {}  # by the id of the tensor that it takes the place of: tied ones are one
@@ -50,7 +53,7 @@ class Sharder:
                     module._parameters[key] = self._parameter(name, module, key, p)
             for key, buffer in list(module._buffers.items()):
                 if buffer is not None and key not in module._non_persistent_buffers_set:
-                    self._keep_buffer(module, key, buffer)
+                    self._keep_buffer(name, module, key, buffer)
         for name, module in self.modules.items():
             self._connect(name, module, style_of(self.plan, name))
         return self.region
@@ -64,10 +67,20 @@ class Sharder:
             layout, shape = self._layout(name, full, module, style, tuple(p.shape))
             own = parameter(self.mesh, layout)
             own.shape_in_module = shape
-            own.requires_grad_(p.requires_grad and p.dtype.is_floating_point)
+            own.requires_grad_(p.requires_grad and self._is_text(full))
+            own.keeps_float32 = self._keeps_float32(full)
             self.made[id(p)] = own
             self.replaced.append(p)
         return self.made[id(p)]
+
+    def _is_text(self, name: str) -> bool:
+        """Whether a parameter is the decoder's or the head's; those of images or sounds are not trained."""
+        return name.startswith(f"{self.prefix}.") or not self.prefix or name.rpartition(".")[0] in self.vocabulary
+
+    def _keeps_float32(self, name: str) -> bool:
+        """What Transformers keeps in float32 where the model is in bfloat16: routers, as a rule."""
+        names = list(self.model._keep_in_fp32_modules_strict or ())
+        return bool(names) and build_glob_alternation(names)[0].search(name) is not None
 
     def _layout(
         self, name: str, full: str, module: Any, style: str, shape: tuple[int, ...]
@@ -120,21 +133,22 @@ class Sharder:
         """Heads of a projection to keys or values; None of any other module."""
         parent, _, leaf = name.rpartition(".")
         head_dim = getattr(self.modules[parent], "head_dim", None) if leaf in KEYS_AND_VALUES else None
-        return (
-            module.out_features // head_dim if isinstance(head_dim, int) and hasattr(module, "out_features") else None
-        )
+        keys = self.modules.get(f"{parent}.k_proj", module)  # the heads of values may be of another size
+        features = getattr(keys, "out_features", None)
+        return features // head_dim if isinstance(head_dim, int) and isinstance(features, int) else None
 
     def _check_size(self, name: str, style: str, size: int, parts: int) -> None:
         if size % parts:
             raise UserError(f"parallel.tp={self.tp}: does not divide the {size} features of {name} ({style}).")
 
-    def _keep_buffer(self, module: Any, key: str, buffer: Tensor) -> None:
+    def _keep_buffer(self, name: str, module: Any, key: str, buffer: Tensor) -> None:
         """A buffer that belongs to the weights is stored like a frozen parameter."""
         if not buffer.dtype.is_floating_point:
             return
         del module._buffers[key]
         frozen = parameter(self.mesh, sharding(self.mesh, tuple(buffer.shape)))
         frozen.requires_grad_(False)
+        frozen.keeps_float32 = self._keeps_float32(f"{name}.{key}" if name else key)
         module.register_parameter(key, frozen)
 
     # ----------------------------------------------------------------------------------------------------- modules

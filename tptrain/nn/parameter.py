@@ -65,6 +65,7 @@ class Parameter(nn.Parameter):
     init_constant: float | None
     main_grad: Tensor | None  # float32, of the slice's shape
     overwrite: bool  # main_grad holds an earlier step's gradient: the next one replaces it
+    keeps_float32: bool  # whatever the precision of the others
     shape_in_module: tuple[int, ...]  # of the slice; packed matrices are one there, and of one more dim in `sharding`
 
     def add_grad(self, grad: Tensor) -> None:
@@ -79,7 +80,7 @@ def parameter(mesh: Mesh, sharding: Sharding, std: float = 0.0, constant: float 
     """A slice without memory, with the standard deviation (or constant) it starts from."""
     p = Parameter(torch.empty(0, device=mesh.device))
     p.sharding, p.init_std, p.init_constant, p.main_grad, p.overwrite = sharding, std, constant, None, True
-    p.shape_in_module = sharding.local_shape
+    p.keeps_float32, p.shape_in_module = False, sharding.local_shape
     return p
 
 

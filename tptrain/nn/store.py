@@ -91,11 +91,12 @@ class Store:
     def __init__(self, model: nn.Module, dtype: torch.dtype, dp: int = 1) -> None:
         self.model = model
         unit_of: Callable[[str], str] = getattr(model, "unit_of", lambda name: "")
-        units: dict[str, list[tuple[str, Parameter]]] = {}
+        units: dict[tuple[str, torch.dtype], list[tuple[str, Parameter]]] = {}
         for name, p in parameters(model):
-            units.setdefault(unit_of(name), []).append((name, p))
+            unit = (f"{unit_of(name)}, float32", torch.float32) if p.keeps_float32 else (unit_of(name), dtype)
+            units.setdefault(unit, []).append((name, p))
         joined = [run for module in model.modules() for run in getattr(module, "joined", ())]
-        self.blocks = [Block(unit, list(_order(members, joined)), dtype, dp) for unit, members in units.items()]
+        self.blocks = [Block(unit, list(_order(members, joined)), kind, dp) for (unit, kind), members in units.items()]
 
     def initialise(self, values: Callable[[str, Parameter], Tensor]) -> None:
         """Set every weight: `values` gives a parameter's slice, float32 on the cpu."""

@@ -24,6 +24,7 @@ class Reducer:
         if unit not in self.units:
             return
         state = self.units[unit]
+        state.forget_absent()
         for summed, run in state.runs(slice(0, len(state.grads)), lambda each: each.summed):
             for axis in summed:
                 all_reduce_(state.grads[run], self.mesh.group(axis)).wait()

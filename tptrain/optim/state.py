@@ -58,6 +58,12 @@ class BlockState:
                 place = slice(low - self.own.start, high - self.own.start)
                 self.pieces.append(Piece(member.name, member.p, low - member.start, place))
 
+    def forget_absent(self) -> None:
+        """What got no gradient in this step, such as an expert that saw no token, still has an earlier step's."""
+        for member in self.block.members:
+            if member.p.main_grad is not None and member.p.overwrite:
+                member.p.main_grad.zero_()
+
     def part(self, index: int, count: int) -> slice:
         """One of `count` equal parts."""
         length = len(self.grads)
