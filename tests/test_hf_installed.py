@@ -7,7 +7,7 @@ import pytest
 
 from tests.commands import TPTRAIN, run
 
-ABSENT = 'raise ModuleNotFoundError("No module named \'transformers\'")\n'
+ABSENT = "raise ModuleNotFoundError(\"No module named 'transformers'\")\n"
 
 
 @pytest.mark.parametrize(
