@@ -66,8 +66,8 @@ def claimed(config: Config) -> Iterator[None]:
 def check_resume(before: Config, now: Config, run_dir: Path) -> None:
     """Raises UserError where `now` is not the run that `before` started."""
     old, new = _fixed_settings(before), _fixed_settings(now)
-    if before.model.engine == "auto":  # of a run from before there was another
-        old["model.engine"] = "native"
+    for settings in (old, new):  # auto: of a run from before there was another
+        settings["model.engine"] = settings["model.engine"].replace("auto", "native")
     for key in sorted(old):
         if old[key] != new[key]:
             untrained = newest_checkpoint(run_dir) is None

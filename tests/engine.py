@@ -136,7 +136,7 @@ def distances(right: Reference, mutation: str = "", **settings: Any) -> Distance
     try:
         with MUTATIONS[mutation]() if mutation else nullcontext():
             return _distances(right, **settings)
-    except RuntimeError:  # of a shape; every rank raises it
+    except UserError:  # of a shape; every rank raises it
         if not mutation:
             raise
         return {"shapes": float("inf")}
@@ -225,11 +225,13 @@ def _drop_an_exit() -> AbstractContextManager:
 
 
 def _keep_partial_gradients() -> AbstractContextManager:
-    return patch.object(model, "summed_over", lambda p, partial: p.sharding.summed)
+    return patch.object(model, "summed_over", lambda p, kinds: p.sharding.summed)
 
 
 def _sum_every_whole_gradient() -> AbstractContextManager:
-    return patch.object(model, "summed_over", lambda p, partial: gradients.summed_over(p, partial | {id(p)}))
+    return patch.object(
+        model, "summed_over", lambda p, kinds: gradients.summed_over(p, {**kinds, id(p): gradients.PARTIAL})
+    )
 
 
 def _bias_on_every_rank() -> AbstractContextManager:

@@ -260,7 +260,7 @@ def test_a_run_directory_of_another_config_is_refused(
 def test_which_settings_may_change_on_a_resume() -> None:
     marked = {"run", "parallel", "checkpoint", "logging", "wandb", "watchdog", "cluster", "verify"}
     marked |= {f"train.{key}" for key in ("steps", "micro_batch_size", "device", "on_nan", "eval_every")}
-    marked |= {"train.eval_sequences", "data.cache_dir"}
+    marked |= {"train.eval_sequences", "data.cache_dir", "model.facts"}
     config, fixed_keys = Config(), set()
     for key in known_keys():
         group, _, name = key.partition(".")

@@ -15,7 +15,7 @@ from tests.test_zoo import STYLES
 from tests.zoo_pool import Pool
 from tptrain.config import UserError
 from tptrain.hf import model
-from tptrain.hf.gradients import noted_modules, partial_parameters
+from tptrain.hf.gradients import PARTIAL, gradient_kinds, noted_modules
 from tptrain.hf.model import TransformersModel, build
 from tptrain.hf.region import Region
 from tptrain.parallel.mesh import Mesh, tp_grid
@@ -233,7 +233,8 @@ def _read(entered: bool) -> tuple[set[str], dict[str, float]]:
     with noted_modules(scales) as modules:
         output = scales(torch.arange(4.0))
     names = {id(p): name for name, p in scales.named_parameters()}
-    partial = partial_parameters(output, modules, lambda p: names[id(p)])
+    kinds = gradient_kinds(output, modules, lambda p: names[id(p)])
+    partial = {each for each, kind in kinds.items() if kind == PARTIAL}
     output.sum().backward()
     grads = {name: p.grad.item() for name, p in scales.named_parameters() if p.grad is not None}
     return {names[each] for each in partial}, grads

@@ -28,4 +28,4 @@ def read_weights(
     from tptrain.checkpoint.transformers import load_converted
 
     assert config.directory is not None
-    return load_converted(TensorFiles(Path(config.directory)).entries, model, fill, alive)
+    return load_converted(TensorFiles(Path(config.directory), integers=True).entries, model, fill, alive)

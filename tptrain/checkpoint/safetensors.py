@@ -15,7 +15,7 @@ from torch import Tensor
 from tptrain.checkpoint.files import BLOCK, MeasuredStream
 from tptrain.models.safetensors import INDEX, SINGLE, Entry, problem
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
 
 
 class Reader:

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from tptrain.checkpoint import safetensors
 from tptrain.checkpoint.huggingface import AT_ONCE, Fill, bit_sum, digest
+from tptrain.config import UserError
 from tptrain.hf.model import TransformersModel
 from tptrain.hf.weights import Group, revert, sources
-from tptrain.models.safetensors import Entry, problem
+from tptrain.models.safetensors import INTEGERS, Entry, problem
 from tptrain.nn.parameter import Parameter, parameters
 
 # ------------------------------------------------------------------------------------------------------------------- in
@@ -69,6 +70,9 @@ def _slices(
 ) -> Iterator[tuple[str, int, Tensor]]:
     """This rank's slices of a group's parameters, in runs: name, first element in the slice, values."""
     name = name_in_part(group.target)
+    if entries[group.tensors[0][0]].dtype in INTEGERS:
+        _check_table(group, entries, model, reader, name)
+        return
     if name is None or (group.converter is None and name not in ours):  # or a tied head, which some directories have
         return
     if group.converter is None and len(ours[name].sharding.shape) in (1, 2):
@@ -84,6 +88,25 @@ def _slices(
             place = zip(layout.offsets, layout.local_shape, strict=True)
             part = whole.view(layout.shape)[tuple(slice(first, first + length) for first, length in place)]
             yield target, 0, part.contiguous()
+
+
+def _check_table(
+    group: Group,
+    entries: Mapping[str, Entry],
+    model: TransformersModel,
+    reader: safetensors.Reader,
+    name: str | None,
+) -> None:
+    """Raises UserError for a table of whole numbers that does not follow from the config: checkpoints have none."""
+    tables = dict(model.inner.named_buffers())
+    if name is None:
+        return
+    entry = entries[group.tensors[0][0]]
+    if name not in tables or not torch.equal(read_whole(entry, reader).cpu(), tables[name].cpu()):
+        raise UserError(
+            f"model.path: {entry.file.name} has {name}, a table of whole numbers that does not follow from "
+            "config.json. Models with such tables are not trained."
+        )
 
 
 def read_whole(entry: Entry, reader: safetensors.Reader) -> Tensor:

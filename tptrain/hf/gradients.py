@@ -50,8 +50,8 @@ def noted_modules(model: nn.Module) -> Iterator[dict[Any, str]]:
             hook.remove()
 
 
-def partial_parameters(output: Tensor, modules: Mapping[Any, str], name_of: Callable[[Any], str]) -> set[int]:
-    """The ids of the parameters that get partial gradients. Raises UserError for a plan with a mistake.
+def gradient_kinds(output: Tensor, modules: Mapping[Any, str], name_of: Callable[[Any], str]) -> dict[int, str]:
+    """What each parameter's gradient is, by its id: COMPLETE or PARTIAL. Raises UserError for a plan with a mistake.
 
     `output`: of the forward pass, with its graph; `modules`: as `noted_modules` has noted them.
     """
@@ -78,7 +78,7 @@ def partial_parameters(output: Tensor, modules: Mapping[Any, str], name_of: Call
         crossing = CROSSINGS.get(getattr(step, "_forward_cls", type(None)))
         if (variable is not None and kind == MIXED) or (crossing is not None and kind not in crossing):
             raise _mistake(next(iter(mixed), "") or name_of(variable) or inside[step])
-    return {id(step.variable) for step, kind in kinds.items() if kind == PARTIAL and hasattr(step, "variable")}
+    return {id(step.variable): kind for step, kind in kinds.items() if hasattr(step, "variable")}
 
 
 def _mistake(module: str) -> UserError:
@@ -88,10 +88,15 @@ def _mistake(module: str) -> UserError:
     )
 
 
-def summed_over(p: Parameter, partial: set[int]) -> tuple[str, ...]:
+def summed_over(p: Parameter, kinds: Mapping[int, str]) -> tuple[str, ...]:
     """The axes over which a parameter's gradient is a sum."""
     whole = not p.sharding.cuts
-    return ("tp",) if whole and id(p) in partial else p.sharding.summed
+    return ("tp",) if whole and kinds.get(id(p)) == PARTIAL else p.sharding.summed
+
+
+def refuse(name: str, p: Parameter) -> None:
+    """For a parameter that the forward pass which was looked at did not reach: its gradient may be partial."""
+    raise RuntimeError(f"{name} gets a gradient of an unknown kind: the forward pass at the start did not reach it")
 
 
 @torch.no_grad()

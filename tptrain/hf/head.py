@@ -79,4 +79,6 @@ def logit_rule(model: Any, head: Head, tokens: Tensor) -> tuple[Tensor, LogitRul
         rule = LogitRule(1.0 if abs(slope - 1) < 1e-5 else slope, cap)
         if not torch.allclose(result, cap * torch.tanh(rule.scale * points / cap), rtol=1e-4):
             raise UserError(f"model.path: {type(model).__name__} changes its logits in a way that is not known here.")
+    if rule.scale != 1.0 and head.bias is not None:
+        raise UserError(f"model.path: {type(model).__name__} scales its logits, and its head has a bias.")
     return x, rule

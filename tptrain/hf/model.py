@@ -6,7 +6,9 @@ Shapes: see nn/decoder.py.
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from tptrain.config.schema import ModelConfig, padded_vocab_size
 from tptrain.hf.attention import use_ours
 from tptrain.hf.corrections import corrected
 from tptrain.hf.cut import keep_layers, stack
-from tptrain.hf.gradients import noted_modules, partial_parameters, receive, summed_over
+from tptrain.hf.gradients import gradient_kinds, noted_modules, receive, refuse, summed_over
 from tptrain.hf.head import Head, LogitRule, logit_rule
 from tptrain.hf.plan import Plan, with_user_entries
 from tptrain.hf.propose import cuts_layers, proposal
@@ -30,7 +32,7 @@ from tptrain.nn.rotary import Context
 from tptrain.ops.table import Operations
 from tptrain.parallel.mesh import Mesh, tp_grid
 
-PROBE = 8  # tokens of the forward pass that is only looked at
+PROBE = 64  # tokens of the forward pass that is only looked at
 
 
 class TransformersModel(nn.Module):
@@ -77,6 +79,7 @@ class TransformersModel(nn.Module):
         wanted = not cuts_layers(plan, named) if propose is None else propose
         self.proposed = proposal(inner, plan, mesh.grid, prefix) if wanted else {}
         plan = {**plan, **self.proposed}
+        self.vocabulary_modules = [module for module, name in names.items() if name in vocabulary]
         self.region = Sharder(inner, plan, mesh, vocabulary, prefix).shard()
         if ops is not None:
             use_ours(inner, ops)
@@ -94,23 +97,40 @@ class TransformersModel(nn.Module):
     @property
     def vocabulary(self) -> tuple[str, ...]:
         """Parameters whose rows are the vocabulary."""
-        rows = padded_vocab_size(self.vocab_size)
-        return tuple(name for name, p in parameters(self) if p.sharding.shape[:1] == (rows,))
+        own = {id(p) for module in self.vocabulary_modules for p in module.parameters(recurse=False)}
+        return tuple(name for name, p in parameters(self) if id(p) in own)
 
     def settle(self) -> None:
         """Once the weights have memory, of whatever values: find out over which axes gradients are sums, and what is
         done to logits. Runs a forward pass. Raises UserError for a plan with a mistake.
         """
-        tokens = torch.zeros(1, PROBE, dtype=torch.long, device=self.mesh.device)
+        positions = getattr(self.inner.config.get_text_config(), "max_position_embeddings", None) or PROBE
+        tokens = torch.arange(min(PROBE, positions), device=self.mesh.device).unsqueeze(0) % self.vocab_size
         names = {id(p): name for name, p in self.named_parameters()}
-        with torch.enable_grad(), noted_modules(self.inner) as modules:
+        with torch.enable_grad(), noted_modules(self.inner) as modules, self._plan_blamed():
             x, self.rule = logit_rule(self.inner, self.lm_head, tokens)
             self.region.forget()
-        partial = partial_parameters(x, modules, lambda p: names.get(id(p), ""))
-        for _, p in parameters(self):
-            p.sharding = replace(p.sharding, summed=summed_over(p, partial))
+        kinds = gradient_kinds(x, modules, lambda p: names.get(id(p), ""))
+        heads = {id(p) for p in self.lm_head.linear.parameters(recurse=False)}
+        for name, p in parameters(self):
+            p.sharding = replace(p.sharding, summed=summed_over(p, kinds))
             if p.requires_grad:
-                p.register_post_accumulate_grad_hook(receive)  # type: ignore[arg-type]
+                known = id(p) in kinds or id(p) in heads
+                p.register_post_accumulate_grad_hook(receive if known else partial(refuse, name))  # type: ignore[arg-type]
+
+    @contextmanager
+    def _plan_blamed(self) -> Iterator[None]:
+        """Shapes that do not fit are a mistake of the plan. Raises UserError."""
+        try:
+            yield
+        except (RuntimeError, IndexError) as error:
+            text = str(error).splitlines()[0]
+            if not re.search("size|shape|dimension|index", text):
+                raise
+            raise UserError(
+                f"parallel.tp={self.mesh.size('tp')}: {type(self.inner).__name__} does not work as its plan cuts it: "
+                f"{text}. Choose another tp, or give model.tp_plan entries that keep the module whole (replicate)."
+            ) from error
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) token ids -> (N, D), the head's input."""
@@ -180,6 +200,11 @@ def read_config(source: Mapping[str, Any], dropout: float | None, vocab: int | N
         )
     for name in noisy:
         setattr(text, name, 0.0)
+    if getattr(text, "output_router_logits", False):
+        raise UserError(
+            "model.path: config.json has output_router_logits=true, a loss of the routers that is not computed here. "
+            "Set it to false in a copy of the model."
+        )
     if vocab is not None:
         text.vocab_size = min(vocab, text.vocab_size)
     return config

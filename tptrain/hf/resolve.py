@@ -30,7 +30,7 @@ def resolve(directory: str | None, source: dict[str, Any], plan: dict[str, str],
     mesh = Mesh(tp_grid(tp, tp, kv_heads(config)), 0, torch.device("meta"))
     model = TransformersModel(config, mesh, plan)
     if directory is not None:
-        sources(model.inner, TensorFiles(Path(directory)).entries)
+        sources(model.inner, TensorFiles(Path(directory), integers=True).entries)
     return _facts(model)
 
 

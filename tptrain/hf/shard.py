@@ -79,7 +79,7 @@ class Sharder:
 
     def _keeps_float32(self, name: str) -> bool:
         """What Transformers keeps in float32 where the model is in bfloat16: routers, as a rule."""
-        names = list(self.model._keep_in_fp32_modules_strict or ())
+        names: list[Any] = list(self.model._keep_in_fp32_modules_strict or ())
         return bool(names) and build_glob_alternation(names)[0].search(name) is not None
 
     def _layout(
@@ -142,7 +142,7 @@ class Sharder:
             raise UserError(f"parallel.tp={self.tp}: does not divide the {size} features of {name} ({style}).")
 
     def _keep_buffer(self, name: str, module: Any, key: str, buffer: Tensor) -> None:
-        """A buffer that belongs to the weights is stored like a frozen parameter."""
+        """A buffer that belongs to the weights is stored like a frozen parameter; a table of whole numbers is not."""
         if not buffer.dtype.is_floating_point:
             return
         del module._buffers[key]

@@ -81,7 +81,7 @@ def _copy(source: Path, target: Path) -> None:
         for file in sorted(source.iterdir()):
             if file.is_file() and not file.name.endswith(WEIGHTS) and file.stat().st_size <= FILE_BYTES:
                 shutil.copyfile(file, partial / file.name)
-        entries = TensorFiles(source).entries
+        entries = TensorFiles(source, integers=True).entries
         written = {name: [entry.dtype, entry.file.name, *entry.shape] for name, entry in entries.items()}
         write_atomically(partial / TENSORS, json.dumps(written, indent=0))
         partial.rename(target)

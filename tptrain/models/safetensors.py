@@ -6,6 +6,7 @@ header, which gives dtype, shape and place of each tensor; then their bytes, in 
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tptrain.config import UserError
 from tptrain.config.pretrained import read_json
 
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}  # of an element, by the format's name of its type
+INTEGERS = {"I64": 8, "I32": 4}  # as well, of tables that some models of Transformers have beside their weights
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEADER_BYTES = 100 * 2**20  # at most, as in the safetensors library
 
@@ -31,12 +33,13 @@ class Entry:
 class TensorFiles:
     """The tensors of a directory, by name. Every problem is a UserError that names the file."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, integers: bool = False) -> None:
+        """`integers`: tensors of whole numbers may be among them."""
+        self.folder, sizes = folder, BYTES | (INTEGERS if integers else {})
         self.entries: dict[str, Entry] = {}
         listed = _index(folder)
         for file in sorted(set(listed.values())) if listed else [SINGLE]:
-            for name, entry in _header(folder / file).items():
+            for name, entry in _header(folder / file, sizes).items():
                 if name in self.entries:
                     raise problem(entry.file, f"has {name}, and so has {self.entries[name].file.name}")
                 self.entries[name] = entry
@@ -67,7 +70,7 @@ def _index(folder: Path) -> dict[str, str]:
     return listed
 
 
-def _header(file: Path) -> dict[str, Entry]:
+def _header(file: Path, sizes: Mapping[str, int]) -> dict[str, Entry]:
     try:
         total = file.stat().st_size
         with file.open("rb") as opened:
@@ -88,11 +91,11 @@ def _header(file: Path) -> dict[str, Entry]:
             dtype, shape, (start, stop) = described["dtype"], tuple(described["shape"]), described["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise problem(file, f"has a damaged entry for {name}") from error
-        if dtype not in BYTES:
+        if dtype not in sizes:
             raise problem(file, f"has {name} in {dtype}; only {', '.join(BYTES)} can be trained")
         if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
             raise problem(file, f"has a damaged entry for {name}")
-        if stop - start != math.prod(shape) * BYTES[dtype]:
+        if stop - start != math.prod(shape) * sizes[dtype]:
             raise problem(file, f"has {stop - start} bytes for {name}, which is {dtype} of {list(shape)}")
         entries[name] = Entry(file, dtype, shape, 8 + length + start)
         places.append((start, stop, name))

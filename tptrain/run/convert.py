@@ -27,7 +27,7 @@ def run(config: Config) -> bool:
     rendezvous = meet(config, box)
     mesh = connect_ranks(config, box, rendezvous)
     assert config.model.directory is not None
-    dtypes = {entry.dtype for entry in TensorFiles(Path(config.model.directory)).entries.values()}
+    dtypes = {entry.dtype for entry in TensorFiles(Path(config.model.directory), integers=True).entries.values()}
     precision = "bf16" if dtypes == {"BF16"} else "fp32"
     config = replace(config, train=replace(config.train, precision=precision))
     model, store = build_model(config, mesh, rendezvous.ops)

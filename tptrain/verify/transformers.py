@@ -106,7 +106,8 @@ class PlainStep:
                 p.copy_(self._as_module(name, values))
             return
         assert self.config.model.directory is not None
-        entries, name_in_part = TensorFiles(Path(self.config.model.directory)).entries, names_in_part(self.cut)
+        entries = TensorFiles(Path(self.config.model.directory), integers=True).entries
+        name_in_part = names_in_part(self.cut)
         whole = build(read_config(self.config.model.source, self.config.model.dropout))
         with closing(safetensors.Reader()) as reader:
             for group in sources(whole, entries):
@@ -221,7 +222,7 @@ class TransformersStep:
             state.initialise(lambda name, p: drawn(name, p, name in norms, config.train.seed))
             return
         assert config.model.directory is not None
-        entries = TensorFiles(Path(config.model.directory)).entries
+        entries = TensorFiles(Path(config.model.directory), integers=True).entries
         whole = build(read_config(config.model.source, config.model.dropout))
         load_converted(entries, self.model, state.fill, whole=whole, name_in_part=names_in_part(self.cut))
 
