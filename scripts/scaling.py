@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from tptrain.config import load_config
+from tptrain.models.sizes import sizes as sizes_of
 from tptrain.ops.choose import choose
 from tptrain.ops.node_cache import node_cache
 from tptrain.parallel.connect import connect
