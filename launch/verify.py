@@ -1,6 +1,7 @@
 """`verify` on this machine: one rank computes the reference, then all ranks compute the same and compare."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -103,7 +104,8 @@ def check_proposed(config: Config) -> None:
     report = Path(config.run.dir) / VERIFICATION
     if report.exists():
         before = json.loads(report.read_text())
-        if before["verdict"] == "right" and f"tp={tp}" in before["topology"].split():
+        same = before.get("plan") == _plan(config)
+        if before["verdict"] == "right" and f"tp={tp}" in before["topology"].split() and same:
             return
     print(f"model.tp_plan: {config.model.name} has no plan that cuts its layers. tptrain proposes:", flush=True)
     for name, style in spec.proposed.items():
@@ -125,6 +127,16 @@ def check_proposed(config: Config) -> None:
         )
 
 
+def _plan(config: Config) -> str:
+    """Whose plan cuts a model of Transformers, in words."""
+    proposed = sizes(config.model).proposed if config.model.engine == "transformers" else {}  # type: ignore[union-attr]
+    own = "the model's own" + (", with entries of model.tp_plan" if config.model.tp_plan else "")
+    if not proposed:
+        return own
+    digest = hashlib.sha256(json.dumps([config.model.source, proposed], sort_keys=True).encode()).hexdigest()
+    return f"proposed by tptrain ({digest[:12]})"
+
+
 def _facts(config: Config, smaller: Cut, world: int) -> dict[str, object]:
     """What is verified, in words."""
     spec, whole, parallel = smaller.spec, smaller.model, config.parallel
@@ -144,6 +156,7 @@ def _facts(config: Config, smaller: Cut, world: int) -> dict[str, object]:
         "model": f"{config.model.name}: layers {layers} of its {smaller.total}, {kinds}; {widths}, {vocabulary}",
         "weights": "the model's own" if config.verify.weights == "model" else "random, every parameter drawn",
         "topology": " ".join(axes),
+        **({"plan": _plan(config)} if config.model.engine == "transformers" else {}),
         "precision": config.train.precision,
         "batch": f"{config.train.global_batch_size} sequences of {smaller.length} tokens, {BATCHES} parts a rank",
     }
@@ -174,7 +187,8 @@ def _check_memory(config: Config, spec: DecoderSpec | Facts, world: int) -> None
         flush=True,
     )
     free = psutil.virtual_memory().available
-    advice = "Shrink the model with verify.width=512 or verify.vocab=4096 (random weights then)."
+    shrink = "verify.vocab=4096" if isinstance(spec, Facts) else "verify.width=512 or verify.vocab=4096"
+    advice = f"Shrink the model with {shrink} (random weights then), or do it on another machine with this run.dir."
     on_gpu = config.train.device == "cuda" or (config.train.device == "auto" and Path("/dev/nvidiactl").exists())
     if not on_gpu and max(one, together) > free:
         raise UserError(f"verify: this machine has {free / GIB:.1f} GiB of memory free. {advice}")

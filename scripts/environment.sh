@@ -1,5 +1,5 @@
 # Sourced by scripts/quickstart and scripts/test: the environment in .venv, made or brought up to date.
-# usage: prepare_environment [EXTRA]     PYTHON=... chooses the interpreter (3.11 or newer).
+# usage: prepare_environment [EXTRA]     PYTHON=... chooses the interpreter (3.11 or newer). Without EXTRA: hf.
 
 prepare_environment() {
   local extra=${1:-} python=${PYTHON:-python3} wanted stamp=.venv/.tptrain
@@ -16,9 +16,10 @@ prepare_environment() {
   fi
   wanted="$(cksum <pyproject.toml) $PWD"
   [ -n "$extra" ] || extra=$(sed -n "s/^extra //p" "$stamp" 2>/dev/null || true) # keep what is there already
+  extra=${extra:-hf}
   [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted
 extra $extra" ] && return
   echo "installing into .venv (the first time this takes some minutes: torch is large) ..."
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$extra]"
   printf '%s\nextra %s\n' "$wanted" "$extra" >"$stamp"
 }

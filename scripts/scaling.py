@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from tptrain.config import load_config
+from tptrain.models.sizes import sizes as sizes_of
 from tptrain.ops.choose import choose
 from tptrain.ops.node_cache import node_cache
 from tptrain.parallel.connect import connect
@@ -72,7 +73,7 @@ def fit(folder: str) -> None:
         subject = trainer(sizes, folder)
         train = subject.config.train
         tokens = train.global_batch_size * train.seq_len
-        flops = sizes(subject.config.model).flops_per_token(train.seq_len) * tokens
+        flops = sizes_of(subject.config.model).flops_per_token(train.seq_len) * tokens
         run = dry_run(subject.config, 1, 1, subject.loss.ops)
         rows.append((flops, run.activations, run.parameters))
         measured.append(seconds(subject))

@@ -21,6 +21,7 @@ from tptrain.checkpoint.integrity import problem_of
 from tptrain.checkpoint.layout import Part
 from tptrain.config import Config, UserError, read_config
 from tptrain.config.schema import MODEL_FILES
+from tptrain.hf import check_installed
 from tptrain.models.directory import OWN_FILES, TENSORS, file_name
 from tptrain.models.families.keys import Key
 from tptrain.models.settings import decoder_spec, family, family_of_settings
@@ -116,6 +117,7 @@ def _joined(
 
 def _converted(config: Config, written: dict[str, list[Any]]) -> tuple[Shapes, Shapes, Any]:
     """As `_native`, of a model that is Transformers'."""
+    check_installed()
     from tptrain.checkpoint.transformers import Converted
     from tptrain.hf.model import on_meta
 

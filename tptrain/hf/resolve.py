@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tptrain.config import UserError
+from tptrain.hf import check_installed
 from tptrain.models.safetensors import TensorFiles
 from tptrain.nn.parameter import parameters
 from tptrain.parallel.mesh import Mesh, tp_grid
@@ -102,6 +103,7 @@ def _attention(text: Any) -> list[tuple[int, int | None]]:
 def main() -> int:
     logging.disable(logging.WARNING)
     try:
+        check_installed()
         verb, *question = json.load(sys.stdin)
         print(json.dumps((resolve_cut if verb == "cut" else resolve)(*question)))
     except UserError as error:

@@ -18,7 +18,7 @@ def check_model(config: Config, reads_weights: bool = True) -> None:
     """
     spec = checked_spec(config.model)
     begun = (Path(config.run.dir) / MODEL_FILES / TENSORS).exists()
-    if reads_weights and config.model.path is not None and config.model.engine == "native" and not begun:
+    if reads_weights and config.model.path is not None and config.model.engine != "transformers" and not begun:
         tensors(config.model)
     if config.checkpoint.export != "none" and config.model.path is None:
         family_of_settings(config.model)

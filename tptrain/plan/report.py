@@ -46,7 +46,7 @@ def plan(config: Config) -> str:
     steps: dict[int, Step | None] = {}
     for tp in tqdm(legal, desc="dry runs", unit="tp", leave=False, disable=None):
         ranks = _ranks(config) or tp
-        runs[tp] = dry_run(config, tp, max(1, ranks // tp), planned(config))
+        runs[tp] = _dry_run(config, tp, max(1, ranks // tp))
         try:
             steps[tp] = _step(config, tp, ranks, runs[tp])
         except UserError as error:
@@ -61,6 +61,19 @@ def plan(config: Config) -> str:
         ASSUMED,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _dry_run(config: Config, tp: int, dp: int) -> DryRun:
+    """Raises UserError for a model that a dry run cannot run."""
+    try:
+        return dry_run(config, tp, dp, planned(config))
+    except (NotImplementedError, RuntimeError) as error:
+        if config.model.engine != "transformers":
+            raise
+        raise UserError(
+            f"plan: the code of {config.model.name} looks at numbers, as experts do that choose tokens by them, and a "
+            f"dry run has none: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def tp_degrees(model: ModelConfig) -> tuple[list[int], list[str]]:

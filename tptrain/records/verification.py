@@ -68,7 +68,8 @@ class Verification:
         """One sentence."""
         wrong = self.wrong
         if not wrong:
-            return f"right: {self.facts['topology']} gives what one rank gives"
+            other = "Transformers gives in one process" if "plan" in self.facts else "one rank gives"
+            return f"right: {self.facts['topology']} gives what {other}"
         first = wrong[0]
         off = "no number" if math.isinf(first["distance"]) else f"{100 * first['distance']:.2g}% off"
         more = len({(item["module"], item["what"]) for item in wrong}) - 1

@@ -139,9 +139,10 @@ def out_of_memory(config: Config, text: str, step: int) -> str:
     train, changes = config.train, []
     if (size := train.micro_batch_size or MOST_AT_ONCE) > 1:
         changes.append(f"train.micro_batch_size={size // 2}")
+    native = config.model.engine != "transformers"  # which alone has the next two
     if train.recompute != "full":
-        changes.append("train.recompute=" + ("selective" if train.recompute == "none" else "full"))
-    if not config.parallel.sequence_parallel and config.parallel.tp > 1 and not config.parallel.overlap:
+        changes.append("train.recompute=" + ("selective" if train.recompute == "none" and native else "full"))
+    if native and not config.parallel.sequence_parallel and config.parallel.tp > 1 and not config.parallel.overlap:
         changes.append("parallel.sequence_parallel=true")
     changes.append(f"a parallel.tp above {config.parallel.tp}")
     return (

@@ -15,6 +15,7 @@ from tptrain.config import Config
 from tptrain.config.schema import micro_batch_size
 from tptrain.data.order import TokenData
 from tptrain.data.packing import prepare
+from tptrain.hf import check_installed
 from tptrain.models.settings import decoder_spec
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.nn.decoder import Decoder
@@ -40,6 +41,7 @@ def build_model(config: Config, mesh: Mesh, ops: Operations) -> tuple["Model", S
     """The model and the memory of its weights, without values. Every rank calls it."""
     dtype, dp = DTYPES[config.train.precision], mesh.size("dp")
     if config.model.engine == "transformers":
+        check_installed()
         from tptrain.hf.model import of_config
 
         model = of_config(config, mesh, ops)
