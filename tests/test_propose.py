@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from tests import zoo
 from tests.distributed import mesh, run_ranks
+from tptrain.config import UserError
 from tptrain.hf import propose
 from tptrain.hf.model import TransformersModel, build
 from tptrain.hf.plan import Plan
@@ -115,7 +116,7 @@ def _differences(folder: Path) -> dict[str, str]:
             with breaks[family]:
                 try:
                     differences[f"{family}, broken"] = zoo_step.difference(zoo_step.engine(folder / family))
-                except RuntimeError as error:
+                except (RuntimeError, UserError) as error:
                     differences[f"{family}, broken"] = str(error)
     return differences
 
