@@ -42,7 +42,7 @@ What came out:
 One small model, one batch and one step of each family show mistakes of a plan. They say nothing of speed, of bfloat16
 or of other parallelism beside it, and a model of these sizes may crash where the released one would not, by a size
 that the number of ranks does not divide. DeepSeek-V4's table of experts by token id is all zeros here, as Transformers
-initialises it: tptrain does not read it from files, so the released model would be trained wrong.
+initialises it. tptrain refuses a directory whose table is another: checkpoints hold no whole numbers.
 
 Made by `scripts/families` in {minutes:.0f} minutes on {cores} cores (CPU): Transformers {transformers}, torch {torch},
 accelerate {accelerate}.

@@ -6,6 +6,7 @@ and whatever else SDPA is given (a bias, sinks), goes to Transformers' own funct
 Shapes: B batch, T sequence, H/tp heads of queries and K/tp of keys on this rank, d head_dim.
 """
 
+import inspect
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from tptrain.ops.table import Operations
 
 NAME = "tptrain"
+WINDOWED = {"causal_mask_function", "sliding_window_overlay"}  # Transformers' functions that such a mask is made of
 # Of a model's calls, beside masks: of caches, and the window, which is in the mask.
 IRRELEVANT = ("sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions", "logits_to_keep")
 
@@ -31,13 +33,19 @@ class WindowMask(Tensor):
 
 def mask(*arguments: Any, allow_is_causal_skip: bool = True, **named: Any) -> Tensor | None:
     """Transformers' mask (B, 1, T, T), with its window where it is a plain one. None: causal."""
-    made = sdpa_mask(*arguments, allow_is_causal_skip=allow_is_causal_skip, **named)
-    window, is_plain = named.get("local_size"), allow_is_causal_skip and named.get("attention_mask") is None
-    if made is None or window is None or not is_plain:
-        return made
-    known = made.as_subclass(WindowMask)
-    known.window = window
+    plain = sdpa_mask(*arguments, allow_is_causal_skip=allow_is_causal_skip, **named)
+    if plain is None or not allow_is_causal_skip or not _is_window(named.get("mask_function")):
+        return plain
+    known = plain.as_subclass(WindowMask)
+    known.window = named["local_size"] if named.get("attention_mask") is None else None
     return known
+
+
+def _is_window(function: Any) -> bool:
+    """Whether a mask is causal with a sliding window: not one of chunks, which have a local size as well."""
+    parts = inspect.getclosurevars(function).nonlocals.get("mask_functions", ()) if inspect.isfunction(function) else ()
+    names = {part.__qualname__.split(".")[0] for part in parts}
+    return function.__qualname__.startswith("and_masks.") and names == WINDOWED if names else False
 
 
 def attention(

@@ -5,6 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from tptrain.models.cut import WINDOW
+
+LOCAL = ("sliding_window", "attention_chunk_size")
 SCALARS = (bool, int, float, str, type(None))
 NUMBERS = ("layer_idx", "layer_number", "training")  # what differs between layers of one kind
 
@@ -55,7 +58,10 @@ def _is_setting(key: str, value: Any) -> bool:
 
 
 def keep_layers(inner: Any, name: str, layers: tuple[int, ...]) -> None:
-    """Leave out all other layers of a stack, in the model and in what its config says of each layer."""
+    """Leave out all other layers of a stack, in the model and in what its config says of each layer.
+
+    Local attention is cut to fewer keys than `verify`'s sequences have.
+    """
     config = inner.config.get_text_config()
     module, total = inner.get_submodule(name), config.num_hidden_layers
     parent, _, leaf = name.rpartition(".")
@@ -64,3 +70,6 @@ def keep_layers(inner: Any, name: str, layers: tuple[int, ...]) -> None:
         if isinstance(value, (list, tuple)) and len(value) == total:
             vars(config)[key] = type(value)(value[i] for i in layers)  # past checks that look at one field alone
     vars(config)["num_hidden_layers"] = len(layers)
+    for key in LOCAL:
+        if isinstance(size := vars(config).get(key), int) and size > WINDOW:
+            vars(config)[key] = WINDOW

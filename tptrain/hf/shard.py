@@ -42,7 +42,9 @@ class Sharder:
         self.model, self.plan, self.mesh, self.vocabulary, self.prefix = model, plan, mesh, vocabulary, prefix
         self.region, self.tp = Region(mesh), mesh.size("tp")
         self.modules = dict(model.named_modules())
-        self.made: dict[int, Parameter] = {}  # by the id of the tensor that it takes the place of: tied ones are one
+        self.parameters: dict[
+            int, Parameter
+        ] = {}  # by the id of the tensor that it takes the place of: tied ones are one
         self.replaced: list[nn.Parameter] = []  # kept, or ids come again
 
     def shard(self) -> Region:
@@ -61,7 +63,7 @@ class Sharder:
     # -------------------------------------------------------------------------------------------------- parameters
 
     def _parameter(self, name: str, module: Any, key: str, p: nn.Parameter) -> Parameter:
-        if id(p) not in self.made:
+        if id(p) not in self.parameters:
             full = f"{name}.{key}" if name else key
             style = style_of(self.plan, full) or style_of(self.plan, name) or "replicate"
             layout, shape = self._layout(name, full, module, style, tuple(p.shape))
@@ -69,9 +71,9 @@ class Sharder:
             own.shape_in_module = shape
             own.requires_grad_(p.requires_grad and self._is_text(full))
             own.keeps_float32 = self._keeps_float32(full)
-            self.made[id(p)] = own
+            self.parameters[id(p)] = own
             self.replaced.append(p)
-        return self.made[id(p)]
+        return self.parameters[id(p)]
 
     def _is_text(self, name: str) -> bool:
         """Whether a parameter is the decoder's or the head's; those of images or sounds are not trained."""

@@ -1,0 +1,71 @@
+"""Our attention in Transformers' models, in one process: which calls it takes, and that they give what SDPA gives."""
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from tests import zoo
+from tptrain.hf import attention
+from tptrain.ops.table import REFERENCE
+
+CASES = {  # family, changes of its config, and whether every layer's mask is one that is known
+    "causal": ("llama", {}, True),
+    "a window in every layer": ("mistral", {"sliding_window": 8}, True),
+    "a window in some layers": ("gemma3_text", {"sliding_window": 8}, True),
+    "a window as long as the sequence": ("mistral", {"sliding_window": zoo.SEQ_LEN}, True),
+    "chunks": ("llama4_text", {"attention_chunk_size": 8}, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::Warning:transformers")
+@pytest.mark.parametrize("case", CASES)
+def test_as_sdpa(case: str) -> None:
+    family, changes, known = CASES[case]
+    model = zoo.model(family, **changes)
+    model.set_attn_implementation("sdpa")
+    tokens = zoo.tokens()
+    loss, logits = zoo.loss_and_logits(model, tokens)
+    loss.backward()
+    right = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    theirs: list[Any] = []
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        theirs.append(arguments[0])
+        return sdpa(*arguments, **named)
+
+    sdpa = attention.sdpa_attention_forward
+    attention.use_ours(model, REFERENCE)
+    with patch.object(attention, "sdpa_attention_forward", noted):
+        ours, own = zoo.loss_and_logits(model, tokens)
+        ours.backward()
+    assert (not theirs) == known
+    torch.testing.assert_close(own, logits, rtol=1e-5, atol=1e-5)
+    for name, p in model.named_parameters():
+        if name in right:
+            torch.testing.assert_close(p.grad, right[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::Warning:transformers")
+def test_a_mask_that_a_model_has_changed_goes_to_sdpa() -> None:
+    mask = attention.mask(1, 6, 6, mask_function=_window(3), local_size=3, device="cpu")
+    assert isinstance(mask, attention.WindowMask)
+    assert mask.window == 3
+    assert getattr(mask[:, :, :4], "window", None) is None
+    chunks = attention.mask(1, 6, 6, mask_function=_chunks(3), local_size=3, device="cpu")
+    assert chunks is not None
+    assert not isinstance(chunks, attention.WindowMask)
+
+
+def _window(size: int) -> Any:
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    return sliding_window_causal_mask_function(size)
+
+
+def _chunks(size: int) -> Any:
+    from transformers.masking_utils import chunked_causal_mask_function
+
+    return chunked_causal_mask_function(size, torch.zeros(1, dtype=torch.long))
