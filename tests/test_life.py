@@ -76,6 +76,7 @@ def test_the_whole_life(family: str, folder: Path) -> None:
     trainer_of(ranks_of(launch)[1]).kill()
     output = finish(launch)
     assert launch.returncode == 1, output
+    assert "plan: " in output
     assert "was killed by SIGKILL" in output
     assert ("One step of it is verified" in output) == (family in PROPOSED), output
     *_, saved, last = committed(run / "checkpoints")

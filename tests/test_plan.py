@@ -19,10 +19,12 @@ from tptrain.models.cost import CHECKPOINT_BYTES
 from tptrain.models.settings import decoder_spec
 from tptrain.nn.decoder import parameter_count
 from tptrain.nn.store import adjacent
+from tptrain.ops.choose import planned
 from tptrain.ops.table import REFERENCE, Operations
 from tptrain.parallel.mesh import tp_grid
 from tptrain.plan.dry_run import LiveBytes, dry_run, meta_mesh
 from tptrain.plan.report import plan, ring_seconds, tp_degrees
+from tptrain.plan.summary import summary
 
 GPU = Operations("torch.compile", "cuda")
 GROUPS = sorted(file.stem for file in (config_dir() / "model").glob("*.yaml") if file.stem != "hf")
@@ -190,3 +192,11 @@ def test_reasons_are_one_line_each() -> None:
 def test_a_mistake_in_the_model_is_a_users_error() -> None:
     with pytest.raises(UserError, match="num_key_value_heads=3"):
         plan(load_config(["model.num_key_value_heads=3"]))
+
+
+def test_the_line_of_a_launch_has_the_figures_of_the_plan() -> None:
+    config = load_config(["model=tiny", "parallel.tp=2"])
+    run = dry_run(config, 2, 1, planned(config))
+    text = summary(config)
+    assert f"{run.peak / 2**20:,.2f} MiB of memory a rank" in text
+    assert f"{sum(n for (_, axis, _), n in run.calls.items() if axis in ('tp', 'kv')):,} collectives over tp" in text

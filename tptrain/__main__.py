@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def launch(options: argparse.Namespace) -> int:
-    from launch import run_dir, submit, sweep
+    from launch import planned, run_dir, submit, sweep
     from launch.verify import check_proposed
     from tptrain.config import UserError, check_cluster, check_data, load_config
     from tptrain.run.rank import run
@@ -80,6 +80,8 @@ def launch(options: argparse.Namespace) -> int:
     _warn(configs, options.overrides)
     for config in configs:
         check_proposed(config)
+        if config.model.engine == "transformers":
+            print(planned.summary(config), flush=True)
     if cluster.dry_run:
         print(submit.script(configs, base))
         return 0

@@ -45,10 +45,10 @@ def plan(config: Config) -> str:
     runs: dict[int, DryRun] = {}
     steps: dict[int, Step | None] = {}
     for tp in tqdm(legal, desc="dry runs", unit="tp", leave=False, disable=None):
-        ranks = _ranks(config) or tp
-        runs[tp] = _dry_run(config, tp, max(1, ranks // tp))
+        ranks = ranks_of(config) or tp
+        runs[tp] = dry_run_of(config, tp, max(1, ranks // tp))
         try:
-            steps[tp] = _step(config, tp, ranks, runs[tp])
+            steps[tp] = step_of(config, tp, ranks, runs[tp])
         except UserError as error:
             steps[tp] = None
             reasons.append(str(error) if str(error).startswith("parallel.tp=") else f"parallel.tp={tp}: {error}")
@@ -63,7 +63,7 @@ def plan(config: Config) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _dry_run(config: Config, tp: int, dp: int) -> DryRun:
+def dry_run_of(config: Config, tp: int, dp: int) -> DryRun:
     """Raises UserError for a model that a dry run cannot run."""
     try:
         return dry_run(config, tp, dp, planned(config))
@@ -101,7 +101,7 @@ def _check_transformers(model: ModelConfig, tp: int) -> None:
     resolve(None, model.source, model.tp_plan, model.dropout, tp)
 
 
-def _ranks(config: Config) -> int | None:
+def ranks_of(config: Config) -> int | None:
     """Ranks that the config asks for; None where it leaves them to parallel.tp, as on this machine by default."""
     cluster = config.cluster
     if cluster.tasks_per_node is None:
@@ -124,7 +124,7 @@ class Step:
     across_nodes: float  # and where it does not
 
 
-def _step(config: Config, tp: int, ranks: int, run: DryRun) -> Step:
+def step_of(config: Config, tp: int, ranks: int, run: DryRun) -> Step:
     """Raises UserError where the ranks or the batch do not divide."""
     train = config.train
     check_topology(replace(config, parallel=replace(config.parallel, tp=tp)), ranks)
@@ -168,14 +168,14 @@ def _step_flops(config: Config) -> float:
 
 
 def _heading(config: Config) -> str:
-    model, train, cluster, ranks = config.model, config.train, config.cluster, _ranks(config)
+    model, train, cluster, ranks = config.model, config.train, config.cluster, ranks_of(config)
     where = "as many as tp, so dp = 1; cluster.nodes and cluster.gpus_per_node ask for more"
     if ranks:
         where = f"{ranks} (cluster.nodes={cluster.nodes} x cluster.tasks_per_node={cluster.tasks_per_node}), "
         where += f"so dp = {ranks} / tp"
     parameters = parameter_count(sizes(model))
     size = CHECKPOINT_BYTES * parameters
-    unit, scale = _unit([size], BINARY)
+    unit, scale = unit_of([size], BINARY)
     return (
         f"{model.name}: {parameters / 1e6:,.1f} M parameters; "
         f"a checkpoint has {size / scale:,.2f} {unit}\n"
@@ -194,12 +194,12 @@ def _spacing(config: Config, size: int) -> str:
     count = min(keep + 1, -(-steps // every)) if every else 1  # one is written before the oldest goes
     if count == 1:
         often = "after the last step, and where the run is stopped"
-    unit, scale = _unit([count * size], BINARY)
+    unit, scale = unit_of([count * size], BINARY)
     return f"one is written {often}: up to {count * size / scale:,.2f} {unit} of disk"
 
 
 def _memory_table(runs: dict[int, DryRun]) -> str:
-    unit, scale = _unit([run.peak for run in runs.values()], BINARY)
+    unit, scale = unit_of([run.peak for run in runs.values()], BINARY)
     rows = [
         [str(tp), *(f"{n / scale:,.2f}" for n in (*run.parts.values(), run.peak, run.host_copy))]
         for tp, run in runs.items()
@@ -209,9 +209,9 @@ def _memory_table(runs: dict[int, DryRun]) -> str:
 
 def _step_table(by_tp: dict[int, Step | None]) -> str:
     steps = [step for step in by_tp.values() if step]
-    work, per_work = _unit((step.flops for step in steps), FLOPS)
-    size, per_size = _unit((max(step.tp_bytes, step.dp_bytes) for step in steps), DECIMAL)
-    time, per_time = _unit((step.across_nodes for step in steps), SECONDS)
+    work, per_work = unit_of((step.flops for step in steps), FLOPS)
+    size, per_size = unit_of((max(step.tp_bytes, step.dp_bytes) for step in steps), DECIMAL)
+    time, per_time = unit_of((step.across_nodes for step in steps), SECONDS)
     header = ["tp", "dp", "micro-batches", work, "tp calls", f"tp {size}"]
     header += [f"{time} in a node", f"{time} across nodes", f"dp {size}"]
     rows = []
@@ -238,15 +238,15 @@ def _spanning(config: Config, steps: dict[int, Step]) -> str:
         return ""
     tp = config.parallel.tp if config.parallel.tp in steps else max(steps)
     across, within = steps[tp].across_nodes, steps[tp].in_node
-    unit, scale = _unit([across], SECONDS)
-    here = f" (here: tp > {config.cluster.tasks_per_node})" if _ranks(config) else ""
+    unit, scale = unit_of([across], SECONDS)
+    here = f" (here: tp > {config.cluster.tasks_per_node})" if ranks_of(config) else ""
     return (
         f"a TP group that spans nodes{here}: at tp={tp} its all-reduces take {across / scale:,.3f} {unit} a step, "
         f"within a node {within / scale:,.3f} {unit}"
     )
 
 
-def _unit(values: Iterable[float], units: dict[str, float]) -> tuple[str, float]:
+def unit_of(values: Iterable[float], units: dict[str, float]) -> tuple[str, float]:
     """Name and size of the first unit that the largest value reaches, else of the last."""
     largest = max(values, default=0.0)
     return next(((name, size) for name, size in units.items() if largest >= size), list(units.items())[-1])
