@@ -130,7 +130,8 @@ def test_a_default_length_and_batch_are_no_silent_choice(
     )
     for verb in ("launch", "config"):
         assert main([verb, *model, *lines]) == 0
-        assert capsys.readouterr().err == (warning if shown else "")
+        engine = "model.engine=native: all of its config.json is known\n"
+        assert capsys.readouterr().err == engine + (warning if shown else "")
 
 
 def test_evaluation_is_that_of_transformers(folder: Path, run_dir: Path) -> None:

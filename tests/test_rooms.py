@@ -179,7 +179,7 @@ def _on_a_toy_axis(folder: str, shape: dict[str, int], load: bool) -> tuple[Arra
         for _, p in parameters(module):
             assert p.main_grad is not None
             ranks = grid.size("dp") * (grid.size("toy") if p.sharding.summed else 1)
-            p.main_grad.fill_(0.1 / ranks)
+            p.add_grad(torch.full_like(p.main_grad, 0.1 / ranks))
         optimizer.reducer.finish()
         norm = optimizer.reducer.norm_and_flags()[0].item()
         optimizer.step(0.1)

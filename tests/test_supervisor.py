@@ -36,8 +36,9 @@ from tptrain.run.rank import run
 from tptrain.train.schedule import Action, Reduce, plain
 from tptrain.watch.black_box import SAME_SIGNAL_S, BlackBox
 from tptrain.watch.place import Place
+from tptrain.watch.reporter import Reporter
 from tptrain.watch.supervisor import Supervisor
-from tptrain.watch.wire import SECRET_FILE, make_secret
+from tptrain.watch.wire import SECRET_FILE, Message, make_secret
 
 TP, STEP_S, FAULT_STEP, STEPS = 2, 3, 3, 20
 BOUND_S = STEP_S + 10  # from the fault to the end of the last process
@@ -162,6 +163,13 @@ def be_rank(folder: Path, rank: int, world: int, port: int, trainer: Callable[..
         (folder / f"trainer-{rank}").write_text(str(os.getpid()))
         return trainer(config, box, wish)
 
+    heed = Reporter._heed
+
+    def connected(reporter: Reporter, state: Message) -> bool:
+        (folder / f"connected-{rank}").touch()
+        return heed(reporter, state)
+
+    Reporter._heed = connected  # type: ignore[method-assign]  # this process is the supervisor's alone
     own = copy.deepcopy(config)
     own.run.dir = str(folder / place.node)
     sys.exit(Supervisor(own, place).run(noted))
@@ -179,6 +187,8 @@ def tiny_train(config: Config, grid: Mesh, case: Case) -> None:
     tiny = training(MODEL, grid, zero=True)
     tiny.optimizer.state.initialise(lambda name, p: initial_values(name, p, 0))
     tokens, reducer = torch.arange(B * (T + 1)).view(B, T + 1), tiny.optimizer.reducer
+    while case.fault == "vanishes" and not connected_all(Path(config.run.dir), case.world):
+        time.sleep(0.01)
     grid.box.touch("first_step")  # which may take its time on a busy machine
     for step in range(1, STEPS + 1):
         fault = case.fault if (step, grid.rank) == (FAULT_STEP, case.rank) else ""
@@ -204,6 +214,11 @@ def tiny_train(config: Config, grid: Mesh, case: Case) -> None:
         reducer.norm_and_flags()
         grid.box.state.step = step
         grid.box.touch("step")
+
+
+def connected_all(folder: Path, world: int) -> bool:
+    """Whether rank 0 knows of every rank: one that vanishes before that has never come."""
+    return all((folder / f"connected-{rank}").exists() for rank in range(world))
 
 
 def fail_device_beside_an_abort(folder: Path, grid: Mesh, bad: int) -> None:
