@@ -101,29 +101,29 @@ def _expert_off_by_one() -> AbstractContextManager:
     """The last expert's columns, on the second rank, are those from one column before."""
     from tptrain.verify import transformers
 
-    right = transformers.drawn
+    right = transformers.random_values
 
-    def drawn(name: str, p: Parameter, norm: bool, seed: int) -> Tensor:
-        values, layout = right(name, p, norm, seed), p.sharding
+    def random_values(name: str, p: Parameter, seed: int, centre: float = 0.0) -> Tensor:
+        values, layout = right(name, p, seed, centre), p.sharding
         if name == "model.layers.1.mlp.experts.down_proj" and layout.offsets[2] > 0:
             p.sharding = dataclasses.replace(layout, offsets=(0, 0, layout.offsets[2] - 1))
-            values[-1] = right(name, p, norm, seed)[-1]
+            values[-1] = right(name, p, seed, centre)[-1]
             p.sharding = layout
         return values
 
-    return patch.object(transformers, "drawn", drawn)
+    return patch.object(transformers, "random_values", random_values)
 
 
 def _experts_in_another_order() -> AbstractContextManager:
     from tptrain.verify import transformers
 
-    right = transformers.drawn
+    right = transformers.random_values
 
-    def drawn(name: str, p: Parameter, norm: bool, seed: int) -> Tensor:
-        values = right(name, p, norm, seed)
+    def random_values(name: str, p: Parameter, seed: int, centre: float = 0.0) -> Tensor:
+        values = right(name, p, seed, centre)
         return values.flip(0) if name == "model.layers.0.mlp.experts.gate_up_proj" else values
 
-    return patch.object(transformers, "drawn", drawn)
+    return patch.object(transformers, "random_values", random_values)
 
 
 def _untied() -> AbstractContextManager:

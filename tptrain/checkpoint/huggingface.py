@@ -126,11 +126,7 @@ def load_pretrained(
             bar.update(values.numel())
             alive()
     for name, p in parameters(model):
-        padding = p.sharding.offsets[0] + p.sharding.local_shape[0] - _rows(name, ours, spec)
-        if padding > 0:
-            rows = min(padding, p.sharding.local_shape[0])
-            width = p.sharding.size // p.sharding.local_shape[0]
-            fill(name, p, p.sharding.size - rows * width, torch.zeros(rows * width))
+        fill_padding(name, p, _rows(name, ours, spec), fill)
     return digest(mesh, dict(parameters(model)), sums, {name: entries[where[name].theirs].dtype for name in ours})
 
 
@@ -144,6 +140,15 @@ def _parts(name: str, p: Parameter, key: Key, entry: Entry, rows: int) -> Iterat
         for done in range(0, length, step):
             run = place + done, place + min(done + step, length)
             yield _Part(name, p, (start + done - first) * inner, entry, run, columns, key.transposed)
+
+
+def fill_padding(name: str, p: Parameter, rows: int, fill: Fill) -> None:
+    """Zeros in this rank's rows from that number of the whole parameter on: the vocabulary's padding, if any."""
+    local = p.sharding.local_shape[0]
+    padding = min(p.sharding.offsets[0] + local - rows, local)
+    if padding > 0:
+        elements = padding * (p.sharding.size // local)
+        fill(name, p, p.sharding.size - elements, torch.zeros(elements))
 
 
 def bit_sum(values: Tensor, p: Parameter) -> int:

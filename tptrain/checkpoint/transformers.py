@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tptrain.checkpoint import safetensors
-from tptrain.checkpoint.huggingface import AT_ONCE, Fill, bit_sum, digest
+from tptrain.checkpoint.huggingface import AT_ONCE, Fill, bit_sum, digest, fill_padding
 from tptrain.config import UserError
 from tptrain.hf.model import TransformersModel
 from tptrain.hf.weights import Group, revert, sources
@@ -56,7 +56,7 @@ def load_converted(
                 alive()
     for name, p in ours.items():
         if name in model.vocabulary:
-            _fill_padding(name, p, model.vocab_size, fill)
+            fill_padding(name, p, model.vocab_size, fill)
     return digest(model.mesh, ours, sums, dtypes)
 
 
@@ -111,6 +111,7 @@ def _check_table(
 
 
 def read_whole(entry: Entry, reader: safetensors.Reader) -> Tensor:
+    """A tensor of a directory, in its own shape, which may have no dims, and precision."""
     if not entry.shape:
         return reader.read(Entry(entry.file, entry.dtype, (1,), entry.start), (0, 1)).view(())
     return reader.read(entry, (0, entry.shape[0])).view(entry.shape)
@@ -131,14 +132,6 @@ def _runs(entry: Entry, p: Parameter, reader: safetensors.Reader) -> Iterator[tu
     last, step = min(first + layout.local_shape[0], entry.shape[0]), max(1, AT_ONCE // inner)
     for start in range(first, last, step):
         yield (start - first) * inner, reader.read(entry, (start, min(start + step, last)), columns)
-
-
-def _fill_padding(name: str, p: Parameter, rows: int, fill: Fill) -> None:
-    """Zeros in this rank's rows beyond the vocabulary."""
-    padding = min(p.sharding.offsets[0] + p.sharding.local_shape[0] - rows, p.sharding.local_shape[0])
-    if padding > 0:
-        elements = padding * math.prod(p.sharding.local_shape[1:])
-        fill(name, p, p.sharding.size - elements, torch.zeros(elements))
 
 
 # ------------------------------------------------------------------------------------------------------------------ out

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from tptrain.config import UserError
+from tptrain.models.directory import and_more
 
 ANEW = " Fetch it anew."
 
@@ -120,9 +121,8 @@ def _check(model: Any, known: Mapping[str, Tensor], groups: Mapping[str, Group],
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
     others = [name for name in strangers if not any(re.search(pattern, name) for pattern in ignored)]
     if others:
-        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         raise UserError(
-            f"model.path: has the tensor {others[0]}{more}, which {type(model).__name__} does not know: "
+            f"model.path: has the tensor {others[0]}{and_more(others)}, which {type(model).__name__} does not know: "
             "the model would not be what its authors trained."
         )
     several = any(group.converter is not None and len(group.converter.target_patterns) > 1 for group in groups.values())
@@ -137,5 +137,4 @@ def _tied(model: Any) -> set[str]:
 
 def _check_missing(names: list[str]) -> None:
     if names:
-        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        raise UserError(f"model.path: lacks the tensor {names[0]}{more}.{ANEW}")
+        raise UserError(f"model.path: lacks the tensor {names[0]}{and_more(names)}.{ANEW}")

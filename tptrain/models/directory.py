@@ -33,13 +33,13 @@ def tensors(model: ModelConfig) -> dict[str, Entry]:
     names = {name: file_name(name, entries) for name in needed}
     missing = sorted(name for name in needed if names[name] not in entries)
     if missing:
-        raise UserError(f"model.path={model.path}: lacks the tensor {missing[0]}{_more(missing)}. Fetch it anew.")
+        raise UserError(f"model.path={model.path}: lacks the tensor {missing[0]}{and_more(missing)}. Fetch it anew.")
     others = sorted(name for name in entries.keys() - set(names.values()) if not BUFFERS.search(name))
     if decoder_spec(model).tied:  # some files have the head all the same
         others = [name for name in others if name != "lm_head.weight"]
     if others:
         raise UserError(
-            f"model.path={model.path}: has the tensor {others[0]}{_more(others)}, which model_type="
+            f"model.path={model.path}: has the tensor {others[0]}{and_more(others)}, which model_type="
             f"{model.source['model_type']} does not know: the model would not be what its authors trained."
         )
     return {name: entries[names[name]] for name in needed}
@@ -55,7 +55,8 @@ def file_name(name: str, names: Container[str]) -> str:
     return name if name in names else name.split(".", 1)[1]
 
 
-def _more(names: list[str]) -> str:
+def and_more(names: list[str]) -> str:
+    """What a message says of all but the first, which it names."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 

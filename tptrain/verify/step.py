@@ -134,12 +134,9 @@ class Step:
     def draw(self) -> None:
         """Random weights, none of them 0 or 1 by rule: that would hide mistakes."""
 
-        def values(name: str, p: Parameter) -> Tensor:
-            constant, p.init_constant = p.init_constant or 0.0, None
-            p.init_std = NEAR if len(p.sharding.shape) == 1 else p.sharding.shape[-1] ** -0.5
-            return initial_values(name, p, self.seed) + constant
-
-        self.optimizer.state.initialise(values)
+        self.optimizer.state.initialise(
+            lambda name, p: random_values(name, p, self.seed, centre=p.init_constant or 0.0)
+        )
 
     def weights(self, what: str = "at the start") -> list[Item]:
         """The parameters, without the vocabulary's padding, which takes no part."""
@@ -153,11 +150,7 @@ class Step:
         self.optimizer.state.zero_grad()
         actions = self.schedule(len(batches), self.recorder.units)
         self.recorder.run(actions, batches.__getitem__, 1 / tokens[:, 1:].numel())
-        reducer = self.optimizer.reducer
-        reducer.finish()
-        if self.optimizer.zero:  # each dp rank has the sum of its part only
-            for state in self.optimizer.state.blocks:
-                all_gather(state.grads[state.own], self.mesh.group("dp"), out=state.grads)[1].wait()
+        finish_gradients(self.optimizer)
         return list(self._in_order())
 
     def _in_order(self) -> Iterator[Item]:
@@ -183,26 +176,53 @@ class Step:
         return Item("gradient norm", "before clipping", value, (), 2 * len(self.recorder.segments))
 
     def update(self, norm: float) -> list[Item]:
-        """Clip the gradients to half of their norm and do AdamW's first step: the parameters after it.
-
-        That step is lr * g / (|g| + eps), so that a tiny eps would make full steps of the rounding in gradients near
-        zero: it is the gradients' root mean square here.
-        """
-        optimizer = self.optimizer
-        optimizer.reducer.clip(optimizer.reducer.norm_and_flags()[0], norm / 2)
-        count = sum(math.prod(p.sharding.shape) for _, p in parameters(self.model))
-        for group in optimizer.adamw.param_groups:
-            group["eps"] = norm / 2 / math.sqrt(count)
-        optimizer.step(LR)
+        """The parameters after it; see `first_step`."""
+        first_step(self.optimizer, norm)
         return [replace(item, depth=2 * len(self.recorder.segments)) for item in self.weights("after the step")]
 
     def _of_parameter(self, name: str, p: Parameter, what: str, value: Tensor, depth: int) -> Item:
-        layout, rows = p.sharding, p.sharding.local_shape[0]
-        if name in ("embed_tokens.weight", "lm_head.weight"):  # without the padding, which takes no part
-            rows = max(0, min(rows, self.model.spec.vocab_size - layout.offsets[0]))
-        ends = (rows, *layout.local_shape[1:])
-        place = tuple(slice(start, start + length) for start, length in zip(layout.offsets, ends, strict=True))
-        return Item(name, what, value[:rows], place, depth)
+        rows = self.model.spec.vocab_size if name in ("embed_tokens.weight", "lm_head.weight") else None
+        return slice_item(name, p, what, value, depth, rows)
+
+
+def random_values(name: str, p: Parameter, seed: int, centre: float = 0.0) -> Tensor:
+    """Of a rank's slice at the start, around `centre`: none of them 0 or 1 by rule, which would hide mistakes."""
+    p.init_constant, p.init_std = None, NEAR if len(p.sharding.shape) <= 1 else p.sharding.shape[-1] ** -0.5
+    return initial_values(name, p, seed) + centre
+
+
+def finish_gradients(optimizer: Optimizer) -> None:
+    """Sum the gradients over the ranks; with ZeRO-1, where a dp rank gets the sum of its part only, gather all."""
+    optimizer.reducer.finish()
+    if optimizer.zero:
+        for state in optimizer.state.blocks:
+            all_gather(state.grads[state.own], optimizer.mesh.group("dp"), out=state.grads)[1].wait()
+
+
+def first_step(optimizer: Optimizer, norm: float) -> None:
+    """Clip the gradients to half of their norm and do AdamW's first step.
+
+    That step is lr * g / (|g| + eps), so that a tiny eps would make full steps of the rounding in gradients near zero:
+    it is the gradients' root mean square here.
+    """
+    optimizer.reducer.clip(optimizer.reducer.norm_and_flags()[0], norm / 2)
+    count = sum(math.prod(p.sharding.shape) for _, p in parameters(optimizer.state.store.model))
+    for group in optimizer.adamw.param_groups:
+        group["eps"] = norm / 2 / math.sqrt(count)
+    optimizer.step(LR)
+
+
+def slice_item(name: str, p: Parameter, what: str, value: Tensor, depth: int, rows: int | None = None) -> Item:
+    """Of a parameter's slice, or of something in its shape; `rows`: of the whole one without a vocabulary's padding,
+    which takes no part.
+    """
+    layout, value = p.sharding, value.view(p.sharding.local_shape)
+    ends = list(layout.local_shape)
+    if rows is not None:
+        ends[0] = max(0, min(ends[0], rows - layout.offsets[0]))
+        value = value[: ends[0]]
+    place = tuple(slice(start, start + length) for start, length in zip(layout.offsets, ends, strict=True))
+    return Item(name, what, value, place, depth)
 
 
 def token_ids(cut: Cut, sequences: int, seed: int) -> Tensor:

@@ -23,26 +23,20 @@ from tptrain.hf.model import TransformersModel, build, fill_buffers, on_meta, re
 from tptrain.hf.weights import sources
 from tptrain.models.cut import BATCHES, SEQUENCES, Cut
 from tptrain.models.safetensors import TensorFiles
-from tptrain.nn.parameter import Parameter, initial_values, parameters
+from tptrain.nn.parameter import Parameter, parameters
 from tptrain.nn.store import Store
 from tptrain.ops.table import Operations
 from tptrain.optim.adamw import Optimizer
-from tptrain.parallel.collectives import all_gather
 from tptrain.parallel.mesh import Mesh
 from tptrain.train.runner import Runner
 from tptrain.train.schedule import plain
 from tptrain.train.trainer import DTYPES, cross_entropy
 from tptrain.verify.outputs import Outputs, packed_as_one
-from tptrain.verify.step import LR, NEAR, Item, Place
-
-
-def drawn(name: str, p: Parameter, norm: bool, seed: int) -> Tensor:
-    """Random values, none of them 0 or 1 by rule: that would hide mistakes. `norm`: near 1, as norms' weights are."""
-    p.init_std = NEAR if len(p.sharding.shape) <= 1 else p.sharding.shape[-1] ** -0.5
-    return initial_values(name, p, seed) + (1.0 if norm else 0.0)
+from tptrain.verify.step import LR, Item, finish_gradients, first_step, random_values, slice_item
 
 
 def norm_weights(inner: Any) -> set[str]:
+    """Names of the weights of norms, which are near 1."""
     return {f"{name}.weight" for name, module in inner.named_modules() if "norm" in type(module).__name__.lower()}
 
 
@@ -61,11 +55,11 @@ def names_in_part(cut: Cut) -> Callable[[str], str | None]:
 
 def buffers(inner: Any) -> list[Item]:
     """Those that follow from the config."""
-    known = {name for name, _ in inner.named_parameters()}
+    saved = inner.state_dict().keys()
     return [
         Item(name, "buffer", value.detach().float().clone(), tuple(slice(0, n) for n in value.shape), 0)
         for name, value in inner.named_buffers()
-        if value.is_floating_point() and name not in known and name not in inner.state_dict()
+        if value.is_floating_point() and name not in saved
     ]
 
 
@@ -79,22 +73,22 @@ class PlainStep:
         layers = cut.layers if cut.stack else None
         self.inner = build(source, layers)
         self.shapes = dict(parameters(on_meta(config.model, config.verify.vocab, layers)))
-        for module in self.inner.modules():
-            for key, p in module._parameters.items():
-                if p is not None and p.is_meta:
-                    module._parameters[key] = self._real(p)
+        self._give_memory()
         fill_buffers(self.inner, device)
         self.inner.train()
         self._fill()
         self.outputs = Outputs(self.inner, cut)
         self.gradients: dict[str, Tensor] = {}
 
-    def _real(self, p: nn.Parameter) -> nn.Parameter:
-        """With memory; a tied parameter stays one."""
-        self.real: dict[int, nn.Parameter] = getattr(self, "real", {})
-        if id(p) not in self.real:
-            self.real[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=self.dtype, device=self.device))
-        return self.real[id(p)]
+    def _give_memory(self) -> None:
+        """To the parameters, without values; a tied one stays one."""
+        whole = {
+            p: nn.Parameter(torch.empty(p.shape, dtype=self.dtype, device=self.device)) for p in self.inner.parameters()
+        }
+        for module in self.inner.modules():
+            for key, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[key] = whole[p]
 
     @torch.no_grad()
     def _fill(self) -> None:
@@ -102,8 +96,9 @@ class PlainStep:
         if self.config.verify.weights != "model":
             norms = norm_weights(self.inner)
             for name, p in ours.items():
-                values = drawn(name, self.shapes[name], name in norms, self.config.train.seed)
-                p.copy_(self._as_module(name, values))
+                values = random_values(name, self.shapes[name], self.config.train.seed, float(name in norms))
+                values = values.view(self.shapes[name].shape_in_module)
+                p.copy_(values[: len(p)] if p.dim() else values)  # without the padding of a vocabulary
             return
         assert self.config.model.directory is not None
         entries = TensorFiles(Path(self.config.model.directory), integers=True).entries
@@ -121,12 +116,6 @@ class PlainStep:
         """What a checkpoint has: parameters, and buffers that do not follow from the config."""
         yield from self.inner.named_parameters()
         yield from ((name, buffer) for name, buffer in self.inner.named_buffers() if name in self.shapes)
-
-    def _as_module(self, name: str, values: Tensor) -> Tensor:
-        """Values as they are stored, as the module has them: packed matrices as one, a vocabulary without padding."""
-        values = values.view(self.shapes[name].shape_in_module)
-        own = dict(self.inner.named_parameters()).get(name)
-        return values[: len(own)] if own is not None and values.dim() else values
 
     def _items(self, what: str, values: dict[str, Tensor], depth: int) -> list[Item]:
         """Of parameters, in the shape that they are stored in."""
@@ -221,7 +210,7 @@ class TransformersStep:
         config, state = self.config, self.optimizer.state
         if config.verify.weights != "model":
             norms = norm_weights(self.model.inner)
-            state.initialise(lambda name, p: drawn(name, p, name in norms, config.train.seed))
+            state.initialise(lambda name, p: random_values(name, p, config.train.seed, float(name in norms)))
             return
         assert config.model.directory is not None
         entries = TensorFiles(Path(config.model.directory), integers=True).entries
@@ -240,10 +229,7 @@ class TransformersStep:
         self.runner.next = index * SEQUENCES * BATCHES * self.cut.length
         self.optimizer.state.zero_grad()
         self.runner.run(plain(len(batches), self.runner.units), batches.__getitem__, 1 / tokens[:, 1:].numel())
-        self.optimizer.reducer.finish()
-        if self.optimizer.zero:  # each dp rank has the sum of its part only
-            for state in self.optimizer.state.blocks:
-                all_gather(state.grads[state.own], self.mesh.group("dp"), out=state.grads)[1].wait()
+        finish_gradients(self.optimizer)
         depth = 2 * len(self.runner.outputs.names)
         gradients = [
             self._of_parameter(name, p, "gradient", p.main_grad, depth)
@@ -257,24 +243,14 @@ class TransformersStep:
         return Item("gradient norm", "before clipping", value, (), 2 * len(self.runner.outputs.names))
 
     def update(self, norm: float) -> list[Item]:
-        """As `Step.update`."""
-        optimizer = self.optimizer
-        optimizer.reducer.clip(optimizer.reducer.norm_and_flags()[0], norm / 2)
-        count = sum(math.prod(p.sharding.shape) for _, p in parameters(self.model))
-        for group in optimizer.adamw.param_groups:
-            group["eps"] = norm / 2 / math.sqrt(count)
-        optimizer.step(LR)
+        """The parameters after it; see `first_step`."""
+        first_step(self.optimizer, norm)
         depth = 2 * len(self.runner.outputs.names)
         return [replace(item, depth=depth) for item in self.weights("after the step")]
 
     def _of_parameter(self, name: str, p: Parameter, what: str, value: Tensor, depth: int) -> Item:
-        layout, value = p.sharding, value.view(p.sharding.local_shape)
-        ends = list(layout.local_shape)
-        if name in self.model.vocabulary:  # without the padding, which takes no part
-            ends[0] = max(0, min(ends[0], self.model.vocab_size - layout.offsets[0]))
-            value = value[: ends[0]]
-        place: Place = tuple(slice(start, start + n) for start, n in zip(layout.offsets, ends, strict=True))
-        return Item(name, what, value, place, depth)
+        rows = self.model.vocab_size if name in self.model.vocabulary else None
+        return slice_item(name, p, what, value, depth, rows)
 
 
 class _Recorder(Runner):
