@@ -24,10 +24,10 @@ from tptrain.models.families.fields import Fields
 from tptrain.models.families.keys import Key
 from tptrain.models.settings import decoder_spec
 from tptrain.models.spec import DecoderSpec, LayerSpec
+from tptrain.nn.context import Context
 from tptrain.nn.decoder import MIXERS, Decoder
 from tptrain.nn.linear import ColumnLinear, PendingSum, RowLinear
 from tptrain.nn.parameter import initial_values, parameter, parameters, sharding
-from tptrain.nn.rotary import Context
 from tptrain.nn.store import Store
 from tptrain.ops.table import REFERENCE, Operations
 from tptrain.optim.adamw import Optimizer

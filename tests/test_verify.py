@@ -21,9 +21,9 @@ from tptrain.config import Config, ModelConfig
 from tptrain.config.schema import ParallelConfig
 from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut
 from tptrain.models.settings import decoder_spec
+from tptrain.nn.context import Context
 from tptrain.nn.decoder import Decoder
 from tptrain.nn.parameter import Parameter, initial_values, parameter, parameters
-from tptrain.nn.rotary import Context
 from tptrain.ops.table import REFERENCE
 from tptrain.optim.adamw import Optimizer
 from tptrain.verify import step as module

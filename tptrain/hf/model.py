@@ -25,10 +25,10 @@ from tptrain.hf.head import Head, LogitRule, logit_rule
 from tptrain.hf.plan import Plan, with_user_entries
 from tptrain.hf.propose import cuts_layers, proposal
 from tptrain.hf.shard import Sharder
+from tptrain.nn.context import Context
 from tptrain.nn.cross_entropy import OutputHead
 from tptrain.nn.decoder import Segment, Stream
 from tptrain.nn.parameter import parameters
-from tptrain.nn.rotary import Context
 from tptrain.ops.table import Operations
 from tptrain.parallel.mesh import Mesh, tp_grid
 

@@ -6,9 +6,10 @@ Shapes: see decoder.py.
 from torch import Tensor, nn
 
 from tptrain.models.spec import AttentionSpec, DecoderSpec
+from tptrain.nn.context import Context
 from tptrain.nn.linear import ColumnLinear, Joined, PendingSum, Recompute, RowLinear
 from tptrain.nn.norm import JointNorm, Norm
-from tptrain.nn.rotary import Context, rotate, rotate_qkv
+from tptrain.nn.rotary import rotate, rotate_qkv
 from tptrain.ops.table import Operations
 from tptrain.parallel.mesh import Mesh
 
@@ -42,7 +43,7 @@ class Attention(nn.Module):
         """(n, D) -> (n, D)."""
         spec, heads = self.spec, [self.heads, self.kv_heads, self.kv_heads]
         qkv = self.qkv(x, recompute)  # (N, (H + 2 K)/tp * d)
-        qkv = qkv.view(-1, context.T, sum(heads), self.d)  # (B, T, (H + 2 K)/tp, d)
+        qkv = qkv.view(*context.rows, sum(heads), self.d)  # (B, T, (H + 2 K)/tp, d)
         rotary = spec.rotary
         if self.q_norm is None and rotary is not None and rotary.dims is None:
             q, k, v = rotate_qkv(qkv, context.rotation(rotary, self.d), heads, self.ops)
@@ -53,9 +54,5 @@ class Attention(nn.Module):
             if rotary is not None:
                 rotation = context.rotation(rotary, rotary.dims or self.d)
                 q, k = rotate(q, rotation, self.ops), rotate(k, rotation, self.ops)
-        window = spec.window if spec.window is not None and spec.window < context.T else None
-        if (window, spec.scale, spec.softcap) == (None, None, None):
-            y = self.ops.attention(q, k, v)  # (B, T, H/tp, d)
-        else:
-            y = self.ops.masked_attention(q, k, v, window, spec.scale, spec.softcap)  # (B, T, H/tp, d)
+        y = context.attend(self, q, k, v)  # (B, T, H/tp, d)
         return self.o_proj(y.reshape(-1, self.heads * self.d))

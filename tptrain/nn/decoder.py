@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from tptrain.models.sizes import Facts
 from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec, LayerSpec, NormSpec
 from tptrain.nn.attention import Attention
+from tptrain.nn.context import Context
 from tptrain.nn.cross_entropy import OutputHead, capped
 from tptrain.nn.embedding import VocabEmbedding
 from tptrain.nn.ffn import FFN
 from tptrain.nn.linear import ColumnLinear, PendingSum, Recompute
 from tptrain.nn.norm import Norm
 from tptrain.nn.parameter import Parameter, parameter, parameters, sharding, use
-from tptrain.nn.rotary import Context
 from tptrain.ops.table import REFERENCE, Operations
 from tptrain.parallel.mesh import Mesh, tp_grid
 
@@ -142,10 +142,10 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.tables: dict[Any, Tensor] = {}  # of rotary positions
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, context: Context | None = None) -> Tensor:
         """(B, T) token ids -> (n, D), the head's input."""
-        context = self.context(tokens)
-        stream = self.embed(tokens)
+        context = context or self.context(tokens)
+        stream = self.embed(tokens, context)
         for layer in cast("list[Layer]", self.layers):
             stream = layer(stream, context)
         return self.head_input(stream)
@@ -153,11 +153,11 @@ class Decoder(nn.Module):
     def context(self, tokens: Tensor) -> Context:
         return Context(tokens.shape[1], tokens.device, self.tables)
 
-    def embed(self, tokens: Tensor) -> Stream:
+    def embed(self, tokens: Tensor, context: Context) -> Stream:
         """(B, T) token ids -> (n, D)."""
         x = self.embed_tokens(tokens.flatten())  # (n, D)
         if self.embed_positions is not None:
-            x = x + F.embedding(self._positions(tokens), use(self.embed_positions))
+            x = x + F.embedding(self._own(context.positions(len(tokens))), use(self.embed_positions))
         if self.spec.embedding_scale != 1.0:
             x = x * x.new_tensor(self.spec.embedding_scale)  # rounded to x's precision, as in Transformers' Gemma
         return Stream(x)
@@ -180,7 +180,11 @@ class Decoder(nn.Module):
 
         With `recompute=full` a layer is one segment, whose forward pass comes twice.
         """
-        pieces = [Segment("embedding", list(self.embed_tokens.parameters()), lambda stream, _: self.embed(stream.x))]
+        pieces = [
+            Segment(
+                "embedding", list(self.embed_tokens.parameters()), lambda stream, context: self.embed(stream.x, context)
+            )
+        ]
         if self.embed_positions is not None:
             pieces[0].parameters.append(self.embed_positions)
         for i, layer in enumerate(cast("list[Layer]", self.layers)):
@@ -208,9 +212,8 @@ class Decoder(nn.Module):
             return ".".join(name.split(".")[:2])
         return "head" if name.startswith(("norm.", "lm_head.")) else "embedding"
 
-    def _positions(self, tokens: Tensor) -> Tensor:
-        """The position in its sequence of each token that this rank has between the linears: (n,)."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))  # (N,)
+    def _own(self, positions: Tensor) -> Tensor:
+        """The positions (N,) of those tokens that this rank has between the linears: (n,)."""
         mesh = self.mesh
         return positions.chunk(mesh.size("tp"))[mesh.index("tp")] if mesh.sequence_parallel else positions
 

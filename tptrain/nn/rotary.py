@@ -17,30 +17,14 @@ from tptrain.models.spec import (
 from tptrain.ops.table import Operations
 
 
-class Context:
-    """What the layers need to know of a batch: sequences of T tokens, at positions 0 to T - 1."""
-
-    def __init__(self, T: int, device: torch.device, tables: dict[tuple[RotarySpec, int, int], Tensor]) -> None:
-        """`tables`: of the decoder, so that layers and batches share them."""
-        self.T, self.device, self.tables = T, device, tables
-
-    def rotation(self, rotary: RotarySpec, d: int) -> Tensor:
-        """(2, T, 1, d/2): cosines and sines of position x frequency, float32, for d turned dims."""
-        key = rotary, d, self.T
-        if key not in self.tables:
-            for other in [other for other in self.tables if other[:2] == key[:2]]:
-                del self.tables[other]  # one length at a time
-            self.tables[key] = rotary_table(rotary, d, self.T).to(self.device)
-        return self.tables[key]
-
-
-def rotary_table(rotary: RotarySpec, d: int, T: int) -> Tensor:
-    """(2, T, 1, d/2), see `Context.rotation`.
+def rotary_table(rotary: RotarySpec, d: int, positions: Tensor, T: int) -> Tensor:
+    """(2, n, 1, d/2): cosines and sines of position x frequency, float32, for the first d dims of a head at n positions
+    of sequences of T tokens.
 
     Hugging Face's layout: dims i and i + d/2 turn together, so its weights are used unpermuted.
     """
     frequencies, magnitude = _frequencies(rotary, d, T)  # (d/2,)
-    angles = torch.outer(torch.arange(T).float(), frequencies)  # (T, d/2)
+    angles = torch.outer(positions.float(), frequencies)  # (n, d/2)
     return torch.stack([angles.cos(), angles.sin()]).unsqueeze(2) * magnitude
 
 

@@ -127,23 +127,32 @@ def masked_attention(
     with a softcap c their c tanh(s / c) instead of s (Gemma 2, arXiv:2408.00118).
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d), 2 x (B, K, T, d)
-    T, groups = q.shape[2], q.shape[1] // k.shape[1]
-    mask = None
+    T, mask = q.shape[2], None
     if window is not None or softcap is not None:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril_()
         if window is not None:
             mask = mask.triu_(1 - window)
+    if mask is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    else:
+        y = attend(q, k, v, mask, scale, softcap)
+    return y.transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
+    """Attention to keys that lie in a cache: q (B, H, T, d), k and v (B, K, S, d) -> (B, H, T, d).
+
+    `mask`: (..., T, S), which keys a query sees; None: all of them.
+    """
+    groups = q.shape[1] // k.shape[1]
     if softcap is None:
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
-        )
-        return y.transpose(1, 2)
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, T, d)
-    scores = q @ k.transpose(2, 3) * (scale or q.shape[3] ** -0.5)  # (B, H, T, T)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups > 1)
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, S, d)
+    scores = q @ k.transpose(2, 3) * (scale or q.shape[3] ** -0.5)  # (B, H, T, S)
     scores = softcap * torch.tanh(scores / softcap)
-    assert mask is not None
-    scores = scores.masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss

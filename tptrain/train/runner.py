@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from tptrain.nn.context import Context
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.nn.decoder import Segment, Stream
 from tptrain.nn.linear import PendingSum
-from tptrain.nn.rotary import Context
 from tptrain.optim.reduce import Reducer
 from tptrain.parallel.mesh import Mesh
 from tptrain.train.schedule import Action, Backward, Forward, Loss, Reduce

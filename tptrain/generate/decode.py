@@ -1,0 +1,64 @@
+"""From prompts to continuations, as token ids: prompts in batches, a token of every row at a time.
+
+Shapes: B rows of a batch, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tptrain.generate.cache import Cache
+from tptrain.generate.sample import Sampler
+from tptrain.nn.decoder import Decoder
+
+
+@dataclass
+class Continuation:
+    """What the model adds to a prompt."""
+
+    number: int  # of the prompt
+    prompt: list[int]
+    ids: list[int] = field(default_factory=list)
+    end: str = ""  # why it ends: stop or length; empty while it goes on
+
+
+Finished = Callable[[Continuation], bool]  # whether the text is to end here; called after each token
+
+
+@torch.no_grad()
+def decode(
+    model: Decoder,
+    sampler: Sampler,
+    batch: Sequence[tuple[int, list[int]]],
+    max_new_tokens: int,
+    finished: Finished,
+) -> list[Continuation]:
+    """The continuations of a batch of prompts, which are (number, ids); every rank of the tp axis calls it.
+
+    A row ends where `finished` says so, after `max_new_tokens`, or where the model has no further position.
+    """
+    rows = [Continuation(number, ids) for number, ids in batch]
+    everything, device = list(rows), model.mesh.device
+    width = max(len(row.prompt) for row in rows)
+    limits = {row.number: min(max_new_tokens, model.spec.max_positions - len(row.prompt)) for row in rows}
+    padding = torch.tensor([width - len(row.prompt) for row in rows])
+    tokens = torch.tensor([[0] * (width - len(row.prompt)) + row.prompt for row in rows], device=device)  # (B, T)
+    columns = width + max(limits.values())
+    cache = Cache(model, len(rows), columns, padding.to(device) if padding.any() else None)
+    while rows:
+        last = cache.forward(tokens)[:, -1]  # (B, D)
+        keys = [(row.number, len(row.ids)) for row in rows]
+        tokens = sampler.choose(model.logits(last), keys).unsqueeze(1)  # (B, 1)
+        for row, token in zip(rows, tokens.flatten().tolist(), strict=True):
+            row.ids.append(token)
+            row.end = "stop" if finished(row) else "length" if len(row.ids) >= limits[row.number] else ""
+        alive = [place for place, row in enumerate(rows) if not row.end]
+        if len(alive) < len(rows):
+            rows = [rows[place] for place in alive]
+            kept = torch.tensor(alive, device=device, dtype=torch.int64)
+            tokens = tokens[kept]
+            if rows:
+                cache.select(kept)
+        model.mesh.box.touch()
+    return everything
