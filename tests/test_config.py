@@ -326,7 +326,7 @@ def test_what_is_most_likely_not_meant_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: list[str], warnings: list[str]
 ) -> None:
     """Once, on stderr, by `launch` and by `config`, which takes no sweep."""
-    monkeypatch.setattr("tptrain.__main__._launch_here", lambda configs: 0)
+    monkeypatch.setattr("tptrain.commands.runs._launch_here", lambda configs: 0)
     for verb in ("launch", "config") if "-m" not in lines else ("launch",):
         assert main([verb, *lines]) == 0
         assert capsys.readouterr().err.splitlines() == [f"warning: {line}" for line in warnings]

@@ -119,7 +119,7 @@ def test_a_default_length_and_batch_are_no_silent_choice(
     lines: list[str],
     shown: bool,
 ) -> None:
-    monkeypatch.setattr("tptrain.__main__._launch_here", lambda configs: 0)
+    monkeypatch.setattr("tptrain.commands.runs._launch_here", lambda configs: 0)
     shutil.copytree(folder / "model", tmp_path / "model")
     settings = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 256}))
