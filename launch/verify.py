@@ -1,13 +1,10 @@
 """`verify` on this machine: one rank computes the reference, then all ranks compute the same and compare."""
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.place import free_port
+from launch.here import run_ranks
 from tptrain.config import Config, UserError, write_config
 from tptrain.models.check import check_tp, checked_spec
 from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut_of
@@ -79,7 +76,8 @@ def verify(config: Config) -> int:
     try:
         write_config(config, scratch / "config.yaml")
         began = time.monotonic()
-        code = _run(scratch, "reference", 1) or _run(scratch, "ranks", world)
+        command = ["-m", "tptrain.run.verify", str(scratch)]
+        code = run_ranks([*command, "reference"], 1, "verify") or run_ranks([*command, "ranks"], world, "verify")
         if code:
             return code
         result = json.loads((scratch / RESULT).read_text())
@@ -197,44 +195,6 @@ def _check_memory(config: Config, spec: DecoderSpec | Facts, world: int) -> None
         base = base.parent
     if files > shutil.disk_usage(base).free:
         raise UserError(f"run.dir={config.run.dir}: {shutil.disk_usage(base).free / GIB:.1f} GiB are free. {advice}")
-
-
-def _run(scratch: Path, role: str, count: int) -> int:
-    """Run so many processes, which print what they are at; returns 0 or the exit code of the first that failed."""
-    port, node = free_port(), os.uname().nodename
-    shared = {
-        "WORLD_SIZE": count,
-        "LOCAL_WORLD_SIZE": count,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "TPTRAIN_NODE": node,
-        "TPTRAIN_ATTEMPT": f"verify-{os.getpid()}-0",
-    }
-    command = [sys.executable, "-m", "tptrain.run.verify", str(scratch), role]
-    processes = []
-    try:
-        for rank in range(count):
-            own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            processes.append(subprocess.Popen(command, env={**os.environ, **own}))
-        while any(process.poll() is None for process in processes):
-            failed = next((process.returncode for process in processes if process.poll()), 0)
-            if failed:
-                time.sleep(1)  # for its last words
-                return _explained(failed)
-            time.sleep(0.05)
-        return _explained(next((process.returncode for process in processes if process.returncode), 0))
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        for process in processes:
-            process.wait()
-
-
-def _explained(code: int) -> int:
-    if code < 0:
-        print(f"error: a rank was killed by signal {-code}: out of memory, most likely", file=sys.stderr)
-    return code if code in (0, 2) else 1
 
 
 def _show(verification: Verification) -> None:

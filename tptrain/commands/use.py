@@ -1,40 +1,103 @@
 """A model in use: eval, generate."""
 
 import argparse
+import dataclasses
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tptrain.commands.settled import settle_engine
 
 if TYPE_CHECKING:
-    pass
+    from tptrain.config import Config
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    import json
-
+    from launch.here import ranks_to_start, run_ranks
     from launch.place import find_place
-    from launch.runs import find_checkpoint
-    from tptrain.config import UserError, check_data, load_config, validate
-    from tptrain.config.load import settings_of
-    from tptrain.models.check import check_model
+    from tptrain.config import check_data
     from tptrain.run.evaluate import run
 
-    overrides: list[str] = options.overrides
-    named = bool(overrides) and "=" not in overrides[0]
-    config = load_config(overrides[1:] if named else overrides)
-    checkpoint = find_checkpoint(overrides[0]) if named else None
-    if checkpoint is not None:
-        config = settings_of(checkpoint, config, overrides[1:])
-    elif config.model.path is None:
-        raise UserError("eval: name a run or a checkpoint, or set model=hf model.path=DIR.")
+    config, checkpoint = _model("eval", options.overrides)
     config.run.dir = str(Path(config.data.cache_dir) / "eval")  # the same on every rank; nothing is written there
     check_data(config)
-    validate(config)
-    settle_engine(config)
-    check_model(config, reads_weights=checkpoint is None)
+    if count := ranks_to_start(config):
+        return run_ranks(["-m", "tptrain", "eval", *options.overrides], count, "eval")
     find_place()
     result, is_main = run(config, checkpoint)
     if is_main:
         print(json.dumps({"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}))
     return 0
+
+
+def generate(options: argparse.Namespace) -> int:
+    from launch.here import ranks_to_start, run_ranks
+    from launch.place import find_place
+    from tptrain.config.generation import split_words
+    from tptrain.config.schema import MODEL_FILES
+    from tptrain.run.generate import run
+    from tptrain.run.preflight import ReportedByRank0
+
+    settings, words = split_words(options.overrides)
+    config, checkpoint = _model("generate", words)
+    config.run.dir = str(Path(config.data.cache_dir) / "generate")  # the same on every rank; nothing is written there
+    folder = Path(config.model.directory or "") if checkpoint is None else checkpoint.parent.parent / MODEL_FILES
+    if count := ranks_to_start(config):
+        return run_ranks(["-m", "tptrain", "generate", *options.overrides], count, "generate")
+    place = find_place()
+    train = dataclasses.replace(config.train, micro_batch_size=1, global_batch_size=place.world)
+    config.train = dataclasses.replace(train, recompute="none")
+    config.parallel = dataclasses.replace(config.parallel, sequence_parallel=False, overlap=False)
+    lone = settings.prompt is not None and settings.format == "text"
+    files, show = folder if folder.is_dir() else None, _show if lone else None
+    try:
+        for row, answer in run(config, checkpoint, files, settings, show):
+            _print(row, answer, settings.format, lone)
+    except ReportedByRank0:
+        return 2
+    return 0
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _print(row: dict[str, Any], answer: Any, form: str, shown: bool) -> None:
+    """An answer as text, or with all that is known of it as a line of JSON."""
+    if form == "json":
+        print(json.dumps(row | dataclasses.asdict(answer), ensure_ascii=False), flush=True)
+    elif shown:
+        print(flush=True)
+    else:
+        asked = row.get("prompt") or row["messages"][-1].get("content", "")
+        print(f"{asked}\n{answer.text}\n", flush=True)
+
+
+def _model(verb: str, words: list[str]) -> "tuple[Config, Path | None]":
+    """The config of a run, a checkpoint or a directory that the first word names, and the checkpoint.
+
+    Raises UserError.
+    """
+    from launch.runs import find_checkpoint
+    from tptrain.config import UserError, load_config, validate
+    from tptrain.config.load import settings_of
+    from tptrain.models.check import check_model
+
+    name = words[0] if words and "=" not in words[0] else None
+    rest = words[1:] if name is not None else words
+    checkpoint = None
+    if name is not None and (Path(name) / "config.json").is_file():
+        rest = ["model=hf", f"model.path='{name}'", *rest]
+        name = None
+    config = load_config(rest)
+    if name is not None:
+        checkpoint = find_checkpoint(name)
+        config = settings_of(checkpoint, config, rest)
+    elif config.model.path is None:
+        raise UserError(f"{verb}: name a run, a checkpoint or a Hugging Face directory.")
+    if config.cluster.kind == "slurm":
+        raise UserError(f"cluster=slurm: start the ranks of {verb} with srun, e.g. `srun -n {config.parallel.tp} ...`.")
+    validate(config)
+    settle_engine(config)
+    check_model(config, reads_weights=checkpoint is None)
+    return config, checkpoint

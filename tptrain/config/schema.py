@@ -216,6 +216,25 @@ class VerifyConfig:
 
 
 @dataclass
+class GenerateConfig:
+    """What `generate` does, beside a model's settings: keys without a group, texts taken as they are typed."""
+
+    prompt: str | None = None
+    prompt_file: str | None = (
+        None  # a prompt each line, as it is or as a JSON object with "prompt" or "messages"; -: stdin
+    )
+    chat: bool = False  # a prompt is what a user says, put into the tokenizer's chat template
+    max_new_tokens: int = size(128)
+    temperature: float = number(0.0, least=0)  # 0: greedy
+    top_k: int | None = size(None)  # only so many of the likeliest tokens
+    top_p: float = number(1.0, above=0, most=1)  # only the likeliest tokens that together have this probability
+    seed: int = number(0, least=0, most=2**63 - 1)
+    stop: list[str] = field(default_factory=list)  # texts that end an answer and are no part of it; may come repeatedly
+    batch_size: int = size(8)  # prompts that a rank answers at once
+    format: str = choice("text", "text", "json")  # json: a line for each prompt
+
+
+@dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig, metadata=MAY_CHANGE)
     model: ModelConfig = field(default_factory=ModelConfig)

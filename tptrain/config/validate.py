@@ -34,7 +34,7 @@ SECRET_URL = re.compile(r"://[^/\s:@]+:[^/\s@]+@")
 
 def validate(config: Config) -> None:
     """Raise UserError for the first setting that cannot work, in the order a reader would fix them."""
-    _check_bounds(config, "")
+    check_bounds(config, "")
     _check_train(config)
     _check_unused(config)
     _check_secrets(config)
@@ -146,11 +146,12 @@ def check_topology(config: Config, world: int) -> None:
         )
 
 
-def _check_bounds(node: Any, prefix: str) -> None:
+def check_bounds(node: Any, prefix: str) -> None:
+    """The bounds and options that `schema` says of each field. Raises UserError."""
     for item in dataclasses.fields(node):
         key, value, rule = f"{prefix}{item.name}", getattr(node, item.name), item.metadata
         if dataclasses.is_dataclass(value):
-            _check_bounds(value, f"{key}.")
+            check_bounds(value, f"{key}.")
         elif value is None:
             continue
         elif isinstance(value, float) and not math.isfinite(value):
