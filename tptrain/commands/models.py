@@ -59,6 +59,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def import_model(options: argparse.Namespace) -> int:
+    from launch.here import ranks_to_start, run_ranks
     from launch.place import find_place
     from tptrain.config import UserError, load_config, validate
     from tptrain.models.check import check_tp, checked_spec
@@ -74,6 +75,8 @@ def import_model(options: argparse.Namespace) -> int:
     check_tp(checked_spec(config.model), config.parallel.tp)
     if config.model.engine == "native":
         tensors(config.model)
+    if count := ranks_to_start(config):
+        return run_ranks(["-m", "tptrain", "import", options.model, options.out, *options.overrides], count, "import")
     find_place()
     if run(config):
         print(f"imported {config.model.path} to {out}")

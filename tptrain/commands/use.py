@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from launch.here import ranks_to_start, run_ranks
     from launch.place import find_place
     from tptrain.config import check_data
     from tptrain.run.evaluate import run
@@ -21,8 +20,9 @@ def evaluate(options: argparse.Namespace) -> int:
     config, checkpoint = _model("eval", options.overrides)
     config.run.dir = str(Path(config.data.cache_dir) / "eval")  # the same on every rank; nothing is written there
     check_data(config)
-    if count := ranks_to_start(config):
-        return run_ranks(["-m", "tptrain", "eval", *options.overrides], count, "eval")
+    code = _elsewhere(config, checkpoint, "eval", options.overrides)
+    if code is not None:
+        return code
     find_place()
     result, is_main = run(config, checkpoint)
     if is_main:
@@ -31,7 +31,6 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    from launch.here import ranks_to_start, run_ranks
     from launch.place import find_place
     from tptrain.config.generation import split_words
     from tptrain.config.schema import MODEL_FILES
@@ -42,8 +41,9 @@ def generate(options: argparse.Namespace) -> int:
     config, checkpoint = _model("generate", words)
     config.run.dir = str(Path(config.data.cache_dir) / "generate")  # the same on every rank; nothing is written there
     folder = Path(config.model.directory or "") if checkpoint is None else checkpoint.parent.parent / MODEL_FILES
-    if count := ranks_to_start(config):
-        return run_ranks(["-m", "tptrain", "generate", *options.overrides], count, "generate")
+    code = _elsewhere(config, checkpoint, "generate", options.overrides)
+    if code is not None:
+        return code
     place = find_place()
     train = dataclasses.replace(config.train, micro_batch_size=1, global_batch_size=place.world)
     config.train = dataclasses.replace(train, recompute="none")
@@ -95,9 +95,20 @@ def _model(verb: str, words: list[str]) -> "tuple[Config, Path | None]":
         config = settings_of(checkpoint, config, rest)
     elif config.model.path is None:
         raise UserError(f"{verb}: name a run, a checkpoint or a Hugging Face directory.")
-    if config.cluster.kind == "slurm":
-        raise UserError(f"cluster=slurm: start the ranks of {verb} with srun, e.g. `srun -n {config.parallel.tp} ...`.")
     validate(config)
     settle_engine(config)
     check_model(config, reads_weights=checkpoint is None)
     return config, checkpoint
+
+
+def _elsewhere(config: "Config", checkpoint: "Path | None", verb: str, words: list[str]) -> int | None:
+    """Have other processes be the ranks, where this one is not to be one: the exit code; None where it is."""
+    from launch import foreground
+    from launch.here import ranks_to_start, run_ranks
+
+    if config.cluster.kind == "slurm":
+        base = Path(config.run.dir) if checkpoint is None else checkpoint.parent.parent
+        foreground.prepare(config, base)
+        foreground.replace_by_srun(config, base, verb, words)
+    count = ranks_to_start(config)
+    return run_ranks(["-m", "tptrain", verb, *words], count, verb) if count else None

@@ -16,11 +16,16 @@ without a job:
   config [key=value ...]        print the resolved, checked config
   plan [key=value ...]          legal TP degrees, memory a rank, traffic and operations of a step; needs no GPU
   train [key=value ...]         run one rank here, under torchrun, under srun, or alone
-  eval [RUN] [key=value ...]    perplexity on data=..., of a run, a checkpoint or model=hf; alone, under torchrun, srun
+  eval RUN|DIR [key=value ...]  perplexity on data=..., of a run, a checkpoint or a Hugging Face directory
+  generate RUN|DIR prompt=TEXT [key=value ...]  what the model goes on with; prompts also by prompt_file=FILE or stdin;
+                                max_new_tokens temperature top_k top_p seed stop chat batch_size format=json
   verify [key=value ...]        prove that the model trains right here: many ranks against one; exit code 1 where not
   verify RUN                    whether a run's checkpoints, or one of them, are whole
-  import DIR OUT [key=value ...]  a Hugging Face directory as a checkpoint; alone, under torchrun, srun
+  import DIR OUT [key=value ...]  a Hugging Face directory as a checkpoint
   export RUN OUT                a run's newest checkpoint, or a checkpoint, as a Hugging Face directory
+
+eval, generate and import are ranks themselves: under torchrun or srun, or alone, where they start parallel.tp of them;
+with cluster=slurm eval and generate run as a Slurm job, and answer on this terminal.
 
 overrides are Hydra's:
   python -m tptrain launch model=hf model.path=Qwen/Qwen3-8B parallel.tp=4 data=files 'data.files=[corpus/*.jsonl]'

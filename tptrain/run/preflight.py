@@ -30,6 +30,7 @@ from tptrain.nn.decoder import parameter_count
 from tptrain.records.run_dir import COMMIT, step_folders, step_of
 
 SOURCES = (".py", ".c", ".h")
+FIRST_STAGE = "report"
 SHARED_FS_S = 10  # until a new file must be seen on every node
 
 
@@ -112,7 +113,7 @@ def check_reports(meeting: "Meeting", config: Config) -> list[Report]:
             raise UserError(text)
         return json.dumps(entries)
 
-    answer = meeting.by_main("report", asdict(meeting.report), judge)
+    answer = meeting.by_main(FIRST_STAGE, asdict(meeting.report), judge)
     return [Report(**entry) for entry in json.loads(answer)]
 
 
@@ -238,8 +239,8 @@ class Meeting:
             except BaseException as error:
                 kind = "UserError" if isinstance(error, UserError) else "RendezvousError"
                 store.set(answer_key, json.dumps([kind, str(error)]))
-                # The store ends with this process: those that are here get to read the answer first.
-                here = [rank for rank in range(1, self.world) if store.check([f"{stage}/{rank}"])]
+                # The store ends with this process: those that have met, and come to this stage, get to read it first.
+                here = [rank for rank in range(1, self.world) if store.check([f"{FIRST_STAGE}/{rank}"])]
                 self.wait([f"{received}/{rank}" for rank in here], 5)
                 raise
             store.set(answer_key, json.dumps(["", answer]))
