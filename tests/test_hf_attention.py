@@ -50,6 +50,18 @@ def test_as_sdpa(case: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::Warning:transformers")
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text"])
+def test_picked_keys_stay_picked(family: str) -> None:
+    """These mask the other keys where their attention is called SDPA, and leave that to the function else."""
+    model = zoo.model(family)
+    model.set_attn_implementation("sdpa")
+    _, logits = zoo.loss_and_logits(model, zoo.tokens())
+    attention.use_ours(model, REFERENCE)
+    _, own = zoo.loss_and_logits(model, zoo.tokens())
+    torch.testing.assert_close(own, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::Warning:transformers")
 @pytest.mark.parametrize("family", ["gemma2", "vaultgemma"])
 def test_scores_with_a_cap_are_not_left_to_sdpa(family: str) -> None:
     """It has none, and Transformers before 5.21 does not say so."""
