@@ -8,6 +8,7 @@ import torch
 
 from tests import zoo
 from tptrain.hf import attention
+from tptrain.hf.model import build, read_config
 from tptrain.ops.table import REFERENCE
 
 CASES = {  # family, changes of its config, and whether every layer's mask is one that is known
@@ -46,6 +47,26 @@ def test_as_sdpa(case: str) -> None:
     for name, p in model.named_parameters():
         if name in right:
             torch.testing.assert_close(p.grad, right[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::Warning:transformers")
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "minimax_m3_vl_text"])
+def test_picked_keys_stay_picked(family: str) -> None:
+    """These mask the other keys where their attention is called SDPA, and leave that to the function else."""
+    model = zoo.model(family)
+    model.set_attn_implementation("sdpa")
+    _, logits = zoo.loss_and_logits(model, zoo.tokens())
+    attention.use_ours(model, REFERENCE)
+    _, own = zoo.loss_and_logits(model, zoo.tokens())
+    torch.testing.assert_close(own, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::Warning:transformers")
+@pytest.mark.parametrize("family", ["gemma2", "vaultgemma"])
+def test_scores_with_a_cap_are_not_left_to_sdpa(family: str) -> None:
+    """It has none, and Transformers before 5.21 does not say so."""
+    settings = zoo.config(family, attn_logit_softcapping=2.0).to_dict()
+    assert build(read_config(settings, 0.0)).config._attn_implementation == "eager"
 
 
 @pytest.mark.filterwarnings("ignore::Warning:transformers")

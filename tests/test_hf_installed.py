@@ -14,7 +14,7 @@ ABSENT = "raise ModuleNotFoundError(\"No module named 'transformers'\")\n"
     ("package", "says"),
     [
         (ABSENT, "this Python has no Transformers (No module named 'transformers'). "),
-        ('__version__ = "5.3.0"\n', "this Python has Transformers 5.3.0, and 5.24 is the oldest that will do. "),
+        ('__version__ = "5.3.0"\n', "this Python has Transformers 5.3.0, and 5.5 is the oldest that will do. "),
     ],
 )
 def test_the_fix_is_named(tmp_path: Path, package: str, says: str) -> None:

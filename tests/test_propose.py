@@ -60,7 +60,10 @@ def test_the_plan_wins() -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "llama", "olmo2", "phi3"])
 def test_what_transformers_plans_is_proposed(family: str) -> None:
-    plan = {name: style for name, style in build(zoo.config(family)).tp_plan.items() if ".layers." in name}
+    model = build(zoo.config(family))
+    if any(hasattr(each, "has_gate") and not hasattr(each, "has_post_expert_norm") for each in model.modules()):
+        pytest.skip("this Transformers does not say of experts all that propose.EXPERTS asks: they stay whole")
+    plan = {name: style for name, style in model.tp_plan.items() if ".layers." in name}
     assert _proposal(family, {}, tp=2) == plan
 
 
@@ -122,8 +125,10 @@ def _differences(folder: Path) -> dict[str, str]:
 
 
 def test_two_ranks_compute_what_one_process_does(tmp_path: Path) -> None:
+    families = ("bamba", "gpt_oss", "diffllama")
+    zoo.skip_where_missing(*families)
     for differences in run_ranks(2, _differences, tmp_path):
-        for family in ("bamba", "gpt_oss", "diffllama"):
+        for family in families:
             assert not differences[family], differences
         assert "size" in differences["gpt_oss, broken"]  # of sinks for all heads, beside scores of a rank's
         assert "gradient" in differences["diffllama, broken"]

@@ -9,7 +9,7 @@ from tests.zoo_table import ABSENT, NO_GRADIENT, OVERRIDES, PLANLESS
 STYLES = {
     "all_reduce": "inkling_text",
     "colwise": "llama",
-    "colwise_gather_output": "minimax_m3_vl_text",
+    "colwise_gather_output": "olmo2",
     "embedding_colwise": "qwen4_exp_text",
     "embedding_rowwise": "gpt_oss",
     "local_params": "mimo_v2_flash",
@@ -21,12 +21,13 @@ STYLES = {
     "replicate": "inkling2_text",
     "replicated_with_grad_allreduce": "qwen3",
     "rowwise": "llama",
-    "rowwise_split_input": "qwen4_exp_text",
+    "rowwise_split_input": "olmo2",
 }
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_family_has_the_style(style: str) -> None:
+    zoo.skip_where_missing(STYLES[style])
     assert style in zoo.plan(zoo.config_classes()[STYLES[style]]).values()
 
 
@@ -56,6 +57,7 @@ def test_every_kind_of_layer() -> None:
             assert default <= set(getattr(text, name, None) or ()), family
 
 
+@pytest.mark.skipif(zoo.OLDER, reason="an older Transformers has not all families of the table")
 def test_the_table_has_no_strangers() -> None:
     known = set(zoo.config_classes())
     subs = [sub for each in zoo.config_classes().values() for sub in zoo.sub_configs(each).values()]

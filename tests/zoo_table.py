@@ -2,6 +2,7 @@
 
 from typing import Any
 
+TRANSFORMERS = (5, 24)  # whose families these tables name; an older one lacks some
 # Sizes by the names that configs have for them. A config gets those of its own names only.
 SIZES: dict[str, Any] = {
     "vocab_size": 256,

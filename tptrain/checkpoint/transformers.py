@@ -163,6 +163,8 @@ class Converted:
 
         for name in names:
             tensors = group(self.targets[name])
+            if name not in tensors and len(tensors) > 1:
+                raise RuntimeError(f"Transformers does not convert back to {name}, but to {', '.join(tensors)}")
             yield tensors[name] if name in tensors else next(iter(tensors.values()))
 
     def _in_module(self, name: str, whole: Tensor) -> Tensor:

@@ -77,10 +77,19 @@ def attention(
     return ops.masked_attention(q, k, v, window, scale, softcap), None
 
 
+def _asks_for_sdpa(module: nn.Module) -> bool:
+    """Whether a module does something else where its attention has another name. With sparse attention, the keys that
+    were picked are in the mask for SDPA, and left to the attention function for others.
+    """
+    forward = inspect.unwrap(type(module).forward)
+    constants = forward.__code__.co_consts if inspect.isfunction(forward) else ()
+    return any(each == "sdpa" or (isinstance(each, tuple) and "sdpa" in each) for each in constants)
+
+
 def use_ours(inner: Any, ops: Operations) -> None:
     """Let a model's text layers attend by `ops`, where Transformers would take SDPA."""
     config = inner.config.get_text_config()
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation != "sdpa" or any(map(_asks_for_sdpa, inner.modules())):
         return
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)

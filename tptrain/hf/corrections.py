@@ -27,12 +27,18 @@ def _dynamic_mask(config: Any) -> Plan:
     return {"layers.*.self_attn.dt_proj": "rowwise_split_output", "layers.*.self_attn.A": "colwise"}
 
 
+def _summed_experts(config: Any) -> Plan:
+    """The experts are cut, and what they give is to be summed. The plan says so since Transformers 5.16 only."""
+    return {"layers.*.feed_forward.experts": "moe_tp_experts"}
+
+
 CORRECTIONS: Mapping[str, Callable[[Any], Plan]] = {
     "doge": _dynamic_mask,
     "gemma3n_text": _sparse_activations,
     "inkling_text": _packed_experts,
     "inkling2_text": _packed_experts,
     "inkling2_loop_text": _packed_experts,
+    "llama4_text": _summed_experts,
 }
 
 

@@ -239,6 +239,8 @@ def build(config: Any, layers: tuple[int, ...] | None = None) -> Any:
 
 def _built(config: Any) -> Any:
     config = copy.deepcopy(config)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"  # Transformers before 5.21 takes SDPA, which leaves the cap out
     named: Any = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if type(config) is getattr(named, "config_class", None):

@@ -68,7 +68,8 @@ def sources(model: Any, tensors: Iterable[str]) -> list[Group]:
             continue
         converter = None if pattern is None else by_pattern[pattern]
         groups.setdefault(target, Group(target, converter)).tensors.append((name, pattern or name))
-    model._weight_conversions = [each for each in conversions if each.was_used()]
+    # Transformers 5.5 does not note which were used, and reverts them all.
+    model._weight_conversions = [each for each in conversions if getattr(each, "_was_used", True)]
     _check(model, known, groups, strangers)
     return list(groups.values())
 
