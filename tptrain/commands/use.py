@@ -95,6 +95,8 @@ def _model(verb: str, words: list[str]) -> "tuple[Config, Path | None]":
         config = settings_of(checkpoint, config, rest)
     elif config.model.path is None:
         raise UserError(f"{verb}: name a run, a checkpoint or a Hugging Face directory.")
+    if verb == "generate":
+        config.train = dataclasses.replace(config.train, seq_len=1)  # of training: no length of an answer
     validate(config)
     settle_engine(config)
     check_model(config, reads_weights=checkpoint is None)

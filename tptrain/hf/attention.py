@@ -20,6 +20,7 @@ NAME = "tptrain"
 WINDOWED = {"causal_mask_function", "sliding_window_overlay"}  # Transformers' functions that such a mask is made of
 # Of a model's calls, beside masks: of caches, and the window, which is in the mask.
 IRRELEVANT = ("sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions", "logits_to_keep")
+IRRELEVANT += ("output_router_logits",)
 
 
 class WindowMask(Tensor):
