@@ -213,6 +213,8 @@ def read_config(source: Mapping[str, Any], dropout: float | None, vocab: int | N
         )
     if vocab is not None:
         text.vocab_size = min(vocab, text.vocab_size)
+        if (getattr(text, "pad_token_id", None) or 0) >= text.vocab_size:  # an embedding has it
+            text.pad_token_id = text.vocab_size - 1
     return config
 
 
