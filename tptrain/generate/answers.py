@@ -13,8 +13,8 @@ from tptrain.generate.sample import Sampler, Sampling
 from tptrain.generate.text import Text
 from tptrain.nn.decoder import Decoder
 
-if TYPE_CHECKING:
-    from tptrain.train.trainer import Model
+if TYPE_CHECKING:  # Transformers is imported where its models run
+    from tptrain.hf.model import TransformersModel
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def prompt_ids(rows: list[dict[str, Any]], settings: GenerateConfig, text: Text,
 
 
 def answers(
-    model: "Model",
+    model: "Decoder | TransformersModel",
     text: Text,
     prompts: list[list[int]],
     settings: GenerateConfig,

@@ -176,10 +176,10 @@ def of_config(config: Config, mesh: Mesh, ops: Operations) -> TransformersModel:
     return TransformersModel(source, mesh, model.tp_plan, config.train.recompute == "full", ops=ops)
 
 
-def on_meta(model: ModelConfig, vocab: int | None = None, layers: tuple[int, ...] | None = None) -> TransformersModel:
-    """A whole model on no device, for the shapes of its parameters."""
-    source, mesh = read_config(model.source, model.dropout, vocab), Mesh(tp_grid(1, 1, 1), 0, torch.device("meta"))
-    return TransformersModel(source, mesh, model.tp_plan, layers=layers)
+def on_meta(model: ModelConfig, config: Any = None, layers: tuple[int, ...] | None = None) -> TransformersModel:
+    """A whole model on no device, for the shapes of its parameters; `config`: Transformers', where it is another."""
+    config = read_config(model.source, model.dropout) if config is None else config
+    return TransformersModel(config, Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), model.tp_plan, layers=layers)
 
 
 def read_config(source: Mapping[str, Any], dropout: float | None, vocab: int | None = None) -> Any:
@@ -213,6 +213,8 @@ def read_config(source: Mapping[str, Any], dropout: float | None, vocab: int | N
         )
     if vocab is not None:
         text.vocab_size = min(vocab, text.vocab_size)
+        if (getattr(text, "pad_token_id", None) or 0) >= text.vocab_size:  # an embedding has it
+            text.pad_token_id = text.vocab_size - 1
     return config
 
 
