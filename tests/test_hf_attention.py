@@ -49,6 +49,18 @@ def test_as_sdpa(case: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::Warning:transformers")
+@pytest.mark.parametrize("family", ["deepseek_v32", "minimax_m3_vl_text"])
+def test_keys_that_an_indexer_picks_go_to_sdpa(family: str) -> None:
+    """Transformers masks the others where the implementation is called sdpa, and leaves it to every other one."""
+    model = zoo.model(family)
+    model.set_attn_implementation("sdpa")
+    _, logits = zoo.loss_and_logits(model, zoo.tokens())
+    attention.use_ours(model, REFERENCE)
+    _, own = zoo.loss_and_logits(model, zoo.tokens())
+    torch.testing.assert_close(own, logits)
+
+
+@pytest.mark.filterwarnings("ignore::Warning:transformers")
 def test_a_mask_that_a_model_has_changed_goes_to_sdpa() -> None:
     mask = attention.mask(1, 6, 6, mask_function=_window(3), local_size=3, device="cpu")
     assert isinstance(mask, attention.WindowMask)

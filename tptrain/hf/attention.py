@@ -7,6 +7,8 @@ Shapes: B batch, T sequence, H/tp heads of queries and K/tp of keys on this rank
 """
 
 import inspect
+import re
+import sys
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ NAME = "tptrain"
 WINDOWED = {"causal_mask_function", "sliding_window_overlay"}  # Transformers' functions that such a mask is made of
 # Of a model's calls, beside masks: of caches, and the window, which is in the mask.
 IRRELEVANT = ("sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions", "logits_to_keep")
+# In the source of a model that masks keys itself: for these implementations, and for no other.
+MASKED_BY_NAME = re.compile(r"_attn_implementation in \([^)]*['\"]sdpa['\"]")
 
 
 class WindowMask(Tensor):
@@ -77,10 +81,17 @@ def attention(
     return ops.masked_attention(q, k, v, window, scale, softcap), None
 
 
+def _masks_by_name(inner: Any) -> bool:
+    """Whether a model asks for SDPA by its name before it masks keys, such as those that an indexer did not pick."""
+    files = {type(module).__module__ for module in inner.modules()}
+    texts = (inspect.getsource(sys.modules[file]) for file in files if file.startswith("transformers.models."))
+    return any(MASKED_BY_NAME.search(text) for text in texts)
+
+
 def use_ours(inner: Any, ops: Operations) -> None:
     """Let a model's text layers attend by `ops`, where Transformers would take SDPA."""
     config = inner.config.get_text_config()
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation != "sdpa" or _masks_by_name(inner):
         return
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
