@@ -180,7 +180,7 @@ def test_the_cache_is_freed() -> None:
 
 
 def _with_sizes_of_the_config(right: Generated, tp: int) -> str:
-    """What is said of a cache that has as many heads as the config."""
+    """The refusal of a cache that has as many heads as the config."""
     heads = right.config.num_key_value_heads
 
     def lazy_initialization(self: Any, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -201,3 +201,14 @@ def test_a_cache_that_cannot_be_cut_is_refused_by_name(four: Pool) -> None:
         assert refusal.startswith("generate: the cache of MixtralForCausalLM cannot be cut by parallel.tp=2 (Sizes of")
         assert refusal.endswith("Use parallel.tp=1.")
     assert not any(four.run(_with_sizes_of_the_config, _generated("mixtral"), 1))
+
+
+def _with_a_mistake_of_the_callers(right: Generated, tp: int) -> str:
+    """The error that comes of one in `finished`, which no cache is to blame for."""
+    with pytest.raises(IndexError) as error:
+        _rows(model_of(right.config, right.weights, tp), finished=lambda row: bool([][0]))
+    return str(error.value)
+
+
+def test_a_mistake_of_the_callers_is_no_refusal(four: Pool) -> None:
+    assert set(four.run(_with_a_mistake_of_the_callers, _generated("mixtral"), 2)) == {"list index out of range"}

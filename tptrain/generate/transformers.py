@@ -6,6 +6,7 @@ cut as the layers are. Shapes: B rows of a call, T tokens, D hidden, V vocabular
 """
 
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,7 +51,8 @@ class _Call:
     ) -> None:
         self.model, self.sampler, self.rows, self.finished = model, sampler, rows, finished
         self.limits = [min(max_new_tokens, model.max_positions - len(row.prompt)) for row in rows]
-        self.padding: int = getattr(model.inner.config.get_text_config(), "pad_token_id", None) or 0
+        padding = getattr(model.inner.config.get_text_config(), "pad_token_id", None)
+        self.padding = padding if isinstance(padding, int) and 0 <= padding < model.vocab_size else 0
 
     def run(self) -> None:
         """Adds tokens to the rows."""
@@ -60,18 +62,18 @@ class _Call:
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences], device=device)  # (B, T)
         missing = max(limit - len(row.ids) for limit, row in zip(self.limits, self.rows, strict=True))
         new = max(1, min(missing, self.model.max_positions - width))
+        settings = {"do_sample": False, "use_cache": True, "pad_token_id": self.padding}
         self.model.inner.generate(
             tokens,
             attention_mask=mask,
-            generation_config=GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=self.padding),
+            generation_config=GenerationConfig(max_new_tokens=new, **settings),
             logits_processor=[self._choose],
             stopping_criteria=[self._ended],
-            use_cache=True,
         )
 
     def _choose(self, tokens: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V) in which one token of each row is possible. The model's own are not looked at: its head has
-        returned its input, out of which our logits are made, on each rank those of its columns.
+        returned its input, and each rank computes the logits of its columns from that.
         """
         alive = [place for place, row in enumerate(self.rows) if not row.end]
         kept = torch.tensor(alive, device=tokens.device)
@@ -105,8 +107,10 @@ def _inference(model: TransformersModel) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, IndexError) as error:
-        text, tp = str(error).splitlines()[0], model.mesh.size("tp")
-        if tp == 1 or not re.search("size|shape|dimension|index", text):
+        text, tp = (str(error).splitlines() or [""])[0], model.mesh.size("tp")
+        calls = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        ours = not calls.isdisjoint((_Call._choose.__name__, _Call._ended.__name__))
+        if tp == 1 or ours or not re.search("size|shape|dimension|index", text):
             raise
         name = type(inner).__name__
         raise UserError(
