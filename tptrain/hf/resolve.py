@@ -67,7 +67,7 @@ def resolve_cut(
 
 
 def _facts(model: Any) -> dict[str, Any]:
-    from tptrain.hf.model import kv_heads
+    from tptrain.hf.model import kv_heads, max_positions
 
     config = model.inner.config
     text = config.get_text_config()
@@ -75,7 +75,7 @@ def _facts(model: Any) -> dict[str, Any]:
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": text.hidden_size,
-        "max_positions": getattr(text, "max_position_embeddings", None) or 2**31,
+        "max_positions": max_positions(config),
         "heads": _first(text, "num_attention_heads") or 1,
         "kv_heads": kv_heads(config),
         "parameters": sum(math.prod(each.shape) for each in layouts.values()),
