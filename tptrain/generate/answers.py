@@ -13,8 +13,10 @@ from tptrain.generate.sample import Sampler, Sampling
 from tptrain.generate.text import Text
 from tptrain.nn.decoder import Decoder
 
-if TYPE_CHECKING:
-    from tptrain.train.trainer import Model
+if TYPE_CHECKING:  # Transformers is imported where its models are trained
+    from tptrain.hf.model import TransformersModel
+
+    Model = Decoder | TransformersModel
 
 
 @dataclass(frozen=True)
