@@ -97,6 +97,7 @@ def _check_engine(config: Config) -> None:
     for key, value in {
         "parallel.sequence_parallel": config.parallel.sequence_parallel,
         "parallel.overlap": config.parallel.overlap,
+        "logging.samples": bool(config.logging.samples),
     }.items():
         if value:
             raise UserError(f"{key}: only tptrain's own models have it, and this one is Transformers'. Leave it out.")
