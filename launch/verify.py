@@ -41,8 +41,6 @@ def prepare(config: Config) -> tuple[Config, Cut, int]:
         raise UserError(f"verify.width={options.width}: more than the model's {spec.hidden_size}. Leave it out.")
     check_tp(spec, tp)
     if config.model.engine == "transformers":
-        if options.width is not None:
-            raise UserError("verify.width: only tptrain's own models can be made narrower. Leave it out.")
         ask_for_cut(config)
     smaller = cut_of(config)
     check_tp(smaller.spec, tp)
@@ -68,8 +66,9 @@ def verify(config: Config) -> int:
     config, smaller, world = prepare(config)
     folder = Path(config.run.dir)
     facts = _facts(config, smaller, world)
-    for name in ("model", "topology"):
-        print(f"{name}: {facts[name]}", flush=True)
+    for name in ("model", "sizes", "topology"):
+        if name in facts:
+            print(f"{name}: {facts[name]}", flush=True)
     _check_memory(config, smaller.spec, world)
     scratch = folder / ".verify"
     _make(scratch)
@@ -152,12 +151,18 @@ def _facts(config: Config, smaller: Cut, world: int) -> dict[str, object]:
     axes += [] if config.train.recompute == "none" else [f"recompute={config.train.recompute}"]
     return {
         "model": f"{config.model.name}: layers {layers} of its {smaller.total}, {kinds}; {widths}, {vocabulary}",
+        **({"sizes": _sizes(smaller)} if smaller.widths else {}),
         "weights": "the model's own" if config.verify.weights == "model" else "random, every parameter drawn",
         "topology": " ".join(axes),
         **({"plan": _plan(config)} if config.model.engine == "transformers" else {}),
         "precision": config.train.precision,
         "batch": f"{config.train.global_batch_size} sequences of {smaller.length} tokens, {BATCHES} parts a rank",
     }
+
+
+def _sizes(smaller: Cut) -> str:
+    """What verify.width has made of the fields of a config of Transformers."""
+    return ", ".join(f"{field} {ours} for {theirs}" for field, theirs, ours in smaller.widths)
 
 
 def _make(scratch: Path) -> None:
@@ -185,8 +190,10 @@ def _check_memory(config: Config, spec: DecoderSpec | Facts, world: int) -> None
         flush=True,
     )
     free = psutil.virtual_memory().available
-    shrink = "verify.vocab=4096" if isinstance(spec, Facts) else "verify.width=512 or verify.vocab=4096"
-    advice = f"Shrink the model with {shrink} (random weights then), or do it on another machine with this run.dir."
+    advice = (
+        "Shrink the model with verify.width=512 or verify.vocab=4096 (random weights then), or do it on another "
+        "machine with this run.dir."
+    )
     on_gpu = config.train.device == "cuda" or (config.train.device == "auto" and Path("/dev/nvidiactl").exists())
     if not on_gpu and max(one, together) > free:
         raise UserError(f"verify: this machine has {free / GIB:.1f} GiB of memory free. {advice}")

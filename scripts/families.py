@@ -1,6 +1,7 @@
 """Every causal family of Transformers with a tensor-parallel plan, and some without, as a small random model, cut by
-Transformers and by tptrain, which runs Transformers' model or has the family natively, against one process. Started by
-scripts/families, which sets it up. Writes docs/families.md."""
+Transformers and by tptrain, which runs Transformers' model or has the family natively, against one process: a step of
+training, and what tptrain generates by Transformers' model. Started by scripts/families, which sets it up. Writes
+docs/families.md."""
 
 import argparse
 import time
@@ -13,7 +14,7 @@ from typing import Any
 from family_report import Outcome, Row, one_line, page
 from tqdm import tqdm
 
-from tests import zoo, zoo_step
+from tests import zoo, zoo_generate, zoo_step
 from tests.zoo_pool import DIED, Pool, TaskError, preload
 from tests.zoo_table import ABSENT
 from tptrain.models.families import FAMILIES as NATIVE
@@ -32,7 +33,9 @@ class Pools:
     of: dict[int, Pool] = field(default_factory=lambda: {world: Pool(world) for world in (1, *DEGREES)})
 
     def outcome(self, world: int, function: Callable[..., Any], *arguments: Any, again: bool = True) -> Outcome:
-        """Of a step over so many ranks. Where a rank died without an error it is tried `again`, once."""
+        """Over so many ranks, of a step or of what they generate. Where a rank died without an error it is tried
+        `again`, once.
+        """
         try:
             ranks = self.of[world].run(function, *arguments, timeout=self.timeout)
         except TaskError as error:
@@ -41,9 +44,20 @@ class Pools:
                 return self.outcome(world, function, *arguments, again=False)
             refused = text.startswith(REFUSAL)
             return Outcome("refused" if refused else "crashes", text.removeprefix(REFUSAL) if refused else text)
+        if isinstance(ranks[0], str):
+            wrong = next(filter(None, ranks), "")
+            return Outcome("wrong" if wrong else "right", wrong)
         worst = zoo_step.worst(ranks)
         wrong = zoo_step.difference(worst)
         return Outcome("wrong" if wrong else "right", wrong, worst)
+
+    def generates(self, family: str) -> dict[int, Outcome]:
+        """By the number of ranks, against Transformers in one process."""
+        try:
+            right = self.of[1].run(zoo_generate.generated, family, timeout=self.timeout)[0]
+        except TaskError as error:
+            return {tp: Outcome("crashes", f"in one process: {error}") for tp in DEGREES}
+        return {tp: self.outcome(tp, zoo_generate.difference, right, tp) for tp in DEGREES}
 
     def stop(self) -> None:
         for pool in self.of.values():
@@ -84,6 +98,7 @@ def row(family: str, pools: Pools) -> Row:
             result.engine[tp] = pools.outcome(tp, zoo_step.engine, folder)
             if family in NATIVE:
                 result.native[tp] = pools.outcome(tp, zoo_step.ours, family, folder)
+        result.generates = pools.generates(family)
         if result.theirs and result.theirs[MOST].verdict == "crashes" and zoo.grouped(family):
             try:
                 pools.of[1].run(zoo_step.alone, family, wide, MOST, timeout=pools.timeout)

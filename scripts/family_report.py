@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
+from tests import zoo_generate
 from tests.zoo_step import ALLOWED, FLOOR, Distance
 from tptrain.hf.corrections import CORRECTIONS
 
@@ -38,6 +39,11 @@ What came out:
   last norm are not counted), and their share of the elements; "proposed" where tptrain proposed the cuts. Every rank
   computes the rest anew.
 - **tp=4, 4 KV heads**: where the model with 2 KV heads crashes at tp=4, the same with 4.
+- **generates**: Transformers' model in tptrain's hands, against Transformers' `generate` in one process: {new} greedy
+  tokens after each of two prompts that are equally long, and of four that are not and are padded on the left, with the
+  family's usual attention (SDPA as a rule) and larger weights, so that tokens vary. Right: on each rank its columns of
+  the logits of each token are within {near} of the norm of all, the tokens are the same, or another one that is as
+  likely, and a forward pass of training afterwards is, to the bit, the one before.
 
 One small model, one batch and one step of each family show mistakes of a plan. They say nothing of speed, of bfloat16
 or of other parallelism beside it, and a model of these sizes may crash where the released one would not, by a size
@@ -113,6 +119,7 @@ class Row:
     theirs: Outcomes = field(default_factory=dict)  # Transformers' own
     engine: Outcomes = field(default_factory=dict)  # of tptrain, with Transformers' model
     native: Outcomes = field(default_factory=dict)
+    generates: Outcomes = field(default_factory=dict)  # with Transformers' model
     wide: Outcome | None = None  # Transformers on the most ranks, with as many KV heads
 
 
@@ -129,6 +136,8 @@ def page(rows: list[Row], minutes: float) -> str:
         INTRODUCTION.format(
             allowed=f"{ALLOWED:g}",
             floor=f"{FLOOR:g}",
+            new=zoo_generate.NEW,
+            near=f"{zoo_generate.ALLOWED:g}",
             minutes=minutes,
             cores=os.cpu_count(),
             **{name: version(name) for name in ("transformers", "torch", "accelerate")},
@@ -148,7 +157,8 @@ def _columns(row: Row) -> dict[str, Outcome]:
     columns = {f"Transformers tp={tp}": each for tp, each in row.theirs.items()}
     columns |= {"Transformers, 4 KV heads": row.wide} if row.wide else {}
     columns |= {f"tptrain, Transformers' model tp={tp}": each for tp, each in row.engine.items()}
-    return columns | {f"tptrain, native tp={tp}": each for tp, each in row.native.items()}
+    columns |= {f"tptrain, native tp={tp}": each for tp, each in row.native.items()}
+    return columns | {f"generates tp={tp}": each for tp, each in row.generates.items()}
 
 
 def _totals(rows: list[Row], degrees: list[int]) -> str:
@@ -174,13 +184,14 @@ def _totals(rows: list[Row], degrees: list[int]) -> str:
     if without:
         count("tptrain, Transformers' model, no plan there", [row.engine for row in without])
     count("tptrain, native", [row.native for row in rows])
+    count("generates", [row.generates for row in rows])
     for name, outcomes in counted.items():
         verdicts = Counter(each.verdict for each in outcomes)
         counts = [len(outcomes), *(verdicts[each] for each in ("right", "wrong", "crashes", "refused"))]
         right = [each.distance for each in outcomes if each.verdict == "right" and each.distance]
         whole = sum(each.cut[0] == 0 for each in right)
         share = f"{sum(each.share for each in right) / max(1, len(right)):.0%}"
-        cut = ["", ""] if "native" in name else [str(whole), share]
+        cut = ["", ""] if "native" in name or "generates" in name else [str(whole), share]
         lines.append(f"| {name} | {' | '.join([*map(str, counts), *cut])} |")
     return "\n".join([*lines, ""])
 
@@ -232,7 +243,8 @@ def _table(rows: list[Row], degrees: list[int]) -> str:
     most = max(degrees)
     names = ["family", "styles of its plan", "Transformers: cut", *(f"tp={tp}" for tp in degrees)]
     names += [f"tp={most}, {most} KV heads", "tptrain, Transformers' model: cut", *(f"tp={tp}" for tp in degrees)]
-    names += [f"tptrain, native: tp={degrees[0]}", *(f"tp={tp}" for tp in degrees[1:])]
+    for name in ("tptrain, native", "generates"):
+        names += [f"{name}: tp={degrees[0]}", *(f"tp={tp}" for tp in degrees[1:])]
     lines = ["## Families", "", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
     for row in rows:
         cells = [row.family, ", ".join(row.styles) or "no plan", _cut(row.theirs)]
@@ -240,6 +252,7 @@ def _table(rows: list[Row], degrees: list[int]) -> str:
         cells += [str(row.wide or ""), _cut(row.engine)]
         cells += [_cell(row.engine, tp) for tp in degrees]
         cells += [_cell(row.native, tp) for tp in degrees]
+        cells += [_cell(row.generates, tp) for tp in degrees]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

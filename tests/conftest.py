@@ -33,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="the whole life of test_life.py for five families, not for one",
     )
+    parser.addoption(
+        "--every-family",
+        action="store_true",
+        help="test_generate_transformers.py for every family of the zoo, not for some",
+    )
 
 
 _starting: list[subprocess.Popen[bytes]] = []  # the sandbox, where this session starts it

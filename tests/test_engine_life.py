@@ -362,7 +362,6 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "dropout": (_edit(attention_dropout=0.1), [], "Add model.dropout=0."),
     "sequence parallel": (_edit(), ["parallel.sequence_parallel=true"], "parallel.sequence_parallel: only tptrain's"),
     "overlap": (_edit(), ["parallel.overlap=true"], "parallel.overlap: only tptrain's own"),
-    "samples": (_edit(), ["logging.samples=[a]"], "logging.samples: only tptrain's own"),
     "selective": (_edit(), ["train.recompute=selective"], "Use train.recompute=full."),
     "unknown module": (
         _edit(),

@@ -17,6 +17,8 @@ CASES = {  # family, changes of its config, and whether every layer's mask is on
     "a window in some layers": ("gemma3_text", {"sliding_window": 8}, True),
     "a window as long as the sequence": ("mistral", {"sliding_window": zoo.SEQ_LEN}, True),
     "chunks": ("llama4_text", {"attention_chunk_size": 8}, False),
+    "keys that an indexer picks": ("deepseek_v32", {"index_topk": 4}, False),
+    "code that asks for sdpa by name": ("falcon", {"new_decoder_architecture": True}, True),
 }
 
 
@@ -26,6 +28,7 @@ def test_as_sdpa(case: str) -> None:
     family, changes, known = CASES[case]
     model = zoo.model(family, **changes)
     model.set_attn_implementation("sdpa")
+    model.config.get_text_config()._attn_implementation = "sdpa"  # the call is of no effect on some
     tokens = zoo.tokens()
     loss, logits = zoo.loss_and_logits(model, tokens)
     loss.backward()

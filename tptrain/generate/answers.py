@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -13,10 +13,8 @@ from tptrain.generate.sample import Sampler, Sampling
 from tptrain.generate.text import Text
 from tptrain.nn.decoder import Decoder
 
-if TYPE_CHECKING:  # Transformers is imported where its models are trained
+if TYPE_CHECKING:  # Transformers is imported where its models run
     from tptrain.hf.model import TransformersModel
-
-    Model = Decoder | TransformersModel
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def prompt_ids(rows: list[dict[str, Any]], settings: GenerateConfig, text: Text,
 
 
 def answers(
-    model: "Model",
+    model: "Decoder | TransformersModel",
     text: Text,
     prompts: list[list[int]],
     settings: GenerateConfig,
@@ -108,7 +106,7 @@ def answers(
                 return row.ids[-1] in ends or writers[row.number].add(row.ids[-1])
 
             rows = [(number, prompts[number - first]) for number in batch]
-            for row in decode(cast(Decoder, model), sampler, rows, settings.max_new_tokens, finished):
+            for row in decode(model, sampler, rows, settings.max_new_tokens, finished):
                 by_text = row.end == "stop" and row.ids[-1] not in ends
                 answer = writers[row.number].finish(None if by_text else text.decode(_without(row.ids, ends)))
                 yield row.number, Answer(answer, len(row.ids), row.end)

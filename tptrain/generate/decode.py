@@ -5,12 +5,16 @@ Shapes: B rows of a batch, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from tptrain.generate.cache import Cache
 from tptrain.generate.sample import Sampler
 from tptrain.nn.decoder import Decoder
+
+if TYPE_CHECKING:  # Transformers is imported where its models are trained
+    from tptrain.hf.model import TransformersModel
 
 
 @dataclass
@@ -28,7 +32,7 @@ Finished = Callable[[Continuation], bool]  # whether the text is to end here; ca
 
 @torch.no_grad()
 def decode(
-    model: Decoder,
+    model: "Decoder | TransformersModel",
     sampler: Sampler,
     batch: Sequence[tuple[int, list[int]]],
     max_new_tokens: int,
@@ -38,6 +42,10 @@ def decode(
 
     A row ends where `finished` says so, after `max_new_tokens`, or where the model has no further position.
     """
+    if not isinstance(model, Decoder):
+        from tptrain.generate.transformers import generate
+
+        return generate(model, sampler, batch, max_new_tokens, finished)
     rows = [Continuation(number, ids) for number, ids in batch]
     everything, device = list(rows), model.mesh.device
     width = max(len(row.prompt) for row in rows)

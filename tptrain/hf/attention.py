@@ -1,7 +1,7 @@
 """Our attention in Transformers' models, through its registers of attention functions and of masks.
 
-It takes the place of SDPA where a mask is one that it knows: causal, or causal with a sliding window. Every other mask,
-and whatever else SDPA is given (a bias, sinks), goes to Transformers' own function.
+It takes the place of SDPA in the models of `use_ours`, where a mask is one that it knows: causal, or causal with a
+sliding window. Every other mask, and whatever else SDPA is given (a bias, sinks), goes to Transformers' own function.
 
 Shapes: B batch, T sequence, H/tp heads of queries and K/tp of keys on this rank, d head_dim.
 """
@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tptrain.ops.table import Operations
 
-NAME = "tptrain"
+NAME = "sdpa"  # whose place ours takes: code of models asks for it by this name
 WINDOWED = {"causal_mask_function", "sliding_window_overlay"}  # Transformers' functions that such a mask is made of
 # Of a model's calls, beside masks: of caches, and the window, which is in the mask.
 IRRELEVANT = ("sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions", "logits_to_keep")
@@ -78,23 +78,13 @@ def attention(
     return ops.masked_attention(q, k, v, window, scale, softcap), None
 
 
-def _asks_for_sdpa(module: nn.Module) -> bool:
-    """Whether a module does something else where its attention has another name. With sparse attention, the keys that
-    were picked are in the mask for SDPA, and left to the attention function for others.
-    """
-    forward = inspect.unwrap(type(module).forward)
-    constants = forward.__code__.co_consts if inspect.isfunction(forward) else ()
-    return any(each == "sdpa" or (isinstance(each, tuple) and "sdpa" in each) for each in constants)
-
-
 def use_ours(inner: Any, ops: Operations) -> None:
     """Let a model's text layers attend by `ops`, where Transformers would take SDPA."""
     config = inner.config.get_text_config()
-    if config._attn_implementation != "sdpa" or any(map(_asks_for_sdpa, inner.modules())):
+    if config._attn_implementation != NAME:
         return
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
-    config._attn_implementation = NAME
     for module in inner.modules():
         if getattr(module, "config", None) is config:
             module.operations = ops

@@ -10,6 +10,8 @@ from tptrain.models.cut import WINDOW
 LOCAL = ("sliding_window", "attention_chunk_size")
 SCALARS = (bool, int, float, str, type(None))
 NUMBERS = ("layer_idx", "layer_number", "training")  # what differs between layers of one kind
+# Numbers of a config that are not zero where a layer needs others, or has a part in a table of all layers.
+BETWEEN_LAYERS = ("hidden_size_per_layer_input", "num_kv_shared_layers", "loop_num_passes")
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ class Stack:
 
 
 def stack(inner: Any) -> Stack:
-    """Of a model that has been built. Layers that are not in one list are not told apart: there is no stack then."""
+    """Of a model that has been built. There is no stack where layers are not in one list, or need each other."""
     total = inner.config.get_text_config().num_hidden_layers
+    if any(getattr(inner.config.get_text_config(), field, None) for field in BETWEEN_LAYERS):
+        return Stack("", total, tuple(range(total)))
     embedding = inner.get_input_embeddings()
     prefix = next(name for name, module in inner.named_modules() if module is embedding).rpartition(".")[0]
     for name, module in inner.get_submodule(prefix).named_children():
@@ -69,6 +73,10 @@ def keep_layers(inner: Any, name: str, layers: tuple[int, ...]) -> None:
     for key, value in list(vars(config).items()):
         if isinstance(value, (list, tuple)) and len(value) == total:
             vars(config)[key] = type(value)(value[i] for i in layers)  # past checks that look at one field alone
+    if spec := vars(config).get("_heterogeneity_spec"):  # sizes that some layers have for themselves, by layer
+        own = {place: spec.per_layer_overrides.get(i) for place, i in enumerate(layers)}
+        spec.per_layer_overrides.clear()
+        spec.per_layer_overrides.update({place: sizes for place, sizes in own.items() if sizes is not None})
     vars(config)["num_hidden_layers"] = len(layers)
     for key in LOCAL:
         if isinstance(size := vars(config).get(key), int) and size > WINDOW:

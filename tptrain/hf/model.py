@@ -32,6 +32,7 @@ from tptrain.nn.parameter import parameters
 from tptrain.ops.table import Operations
 from tptrain.parallel.mesh import Mesh, tp_grid
 
+UNLIMITED = 2**31  # positions
 PROBE = 64  # tokens of the forward pass that is only looked at
 
 
@@ -110,8 +111,7 @@ class TransformersModel(nn.Module):
         """Once the weights have memory, of whatever values: find out over which axes gradients are sums, and what is
         done to logits. Runs a forward pass. Raises UserError for a plan with a mistake.
         """
-        positions = getattr(self.inner.config.get_text_config(), "max_position_embeddings", None) or PROBE
-        tokens = torch.arange(min(PROBE, positions), device=self.mesh.device).unsqueeze(0) % self.vocab_size
+        tokens = torch.arange(min(PROBE, self.max_positions), device=self.mesh.device).unsqueeze(0) % self.vocab_size
         names = {id(p): name for name, p in self.named_parameters()}
         with torch.enable_grad(), noted_modules(self.inner) as modules, self._plan_blamed():
             x, self.rule = logit_rule(self.inner, self.lm_head, tokens)
@@ -149,6 +149,16 @@ class TransformersModel(nn.Module):
     def output_head(self) -> OutputHead:
         return OutputHead(self.lm_head.weight, self.vocab_size, self.rule.cap, self.lm_head.bias)
 
+    @property
+    def max_positions(self) -> int:
+        return max_positions(self.inner.config)
+
+    def last_input(self) -> Tensor:
+        """The head's input in the last column of the inner model's last forward pass, as `logits` takes it: (B, D)."""
+        x = self.lm_head.input
+        assert x is not None, "the model has not called its head"
+        return x[:, -1] * self.rule.scale
+
     def logits(self, x: Tensor) -> Tensor:
         """(N, D), the head's input -> (N, V/tp), this rank's columns of the padded vocabulary."""
         return self.rule.capped(x @ self.lm_head.weight.t() + (0 if self.lm_head.bias is None else self.lm_head.bias))
@@ -176,10 +186,10 @@ def of_config(config: Config, mesh: Mesh, ops: Operations) -> TransformersModel:
     return TransformersModel(source, mesh, model.tp_plan, config.train.recompute == "full", ops=ops)
 
 
-def on_meta(model: ModelConfig, vocab: int | None = None, layers: tuple[int, ...] | None = None) -> TransformersModel:
-    """A whole model on no device, for the shapes of its parameters."""
-    source, mesh = read_config(model.source, model.dropout, vocab), Mesh(tp_grid(1, 1, 1), 0, torch.device("meta"))
-    return TransformersModel(source, mesh, model.tp_plan, layers=layers)
+def on_meta(model: ModelConfig, config: Any = None, layers: tuple[int, ...] | None = None) -> TransformersModel:
+    """A whole model on no device, for the shapes of its parameters; `config`: Transformers', where it is another."""
+    config = read_config(model.source, model.dropout) if config is None else config
+    return TransformersModel(config, Mesh(tp_grid(1, 1, 1), 0, torch.device("meta")), model.tp_plan, layers=layers)
 
 
 def read_config(source: Mapping[str, Any], dropout: float | None, vocab: int | None = None) -> Any:
@@ -213,6 +223,8 @@ def read_config(source: Mapping[str, Any], dropout: float | None, vocab: int | N
         )
     if vocab is not None:
         text.vocab_size = min(vocab, text.vocab_size)
+        if (getattr(text, "pad_token_id", None) or 0) >= text.vocab_size:  # an embedding has it
+            text.pad_token_id = text.vocab_size - 1
     return config
 
 
@@ -227,6 +239,11 @@ def kv_heads(config: Any) -> int:
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1
     return heads if getattr(text, "kv_lora_rank", None) else getattr(text, "num_key_value_heads", None) or heads
+
+
+def max_positions(config: Any) -> int:
+    """Of a model; very many where its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
 
 def build(config: Any, layers: tuple[int, ...] | None = None) -> Any:

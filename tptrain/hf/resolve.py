@@ -35,21 +35,39 @@ def resolve(directory: str | None, source: dict[str, Any], plan: dict[str, str],
     return _facts(model)
 
 
-def resolve_cut(source: dict[str, Any], plan: dict[str, str], dropout: float | None, vocab: int | None) -> Any:
-    """The facts of what `verify` runs of a model, and which of its layers that has."""
+def resolve_cut(
+    source: dict[str, Any],
+    plan: dict[str, str],
+    dropout: float | None,
+    vocab: int | None = None,
+    width: int | None = None,
+    tp: int = 1,
+) -> Any:
+    """The facts of what `verify` runs of a model, which of its layers that has, and which of its sizes are smaller.
+
+    Raises UserError for a model that cannot be made so narrow and still be cut at this tp as the whole one is.
+    """
     from tptrain.hf.cut import stack
     from tptrain.hf.model import TransformersModel, build, kv_heads, read_config
+    from tptrain.hf.width import blamed_on_width, check_cuts_alike, narrow, widths
 
     config = read_config(source, dropout, vocab)
     layers = stack(build(config))
-    mesh = Mesh(tp_grid(1, 1, kv_heads(config)), 0, torch.device("meta"))
-    model = TransformersModel(config, mesh, plan, layers=layers.chosen if layers.name else None)
-    chosen = {"stack": layers.name, "total": layers.total, "kinds": len(layers.kinds), "layers": layers.chosen}
-    return {**chosen, "facts": _facts(model)}
+    mesh = Mesh(tp_grid(tp, tp, kv_heads(config)), 0, torch.device("meta"))
+    chosen = layers.chosen if layers.name else None
+    model, smaller = TransformersModel(config, mesh, plan, layers=chosen), ()
+    if width is not None:
+        whole, smaller = model, widths(config, width, tp)
+        with blamed_on_width(width, config.model_type, (Exception,)):
+            narrow(config, smaller)
+            model = TransformersModel(config, mesh, plan, layers=chosen)
+        check_cuts_alike(whole, model, width)
+    known = {"stack": layers.name, "total": layers.total, "kinds": len(layers.kinds), "layers": layers.chosen}
+    return {**known, "widths": smaller, "facts": _facts(model)}
 
 
 def _facts(model: Any) -> dict[str, Any]:
-    from tptrain.hf.model import kv_heads
+    from tptrain.hf.model import kv_heads, max_positions
 
     config = model.inner.config
     text = config.get_text_config()
@@ -57,7 +75,7 @@ def _facts(model: Any) -> dict[str, Any]:
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": text.hidden_size,
-        "max_positions": getattr(text, "max_position_embeddings", None) or 2**31,
+        "max_positions": max_positions(config),
         "heads": _first(text, "num_attention_heads") or 1,
         "kv_heads": kv_heads(config),
         "parameters": sum(math.prod(each.shape) for each in layouts.values()),

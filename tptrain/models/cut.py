@@ -25,6 +25,7 @@ class Cut:
     total: int  # layers of the model
     kinds: int  # of its layers
     stack: str = "layers"  # the name of the list of layers; empty: all of the model is run
+    widths: tuple[tuple[str, int, int], ...] = ()  # of Transformers' config: field, its size in the model, and here
 
     @property
     def length(self) -> int:
@@ -44,7 +45,8 @@ def cut_of(config: Config) -> Cut:
     if config.model.engine == "transformers":
         known = config.model.facts["cut"]
         facts, layers = facts_of(known["facts"]), tuple(known["layers"])
-        return Cut(facts, sizes(config.model), layers, known["total"], known["kinds"], known["stack"])
+        widths = tuple((name, whole, smaller) for name, whole, smaller in known["widths"])
+        return Cut(facts, sizes(config.model), layers, known["total"], known["kinds"], known["stack"], widths)
     return cut(decoder_spec(config.model), config.parallel.tp, config.verify.width, config.verify.vocab)
 
 
@@ -73,9 +75,14 @@ def _smaller(layer: LayerSpec, ratio: float, tp: int) -> LayerSpec:
         if isinstance(mixer, AttentionSpec):
             mixers[i] = _smaller_attention(mixer, ratio)
         elif isinstance(mixer, FFNSpec) and ratio != 1.0:
-            step = math.lcm(tp, 8)
-            mixers[i] = replace(mixer, width=max(1, round(mixer.width * ratio / step)) * step)
+            mixers[i] = replace(mixer, width=smaller_features(mixer.width, ratio, tp))
     return replace(layer, token_mixer=mixers[0], channel_mixer=mixers[1])
+
+
+def smaller_features(size: int, ratio: float, tp: int) -> int:
+    """Of an FFN, in proportion; the ranks of tp can cut it."""
+    step = math.lcm(tp, 8)
+    return max(1, round(size * ratio / step)) * step
 
 
 def _smaller_attention(attention: AttentionSpec, ratio: float) -> AttentionSpec:

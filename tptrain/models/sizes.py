@@ -58,7 +58,8 @@ def facts_of(values: dict[str, Any]) -> Facts:
 def ask_for_cut(config: Config) -> None:
     """Note in `model.facts` what `verify` runs of a model of Transformers."""
     model = config.model
-    question = ["cut", model.source, model.tp_plan, model.dropout, config.verify.vocab]
+    options = config.verify
+    question = ["cut", model.source, model.tp_plan, model.dropout, options.vocab, options.width, config.parallel.tp]
     model.facts["cut"] = _ask(json.dumps(question))
 
 
@@ -97,7 +98,6 @@ def _check_engine(config: Config) -> None:
     for key, value in {
         "parallel.sequence_parallel": config.parallel.sequence_parallel,
         "parallel.overlap": config.parallel.overlap,
-        "logging.samples": bool(config.logging.samples),
     }.items():
         if value:
             raise UserError(f"{key}: only tptrain's own models have it, and this one is Transformers'. Leave it out.")

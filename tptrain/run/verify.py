@@ -48,9 +48,11 @@ def reference(config: Config, folder: Path) -> None:
     device = pick_device(config, 0, 1)
     tokens = token_ids(cut, config.train.global_batch_size, config.train.seed)
     if config.model.engine == "transformers":
+        from tptrain.hf.width import blamed_on_width
         from tptrain.verify.transformers import PlainStep
 
-        write_reference(PlainStep(cut, config, device), tokens, Reference(folder), _say("one rank"))
+        with blamed_on_width(config.verify.width, config.model.name):
+            write_reference(PlainStep(cut, config, device), tokens, Reference(folder), _say("one rank"))
         return
     mesh = connect(tp_grid(1, 1, cut.spec.kv_heads), device)
     step = Step(cut, config, mesh, replace(REFERENCE, device=device.type))

@@ -21,6 +21,7 @@ from tptrain.checkpoint.transformers import load_converted, read_whole
 from tptrain.config import Config
 from tptrain.hf.model import TransformersModel, build, fill_buffers, on_meta, read_config
 from tptrain.hf.weights import sources
+from tptrain.hf.width import narrow
 from tptrain.models.cut import BATCHES, SEQUENCES, Cut
 from tptrain.models.safetensors import TensorFiles
 from tptrain.nn.parameter import Parameter, parameters
@@ -33,6 +34,13 @@ from tptrain.train.schedule import plain
 from tptrain.train.trainer import DTYPES, cross_entropy
 from tptrain.verify.outputs import Outputs, packed_as_one
 from tptrain.verify.step import LR, Item, finish_gradients, first_step, random_values, slice_item
+
+
+def config_of(cut: Cut, config: Config) -> Any:
+    """Transformers' config of the smaller model, which still has all of its layers."""
+    smaller = read_config(config.model.source, config.model.dropout, config.verify.vocab)
+    narrow(smaller, cut.widths)
+    return smaller
 
 
 def norm_weights(inner: Any) -> set[str]:
@@ -69,10 +77,10 @@ class PlainStep:
     def __init__(self, cut: Cut, config: Config, device: torch.device) -> None:
         self.cut, self.config, self.device = cut, config, device
         self.dtype = DTYPES[config.train.precision]
-        source = read_config(config.model.source, config.model.dropout, config.verify.vocab)
+        source = config_of(cut, config)
         layers = cut.layers if cut.stack else None
         self.inner = build(source, layers)
-        self.shapes = dict(parameters(on_meta(config.model, config.verify.vocab, layers)))
+        self.shapes = dict(parameters(on_meta(config.model, source, layers)))
         self._give_memory()
         fill_buffers(self.inner, device)
         self.inner.train()
@@ -193,7 +201,7 @@ class TransformersStep:
 
     def __init__(self, cut: Cut, config: Config, mesh: Mesh, ops: Operations) -> None:
         self.cut, self.config, self.mesh = cut, config, mesh
-        source = read_config(config.model.source, config.model.dropout, config.verify.vocab)
+        source = config_of(cut, config)
         again, layers = config.train.recompute == "full", cut.layers if cut.stack else None
         self.model = TransformersModel(source, mesh, config.model.tp_plan, again, layers, ops)
         self.store = Store(self.model, DTYPES[config.train.precision], mesh.size("dp"))
