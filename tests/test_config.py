@@ -185,6 +185,16 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # overrides -> words that 
     "a percent sign": (["run.name=a%j"], ["%"]),
     "an interpolation": (["cluster.env.A=${HOME}"], ["HOME", "single quotes"]),
     "a name too long": (["run.name=" + "x" * 300], ["x" * 300]),
+    "an empty sample": (["logging.samples=[a,'']"], ["logging.samples, prompt 2 of 2", "empty"]),
+    "a sample too long": (
+        ["logging.samples=[" + "x" * 64 + "]", "model.max_position_embeddings=64", "train.seq_len=64"],
+        ["logging.samples, prompt 1 of 1", "64 tokens", "64 positions"],
+    ),
+    "an empty sample for a tokenizer.json": (
+        ["logging.samples=['']", "data.tokenizer={folder}/tokenizer.json", "model.vocab_size=300"],
+        ["logging.samples, prompt 1 of 1", "empty"],
+    ),
+    "samples of nothing": (["logging.samples_every=5"], ["logging.samples_every", "logging.samples."]),
     "rope scaling": (["model.rope_scaling.factor=2"], ["rope_scaling", "llama3"]),
 }
 

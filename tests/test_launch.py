@@ -1,6 +1,7 @@
 """`launch` on this machine, end to end: what it leaves behind, what it survives, and how it goes on."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -35,7 +36,7 @@ from tests.commands import (
     wait_until,
 )
 from tests.corpus import overrides
-from tests.wandb_files import wandb_rows
+from tests.wandb_files import wandb_rows, wandb_tables
 from tptrain.checkpoint.commit import damage, read_commit
 from tptrain.config import load_config
 from tptrain.records.run_dir import COMMIT, committed, step_of
@@ -49,6 +50,9 @@ FINISHED = [
     "checkpoint.keep=4",
     "cluster.env.GREETING='two words'",
     "cluster.setup=['export NUMBER=7', 'echo greeting $GREETING $NUMBER']",
+    "logging.samples=['two words', the]",
+    "logging.samples_every=8",
+    "logging.samples_tokens=20",
 ]
 
 
@@ -96,6 +100,21 @@ def test_wandb_and_metrics_tell_the_same(finished: Path) -> None:
     assert rows[20]["val_loss"] == logged[20]["val_loss"]
     keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_time_s", "memory_gb"}
     assert all(keys <= row.keys() for row in rows.values())
+
+
+def test_samples_are_what_generate_answers_with_the_run(finished: Path) -> None:
+    """Of ranks at tp=2 and their checkpoint on one; also in wandb's files."""
+    rows = read_rows(finished / "run" / "metrics.jsonl")
+    samples = {row["step"]: row["samples"] for row in rows if "samples" in row}
+    assert list(samples) == [8, 16, 20]
+    logged = {step: [[step, *each.values()] for each in texts] for step, texts in samples.items()}
+    assert wandb_tables(finished / "run", "samples") == logged
+    prompts = finished / "prompts"
+    prompts.write_text("two words\nthe\n")
+    done = tptrain("generate", str(finished / "run"), f"prompt_file={prompts}", "max_new_tokens=20", "format=json")
+    assert done.returncode == 0, done.stdout
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [{key: answer[key] for key in ("prompt", "text")} for answer in answers] == samples[20]
 
 
 def test_console_tells_progress_and_what_is_next(finished: Path) -> None:

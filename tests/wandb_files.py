@@ -21,6 +21,19 @@ def wandb_rows(run_dir: Path) -> dict[int, dict]:
     return rows
 
 
+def wandb_tables(run_dir: Path, key: str) -> dict[int, list[list]]:
+    """The rows of the tables that were logged under a key, by step."""
+    tables = {}
+    for step, row in wandb_rows(run_dir).items():
+        if f"{key}/path" in row:
+            assert row[f"{key}/_type"] == "table-file"
+            file = next(run_dir.glob(f"wandb/offline-run-*/files/{row[f'{key}/path']}"))
+            content = json.loads(file.read_text())
+            assert content["columns"] == ["step", "prompt", "text"]
+            tables[step] = content["data"]
+    return tables
+
+
 def leveldb_log(content: bytes) -> Iterator[bytes]:
     """The records of a .wandb file: a 7-byte header, then LevelDB's log format (its doc/log_format.md)."""
     assert content.startswith(b":W&B")

@@ -74,6 +74,14 @@ def prompts(settings: GenerateConfig, stdin: TextIO) -> list[dict[str, Any]]:
     return rows
 
 
+def check_prompt(which: str, tokens: int, positions: int) -> None:
+    """Raises UserError for a prompt that is empty or longer than the model's positions; `which` names it."""
+    if tokens == 0:
+        raise UserError(f"{which}: empty, and this model has no token that begins a text. Give a word or more.")
+    if tokens >= positions:
+        raise UserError(f"{which}: {tokens:,} tokens, and the model has {positions:,} positions. Shorten it.")
+
+
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line) if line.lstrip().startswith("{") else None

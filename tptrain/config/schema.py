@@ -162,6 +162,10 @@ class CheckpointConfig:
 @dataclass
 class LoggingConfig:
     every: int = size(10)  # steps between rows of metrics.jsonl
+    # Prompts whose greedy continuations are written into a row, and for wandb into a table
+    samples: list[str] = field(default_factory=list)
+    samples_every: int = number(100, least=0)  # steps between them; 0: only after the last step
+    samples_tokens: int = size(50)  # of a continuation at most
 
 
 @dataclass
@@ -179,7 +183,7 @@ class WatchdogConfig:
     rendezvous_s: float = number(300.0, above=0)  # until all ranks have met
     build_s: float = number(1800.0, above=0)  # data, model and the loading of a checkpoint
     first_step_s: float = number(1800.0, above=0)
-    step_s: float = number(600.0, above=0)  # of a step, also within a validation
+    step_s: float = number(600.0, above=0)  # of a step, also within a validation or while samples are generated
     checkpoint_s: float = number(1800.0, above=0)
 
 

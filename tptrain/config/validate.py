@@ -10,7 +10,7 @@ from typing import Any
 
 from tptrain.config.containers import check_container
 from tptrain.config.errors import UserError
-from tptrain.config.schema import SMALL_VOCABULARY, Config, DataConfig, micro_batch_size
+from tptrain.config.schema import SMALL_VOCABULARY, Config, DataConfig, LoggingConfig, micro_batch_size
 
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SLURM_ONLY = ("partition", "account", "qos", "constraint", "mem", "cpus_per_task", "sbatch", "srun", "python")
@@ -196,6 +196,11 @@ def _check_unused(config: Config) -> None:
     for key in ("bos_token", "eod_token"):
         if getattr(data, key) is not None and data.tokenizer in ("auto", "bytes"):
             raise UserError(f"data.{key}: data.tokenizer={data.tokenizer} has tokens of its own. Leave it out.")
+    for key in ("samples_every", "samples_tokens"):
+        if not config.logging.samples and getattr(config.logging, key) != getattr(LoggingConfig(), key):
+            raise UserError(
+                f"logging.{key}: has no effect without logging.samples. Give prompts there, or leave it out."
+            )
     if len(Path(config.run.dir).name) > 200:
         raise UserError(f"run.name={config.run.name}: longer than a file's name may be. Use at most 200 characters.")
     if "%" in f"{config.run.dir}{config.run.name}":

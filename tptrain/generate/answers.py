@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tptrain.config import UserError
+from tptrain.config.generation import check_prompt
 from tptrain.config.schema import GenerateConfig
 from tptrain.generate.decode import Continuation, decode
 from tptrain.generate.sample import Sampler, Sampling
@@ -70,10 +70,7 @@ def prompt_ids(rows: list[dict[str, Any]], settings: GenerateConfig, text: Text,
             ids = text.chat(row.get("messages") or [{"role": "user", "content": row["prompt"]}])
         else:
             ids = text.encode(row["prompt"])
-        if not ids:
-            raise UserError(f"{which}: empty, and this model has no token that begins a text. Give a word or more.")
-        if len(ids) >= positions:
-            raise UserError(f"{which}: {len(ids):,} tokens, and the model has {positions:,} positions. Shorten it.")
+        check_prompt(which, len(ids), positions)
         every.append(ids)
     return every
 
@@ -85,11 +82,12 @@ def answers(
     settings: GenerateConfig,
     show: Callable[[str], None] | None = None,
     first: int = 0,
+    bar: bool = True,
 ) -> Iterator[tuple[int, Answer]]:
     """The number of each prompt and its answer, those of this dp rank, a batch at a time, the longest prompts first.
 
     Every rank calls it with the same. `show` gets the text of a lone prompt's answer piece by piece; `first`: the
-    number of the first prompt.
+    number of the first prompt; `bar`: whether a terminal shows how many there are.
     """
     mesh = model.mesh
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
@@ -98,8 +96,8 @@ def answers(
     numbers = range(first, first + len(prompts))
     order = sorted(numbers, key=lambda number: (-len(prompts[number - first]), number))
     own = order[mesh.index("dp") :: mesh.size("dp")]
-    quiet = show is not None or len(own) <= settings.batch_size or not mesh.is_main
-    with tqdm(desc="generating", total=len(own), unit=" prompts", disable=True if quiet else None) as bar:
+    quiet = not bar or show is not None or len(own) <= settings.batch_size or not mesh.is_main
+    with tqdm(desc="generating", total=len(own), unit=" prompts", disable=True if quiet else None) as progress:
         for start in range(0, len(own), settings.batch_size):
             batch = own[start : start + settings.batch_size]
             writers = {number: Writer(text, settings.stop, show if len(prompts) == 1 else None) for number in batch}
@@ -112,7 +110,7 @@ def answers(
                 by_text = row.end == "stop" and row.ids[-1] not in ends
                 answer = writers[row.number].finish(None if by_text else text.decode(_without(row.ids, ends)))
                 yield row.number, Answer(answer, len(row.ids), row.end)
-            bar.update(len(batch))
+            progress.update(len(batch))
 
 
 def _without(ids: list[int], ends: set[int]) -> list[int]:

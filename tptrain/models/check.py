@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tptrain.config import Config, UserError
+from tptrain.config.generation import check_prompt
 from tptrain.config.schema import MODEL_FILES, ModelConfig, RopeScaling, kv_heads
 from tptrain.config.validate import vocabulary
 from tptrain.models.directory import TENSORS, tensors
@@ -38,6 +39,7 @@ def check_model(config: Config, reads_weights: bool = True) -> None:
             f"data.tokenizer={config.data.tokenizer}: has {tokens} tokens, more than model.vocab_size="
             f"{spec.vocab_size}. {advice} the model's own tokenizer."
         )
+    _check_samples(config, longest)
 
 
 def checked_spec(model: ModelConfig) -> DecoderSpec | Facts:
@@ -45,6 +47,15 @@ def checked_spec(model: ModelConfig) -> DecoderSpec | Facts:
     if model.path is None:
         _check_settings(model)
     return sizes(model)
+
+
+def _check_samples(config: Config, positions: int) -> None:
+    """Of tokens that are bytes, and of empty prompts; a tokenizer.json counts the others before the first step."""
+    prompts, data = config.logging.samples, config.data
+    for number, prompt in enumerate(prompts, 1):
+        if data.tokenizer == "bytes" or (not prompt and data.bos_token is None):
+            which = f"logging.samples, prompt {number} of {len(prompts)}"
+            check_prompt(which, len(prompt.encode(errors="replace")), positions)
 
 
 def _check_settings(model: ModelConfig) -> None:

@@ -29,6 +29,14 @@ class Compiled:
         return self.code(*(each.detach() if isinstance(each, Tensor) else each for each in arguments))
 
 
+def eager(table: Operations) -> Operations:
+    """The table with nothing compiled, for shapes that are many: each would be by itself, and only so many may be."""
+    plain = {name: each.function for name, each in vars(table).items() if isinstance(each, Compiled)}
+    if isinstance(table.statistics, partial):
+        plain |= {"statistics": reference.statistics, "logit_gradient_": reference.logit_gradient_}
+    return replace(table, **plain)
+
+
 def compile_table(table: Operations) -> Operations:
     """The table with every operation compiled, but for attention, which PyTorch has fused."""
     names = ["rms_norm", "rms_norm_backward", "add_rms_norm", "add_rms_norm_backward", "gate_product"]

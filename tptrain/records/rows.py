@@ -7,8 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]  # a figure that is no finite number is None in the file, as JSON has none
-TAIL_BYTES = 8192  # more than a row takes
+# A figure that is no finite number is None in the file, as JSON has none. Beside figures a row may have "samples": a
+# list of {"prompt": ..., "text": ...}.
+Row = dict[str, Any]
+TAIL_BYTES = 8192  # more than a row without samples takes
 
 
 def parse_row(line: str) -> Row | None:
@@ -31,14 +33,26 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def last_row(path: Path) -> Row | None:
-    """The newest row of a metrics.jsonl, out of the file's tail."""
+    """The newest row of a metrics.jsonl, out of the file's tail; of so much of it as the row takes."""
+    tail = TAIL_BYTES
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
+            end = file.seek(0, os.SEEK_END)
+            while True:
+                file.seek(max(0, end - tail))
+                lines = file.read(tail).decode(errors="replace").splitlines()
+                row = next((row for line in reversed(lines) if (row := parse_row(line)) is not None), None)
+                if row is not None or tail >= end:
+                    return row
+                tail *= 8
     except OSError:
         return None
-    return next((row for line in reversed(lines) if (row := parse_row(line)) is not None), None)
+
+
+def to_line(row: Row) -> str:
+    """All in ASCII, so that whatever is in a text, the row is one line for everybody who reads it."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite) + "\n"
 
 
 def short(row: Row) -> str:

@@ -47,6 +47,7 @@ def run(
     from tptrain.run.preflight import RendezvousError, ReportedByRank0, check_disk, check_run_dir
     from tptrain.run.rendezvous import connect_ranks, meet, surroundings
     from tptrain.train.loop import Diverged, train
+    from tptrain.train.samples import prompts_of
     from tptrain.train.stop import Stop
 
     def fail(outcome: Outcome, text: str) -> int:
@@ -61,6 +62,7 @@ def run(
 
             def own() -> None:
                 check_disk(config)
+                prompts_of(config)  # a mistake in them ends the run here, not when the first samples are due
                 claim()
                 stack.enter_context(_own(folder, attempt))
 

@@ -23,6 +23,7 @@ from tptrain.parallel.collectives import all_reduce_
 from tptrain.parallel.mesh import Mesh
 from tptrain.records.run_dir import step_folder
 from tptrain.train.metrics import Recorder, Row, memory_gb, peak_flops
+from tptrain.train.samples import Samples
 from tptrain.train.stop import Agreement, Stop
 from tptrain.train.trainer import Trainer, build, initialise, parameter_counts
 
@@ -42,6 +43,7 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None, ops: Operations 
     say = _printer(mesh)
     ops = ops or choose(mesh.device.type, config.train.compile, node_cache())
     trainer = build(config, mesh, ops, say)
+    samples = Samples(trainer) if config.logging.samples else None
     say(_introduction(trainer))
     say(f"computing with {ops.backend}")
     folder = Path(config.run.dir) / "checkpoints"
@@ -66,7 +68,7 @@ def train(config: Config, mesh: Mesh, stop: Stop | None = None, ops: Operations 
     mesh.box.touch("first_step")
     try:
         with closing(_collecting_garbage(range(start + 1, config.train.steps + 1))) as steps:
-            agreed = _loop(trainer, start, steps, saver, stop or Stop(mesh), recorder)
+            agreed = _loop(trainer, start, steps, saver, stop or Stop(mesh), recorder, samples)
         if agreed is None or agreed.save:
             mesh.box.touch("checkpoint")
             saver.finish()
@@ -125,7 +127,13 @@ def _collecting_garbage(steps: Iterable[int]) -> Generator[int]:
 
 
 def _loop(
-    trainer: Trainer, start: int, numbers: Iterable[int], saver: Saver, stop: Stop, recorder: Recorder | None
+    trainer: Trainer,
+    start: int,
+    numbers: Iterable[int],
+    saver: Saver,
+    stop: Stop,
+    recorder: Recorder | None,
+    samples: Samples | None,
 ) -> Agreement | None:
     """Run the steps of these numbers, start + 1 and on, to the last or to the one after which all agreed to stop."""
     config, mesh = trainer.config, trainer.mesh
@@ -138,8 +146,12 @@ def _loop(
         agreed = stop.agree() if stopping and step < steps else None
         save_due = step == steps or _due(step, save_every) or agreed is not None
         save_due = save_due and (agreed is None or agreed.save)
-        eval_due = step == steps or (_due(step, config.train.eval_every) and agreed is None)
-        row_due = step == steps or agreed is not None or eval_due or _due(step, config.logging.every)
+        eval_due, samples_due = (
+            step == steps or (_due(step, every) and agreed is None)
+            for every in (config.train.eval_every, config.logging.samples_every)
+        )
+        samples_due = samples_due and samples is not None
+        row_due = step == steps or agreed is not None or eval_due or samples_due or _due(step, config.logging.every)
         if row_due or save_due:
             all_reduce_(loss, mesh.group("dp")).wait()
             norm_value = norm[0].item()
@@ -151,6 +163,8 @@ def _loop(
             row = _row(trainer, step, loss.item(), norm_value, seconds)
             if eval_due:
                 row["val_loss"] = trainer.validation_loss()
+            if samples is not None and samples_due:
+                row["samples"] = samples.generate()
             if recorder is not None:
                 recorder.record(row)
             since, began = step, time.perf_counter()

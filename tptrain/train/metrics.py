@@ -1,7 +1,5 @@
 """What a run reports: `metrics.jsonl`, console lines, wandb, and the figures in them. Rank 0 only."""
 
-import json
-import math
 import os
 import resource
 import sys
@@ -12,7 +10,7 @@ from tqdm import tqdm
 
 from tptrain.config import Config
 from tptrain.config.load import write_atomically
-from tptrain.records.rows import Row, describe, read_rows, short
+from tptrain.records.rows import Row, describe, read_rows, short, to_line
 from tptrain.train.wandb import Wandb
 
 # Dense peaks in TFLOP/s, (bf16, fp32 without TF32), off the vendors' data sheets. The first that is in the name counts.
@@ -53,7 +51,7 @@ class Recorder:
         self.steps = config.train.steps
         path = Path(config.run.dir) / "metrics.jsonl"
         kept = [row for row in read_rows(path) if row["step"] <= start]  # a dead attempt's rows past the checkpoint
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomically(path, "".join(map(to_line, kept)))
         self.file = path.open("a", buffering=1)
         self.bar = None
         if sys.stderr.isatty():
@@ -71,8 +69,7 @@ class Recorder:
             self.bar.update(step - self.bar.n)
 
     def record(self, row: Row) -> None:
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}  # JSON has no nan
-        self.file.write(json.dumps(finite) + "\n")
+        self.file.write(to_line(row))
         if self.bar is None:
             print(describe(row, self.steps), flush=True)
         else:

@@ -54,7 +54,7 @@ class Wandb:
             run = self._start()
             last = 0
             while (row := self.rows.get()) is not None:
-                run.log(row, step=row["step"])
+                run.log(_with_table(row), step=row["step"])
                 last = row["step"]
             folder, offline = run.dir, run.offline
             run.finish()
@@ -108,3 +108,18 @@ class Wandb:
                 save_code=False,
             ),
         )
+
+
+def _with_table(row: Row) -> dict[str, Any]:
+    """The row with its samples, if it has any, as a table of its step.
+
+    Not one table that grows, rewritten each time or as increments: of these wandb shows the newest 100 and counts anew
+    when an offline run goes on. Tables of a step each are shown step by step, or all together by the query
+    `runs.history.concat["samples"]`.
+    """
+    if "samples" not in row:
+        return row
+    import wandb
+
+    data: list[Any] = [[row["step"], each["prompt"], each["text"]] for each in row["samples"]]
+    return row | {"samples": wandb.Table(columns=["step", "prompt", "text"], data=data)}
