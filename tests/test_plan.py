@@ -200,3 +200,16 @@ def test_the_line_of_a_launch_has_the_figures_of_the_plan() -> None:
     text = summary(config)
     assert f"{run.peak / 2**20:,.2f} MiB of memory a rank" in text
     assert f"{sum(n for (_, axis, _), n in run.calls.items() if axis in ('tp', 'kv')):,} collectives over tp" in text
+
+
+@pytest.mark.parametrize("shapes", [((12, 8), (3, 8, 4)), ((8, 12), (12, 4)), ((3, 4, 8), (3, 8, 4))])
+def test_products_of_experts_have_the_shapes_of_real_ones(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """In float32, for which torch has no rule on the meta device: forward, and to the weights' gradients."""
+    offs = torch.tensor([4, 8, 12], dtype=torch.int32) if len(shapes[0]) == 2 else None
+    x, y = (torch.randn(shape) for shape in shapes)
+    real = torch.nn.functional.grouped_mm(x, y, offs=offs)
+    with LiveBytes() as live:
+        ends = None if offs is None else offs.to("meta")
+        planned = torch.nn.functional.grouped_mm(x.to("meta"), y.to("meta"), offs=ends)
+    assert planned.shape == real.shape
+    assert live.peak >= real.nbytes

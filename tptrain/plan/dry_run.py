@@ -153,6 +153,16 @@ class _Counting(Nobody):
         return super().reduce_scatter(out, x)
 
 
+def _grouped_product(x: Tensor, y: Tensor, offs: Tensor | None = None, **others: Any) -> Tensor:
+    """The result of `torch.nn.functional.grouped_mm` on the meta device, where torch 2.13 has it for bf16 only: rows
+    (N, K) with their experts' weights (E, K, M) -> (N, M), or (K, N) and (N, M) -> (E, K, M), these weights' gradient.
+    """
+    if x.dim() == y.dim() == 2:
+        assert offs is not None
+        return x.new_empty(len(offs), x.shape[0], y.shape[1])
+    return x.new_empty(*x.shape[:-1], y.shape[-1])
+
+
 class LiveBytes(TorchDispatchMode):
     """Bytes of all tensors made under it and still alive, and their peak."""
 
@@ -164,7 +174,10 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
             return True  # Transformers asks whether each row of a batch is one sequence
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and args[0].is_meta:
+            result = _grouped_product(*args[:2], *args[2:3], **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for storage in (t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)):
             if storage._cdata not in self.alive:
                 self.alive[storage._cdata] = storage.nbytes()
