@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tptrain.config import Config
+from tptrain.config import Config, UserError
 from tptrain.config.generation import check_prompt
 from tptrain.config.schema import MODEL_FILES, GenerateConfig
 from tptrain.generate.answers import answers
@@ -42,13 +42,26 @@ class Samples:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        """Raises UserError as `prompts_of` does."""
+        """Raises UserError as `prompts_of` does, and for a model of Transformers whose cache cannot be cut."""
         config, folder = trainer.config, Path(trainer.config.run.dir) / MODEL_FILES
         self.texts = config.logging.samples
         self.text = of_config(config, folder if folder.is_dir() else None)
         self.prompts = prompts_of(config, self.text)
         self.settings = GenerateConfig(max_new_tokens=config.logging.samples_tokens)
         self.model = _for_generation(trainer.model, trainer.loss.ops)
+        if not isinstance(self.model, Decoder):
+            self._try()
+
+    def _try(self) -> None:
+        """Two tokens, the second out of the cache, by whatever values the weights have: what fails, fails at once."""
+        failure = ""
+        try:
+            list(answers(self.model, self.text, self.prompts, replace(self.settings, max_new_tokens=2), bar=False))
+        except UserError as error:
+            failure = f"{error}".removeprefix("generate: ").removesuffix(".")
+        failures = self.model.mesh.control.gather(failure)  # a dp rank without a prompt has tried nothing
+        if any(failures):
+            raise UserError(f"logging.samples: {next(filter(None, failures))}, or leave it out.")
 
     def generate(self) -> list[dict[str, str]]:
         """Each prompt with the text that the model adds. Every rank calls it; the prompts are divided over dp."""
