@@ -72,6 +72,15 @@ def test_scores_with_a_cap_are_not_left_to_sdpa(family: str) -> None:
     assert build(read_config(settings, 0.0)).config._attn_implementation == "eager"
 
 
+def test_what_attention_returns_can_be_viewed() -> None:
+    """As SDPA's: AFMoE's code takes a view of it, and so a dry run of it failed."""
+    module: Any = torch.nn.Module()
+    module.operations = REFERENCE
+    q, k = (torch.empty(1, heads, 6, 4, device="meta") for heads in (4, 2))
+    y, _ = attention.attention(module, q, k, k, None)
+    assert y.view(1, 6, -1).shape == (1, 6, 16)
+
+
 @pytest.mark.filterwarnings("ignore::Warning:transformers")
 def test_a_mask_that_a_model_has_changed_goes_to_sdpa() -> None:
     mask = attention.mask(1, 6, 6, mask_function=_window(3), local_size=3, device="cpu")

@@ -74,8 +74,10 @@ def attention(
     window = window if window is not None and window < q.shape[1] else None
     scale = None if scaling is None or abs(scaling * q.shape[-1] ** 0.5 - 1) < 1e-6 else scaling
     if (window, scale, softcap) == (None, None, None):
-        return ops.attention(q, k, v), None
-    return ops.masked_attention(q, k, v, window, scale, softcap), None
+        y = ops.attention(q, k, v)
+    else:
+        y = ops.masked_attention(q, k, v, window, scale, softcap)
+    return y.contiguous(), None  # as SDPA's is: some models take a view of it
 
 
 def use_ours(inner: Any, ops: Operations) -> None:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tptrain.config.schema import GenerateConfig
 from tptrain.generate.answers import Answer, answers, prompt_ids
 from tptrain.generate.text import of_config
 from tptrain.models.sizes import sizes
-from tptrain.ops.table import REFERENCE, Operations
+from tptrain.ops.compiled import eager
 from tptrain.run.rendezvous import connect_ranks, meet
 from tptrain.train.trainer import build_model
 from tptrain.watch.black_box import BlackBox
@@ -46,7 +45,7 @@ def run(
     rendezvous.meeting.on_main("prompts", read)
     mesh = connect_ranks(config, box, rendezvous)
     everything: list[list[int]] = mesh.control.gather(ids)[0]
-    model, store = build_model(config, mesh, _operations(config, rendezvous.ops))
+    model, store = build_model(config, mesh, eager(rendezvous.ops))
     if checkpoint is None:
         read_weights(config.model, model, store.fill, box.touch)
     else:
@@ -60,9 +59,3 @@ def run(
             together = {number: answer for part in parts for number, answer in part.items()}
             yield from ((rows[number], together[number]) for number in sorted(together))
     dist.destroy_process_group()
-
-
-def _operations(config: Config, ops: Operations) -> Operations:
-    """Plain PyTorch on a GPU, unless compilation was asked for: each length of a prompt would be compiled anew."""
-    plain = ops.device == "cuda" and config.train.compile == "auto"
-    return replace(REFERENCE, device=ops.device) if plain else ops
