@@ -43,7 +43,7 @@ def _theirs(model: Any, prompts: list[list[int]], new: int = NEW) -> list[list[i
     return model.generate(tokens, attention_mask=mask, **settings)[:, width:].tolist()
 
 
-def _model(case: ref.Case, weights: dict[str, Tensor], tp: int, dtype: torch.dtype = torch.float32) -> Decoder:
+def model_of(case: ref.Case, weights: dict[str, Tensor], tp: int, dtype: torch.dtype = torch.float32) -> Decoder:
     """Without values where there are no weights."""
     spec = decoder_spec(case.ours)
     model = Decoder(spec, mesh(tp, spec.kv_heads, shared=tp > 1), REFERENCE)
@@ -63,7 +63,7 @@ def _greedy(model: Decoder) -> Sampler:
 
 
 def _ours(case: ref.Case, weights: dict[str, Tensor], prompts: list[list[int]], tp: int) -> list[list[int]]:
-    model = _model(case, weights, tp)
+    model = model_of(case, weights, tp)
     rows = decode(model, _greedy(model), list(enumerate(prompts)), NEW, lambda row: False)
     return [row.ids for row in rows]
 
@@ -73,14 +73,14 @@ def of_families() -> tuple[dict[Any, Any], list[Any]]:
     """Every family's continuations: Transformers' by (family, kind of prompts), ours on each rank by tp too."""
     tasks, right = {}, {}
     for family, case in FAMILIES.items():
-        model = _hf_model(case)
+        model = hf_model(case)
         tasks[family] = case, ref.to_ours(case, dict(model.named_parameters()))
         for kind, lengths in PROMPTS.items():
             right[family, kind] = _theirs(model, _prompts(lengths))
     return right, run_ranks(4, _of_families, tasks)
 
 
-def _hf_model(case: ref.Case) -> Any:
+def hf_model(case: ref.Case) -> Any:
     torch.manual_seed(0)
     model = ref.hf_model(case).eval()
     with torch.no_grad():  # so large, and a token's own row so small, that it is not the same token over and over
@@ -154,7 +154,7 @@ def _a_slot_too_few() -> Iterator[None]:
 )
 def test_a_mistake_changes_the_tokens(family: str, mutation: Any) -> None:
     case = FAMILIES[family]
-    model = _hf_model(case)
+    model = hf_model(case)
     weights, prompts = ref.to_ours(case, dict(model.named_parameters())), _prompts(PROMPTS["unequal"])
     right = _ours(case, weights, prompts, 1)
     assert right == _theirs(model, prompts)
@@ -167,9 +167,9 @@ def test_a_mistake_changes_the_tokens(family: str, mutation: Any) -> None:
 
 def test_a_row_that_ends_leaves_the_others_as_they_were() -> None:
     case = FAMILIES["mistral"]
-    model = _hf_model(case)
+    model = hf_model(case)
     prompts = _prompts(PROMPTS["unequal"])
-    ours = _model(case, ref.to_ours(case, dict(model.named_parameters())), 1)
+    ours = model_of(case, ref.to_ours(case, dict(model.named_parameters())), 1)
     whole = _theirs(model, prompts)
     ends = {whole[0][4], whole[2][9]}
     expected = []
@@ -184,9 +184,9 @@ def test_a_row_that_ends_leaves_the_others_as_they_were() -> None:
 def test_the_last_position_is_the_last_token() -> None:
     """Of 64 positions, a prompt takes 60: the token after the last one is there still, and no more."""
     case = FAMILIES["gpt2"]
-    model = _hf_model(case)
+    model = hf_model(case)
     prompts = _prompts([60, 3])
-    ours = _model(case, ref.to_ours(case, dict(model.named_parameters())), 1)
+    ours = model_of(case, ref.to_ours(case, dict(model.named_parameters())), 1)
     rows = decode(ours, _greedy(ours), list(enumerate(prompts)), NEW, lambda row: False)
     assert [(len(row.ids), row.end) for row in rows] == [(4, "length"), (NEW, "length")]
     assert rows[0].ids == _theirs(model, prompts[:1], 4)[0]
@@ -196,7 +196,7 @@ def test_the_last_position_is_the_last_token() -> None:
 
 
 def _cache_bytes(case: ref.Case, tp: int) -> int:
-    return Cache(_model(case, {}, tp), 3, 40).bytes
+    return Cache(model_of(case, {}, tp), 3, 40).bytes
 
 
 @pytest.mark.parametrize(("family", "kept"), [("llama", 40), ("mistral", WINDOW)])
@@ -212,7 +212,7 @@ def test_a_cache_takes_what_the_closed_form_says(family: str, kept: int) -> None
 
 def _cached_logits(case: ref.Case, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
     """(B, T, V/tp) in bf16: of a prompt of 9 tokens at once, then one by one."""
-    model = _model(case, weights, 2, torch.bfloat16)
+    model = model_of(case, weights, 2, torch.bfloat16)
     cache, rows = Cache(model, len(tokens), tokens.shape[1]), []
     for part in (tokens[:, :9], *tokens[:, 9:].split(1, dim=1)):
         rows.append(model.logits(cache.forward(part).flatten(0, 1)).view(*part.shape, -1))
@@ -222,7 +222,7 @@ def _cached_logits(case: ref.Case, weights: dict[str, Tensor], tokens: Tensor) -
 @pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2"])
 def test_bf16_is_as_near_as_transformers_is(family: str) -> None:
     case = FAMILIES[family]
-    model = _hf_model(case)
+    model = hf_model(case)
     weights, tokens = ref.to_ours(case, dict(model.named_parameters())), torch.randint(3, ref.VOCAB, (2, 24))
     with torch.no_grad():
         exact = model(tokens).logits
@@ -288,7 +288,7 @@ def test_draws_do_not_depend_on_the_ranks() -> None:
 
 
 def _of_own_columns(tp: int) -> list[int]:
-    with patch("tptrain.generate.sample.all_gather", lambda own, group: (own, NOTHING)):
+    with patch("tptrain.nn.cross_entropy.all_gather", lambda own, group: (own, NOTHING)):
         return _draws(Sampling(), tp)
 
 

@@ -39,8 +39,8 @@ from tests.corpus import overrides
 from tests.wandb_files import wandb_rows, wandb_tables
 from tptrain.checkpoint.commit import damage, read_commit
 from tptrain.config import load_config
+from tptrain.records.rows import read_rows
 from tptrain.records.run_dir import COMMIT, committed, step_of
-from tptrain.train.metrics import read_rows
 
 TP2 = ["parallel.tp=2", "checkpoint.every=5"]
 LONGER = 100  # steps, so that a run is not at its end before it notices what happens to it

@@ -12,7 +12,8 @@ from tests.models import training
 from tptrain.config import load_config
 from tptrain.config.schema import OptimConfig
 from tptrain.optim.schedule import learning_rate
-from tptrain.train.metrics import Recorder, read_rows
+from tptrain.records.rows import read_rows
+from tptrain.train.metrics import Recorder
 
 
 @pytest.mark.parametrize("model", ["tiny", "gpt2"])

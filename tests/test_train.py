@@ -21,9 +21,9 @@ from tptrain.config.schema import kv_heads
 from tptrain.nn.parameter import initial_values, parameter, parameters, sharding
 from tptrain.ops.compiled import compile_table
 from tptrain.ops.table import REFERENCE, Operations
+from tptrain.records.rows import read_rows
 from tptrain.train import loop
 from tptrain.train.loop import train
-from tptrain.train.metrics import read_rows
 from tptrain.train.stop import Stop
 from tptrain.train.trainer import Trainer, build, initialise
 

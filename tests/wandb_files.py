@@ -6,18 +6,22 @@ from pathlib import Path
 
 
 def wandb_rows(run_dir: Path) -> dict[int, dict]:
-    """The rows of every offline wandb run below a run directory, by step, read back from wandb's own files."""
+    """The rows of training of every offline wandb run below a run directory, by step."""
+    return {row["step"]: row for row in wandb_history(run_dir) if "step" in row}
+
+
+def wandb_history(run_dir: Path) -> list[dict]:
+    """All rows of every offline wandb run below a run directory, read back from wandb's own files."""
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
-    rows: dict[int, dict] = {}
+    rows = []
     for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         for data in leveldb_log(file.read_bytes()):
             record = Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "history":
                 items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-                row = {key: json.loads(value) for key, value in items.items()}
-                rows[row["step"]] = row
+                rows.append({key: json.loads(value) for key, value in items.items()})
     return rows
 
 

@@ -16,6 +16,7 @@ from tests import zoo
 from tests.distributed import mesh
 from tests.engine import slice_of
 from tptrain.config.schema import ModelConfig
+from tptrain.generate import sample
 from tptrain.generate.decode import decode
 from tptrain.generate.sample import Sampler, Sampling
 from tptrain.hf.model import TransformersModel, kv_heads
@@ -48,7 +49,7 @@ def prompts(kind: str) -> list[list[int]]:
 
 def generated(family: str, kinds: Iterable[str] = PROMPTS, **changes: Any) -> Generated:
     """By Transformers' `generate`, greedy, in batches that are padded on the left."""
-    model, config = _lively(family, **changes), zoo.config(family, **changes)
+    model, config = lively(family, **changes), zoo.config(family, **changes)
     config._attn_implementation = model.config._attn_implementation
     saved = model.state_dict()
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -69,7 +70,7 @@ def generated(family: str, kinds: Iterable[str] = PROMPTS, **changes: Any) -> Ge
     return result
 
 
-def _lively(family: str, **changes: Any) -> Any:
+def lively(family: str, **changes: Any) -> Any:
     """The family's small model, with weights so large that its tokens vary, and with its usual attention."""
     model: Any = zoo.model(family, **changes).eval()
     generator = torch.Generator().manual_seed(3)
@@ -175,13 +176,8 @@ def _heads_of_another_rank() -> AbstractContextManager:
 
 
 def _count_columns_anew_on_each_rank() -> AbstractContextManager:
-    right = Sampler._largest
-
-    def largest(self: Sampler, scores: Tensor) -> Tensor:
-        with patch.object(self, "first", 0):
-            return right(self, scores)
-
-    return patch.object(Sampler, "_largest", largest)
+    right = sample.largest
+    return patch.object(sample, "largest", lambda scores, first, group: right(scores, 0, group))
 
 
 def _leave_logits_unscaled() -> AbstractContextManager:

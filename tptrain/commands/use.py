@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,19 @@ from tptrain.commands.settled import settle_engine
 
 if TYPE_CHECKING:
     from tptrain.config import Config
+    from tptrain.config.schema import EvalConfig
 
 
 def evaluate(options: argparse.Namespace) -> int:
     from launch.place import find_place
     from tptrain.config import check_data
+    from tptrain.config.evaluation import split_words
     from tptrain.run.evaluate import run
 
-    config, checkpoint = _model("eval", options.overrides)
+    settings, words = split_words(options.overrides)
+    if settings.tasks:
+        return _by_tasks(settings, words, options.overrides)
+    config, checkpoint = _model("eval", words, in_windows=True)
     config.run.dir = str(Path(config.data.cache_dir) / "eval")  # the same on every rank; nothing is written there
     check_data(config)
     code = _elsewhere(config, checkpoint, "eval", options.overrides)
@@ -30,32 +36,72 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _by_tasks(settings: "EvalConfig", words: list[str], typed: list[str]) -> int:
+    """Scores of the tasks of lm-evaluation-harness. `words`: the overrides among those that were `typed`."""
+    from launch.place import find_place
+    from tptrain.config import UserError
+    from tptrain.models.sizes import sizes
+    from tptrain.run import results
+    from tptrain.run.preflight import ReportedByRank0
+    from tptrain.run.tasks import load_tasks
+
+    config, checkpoint = _model("eval", words)
+    positions = sizes(config.model).max_positions
+    if settings.max_length is not None and settings.max_length > positions:
+        raise UserError(f"max_length={settings.max_length}: the model has {positions:,} positions. Use no more.")
+    target = results.target(config, checkpoint, settings.out, words)
+    config.run.dir = str(Path(config.data.cache_dir) / "eval")  # the same on every rank; nothing is written there
+    code = _elsewhere(config, checkpoint, "eval", typed, lambda: load_tasks(settings))
+    if code is not None:
+        return code
+    from tptrain.run.harness import run
+
+    _infer(config, find_place().world)
+    try:
+        scores = run(config, checkpoint, _folder(config, checkpoint), settings, target.name)
+    except ReportedByRank0 as error:
+        return 2 if "UserError" in str(error) else 1
+    if scores is not None:
+        results.show(scores)
+        results.write(target, scores)
+    return 0
+
+
 def generate(options: argparse.Namespace) -> int:
     from launch.place import find_place
     from tptrain.config.generation import split_words
-    from tptrain.config.schema import MODEL_FILES
     from tptrain.run.generate import run
     from tptrain.run.preflight import ReportedByRank0
 
     settings, words = split_words(options.overrides)
     config, checkpoint = _model("generate", words)
     config.run.dir = str(Path(config.data.cache_dir) / "generate")  # the same on every rank; nothing is written there
-    folder = Path(config.model.directory or "") if checkpoint is None else checkpoint.parent.parent / MODEL_FILES
     code = _elsewhere(config, checkpoint, "generate", options.overrides)
     if code is not None:
         return code
-    place = find_place()
-    train = dataclasses.replace(config.train, micro_batch_size=1, global_batch_size=place.world)
-    config.train = dataclasses.replace(train, recompute="none")
-    config.parallel = dataclasses.replace(config.parallel, sequence_parallel=False, overlap=False)
+    _infer(config, find_place().world)
     lone = settings.prompt is not None and settings.format == "text"
-    files, show = folder if folder.is_dir() else None, _show if lone else None
     try:
-        for row, answer in run(config, checkpoint, files, settings, show):
+        for row, answer in run(config, checkpoint, _folder(config, checkpoint), settings, _show if lone else None):
             _print(row, answer, settings.format, lone)
     except ReportedByRank0:
         return 2
     return 0
+
+
+def _infer(config: "Config", world: int) -> None:
+    """No settings of training that the layers would follow."""
+    train = dataclasses.replace(config.train, micro_batch_size=1, global_batch_size=world)
+    config.train = dataclasses.replace(train, recompute="none")
+    config.parallel = dataclasses.replace(config.parallel, sequence_parallel=False, overlap=False)
+
+
+def _folder(config: "Config", checkpoint: "Path | None") -> "Path | None":
+    """The model's files beside its weights, where there are any."""
+    from tptrain.config.schema import MODEL_FILES
+
+    folder = Path(config.model.directory or "") if checkpoint is None else checkpoint.parent.parent / MODEL_FILES
+    return folder if folder.is_dir() else None
 
 
 def _show(piece: str) -> None:
@@ -73,15 +119,16 @@ def _print(row: dict[str, Any], answer: Any, form: str, shown: bool) -> None:
         print(f"{asked}\n{answer.text}\n", flush=True)
 
 
-def _model(verb: str, words: list[str]) -> "tuple[Config, Path | None]":
+def _model(verb: str, words: list[str], in_windows: bool = False) -> "tuple[Config, Path | None]":
     """The config of a run, a checkpoint or a directory that the first word names, and the checkpoint.
 
-    Raises UserError.
+    `in_windows`: train.seq_len matters. Raises UserError.
     """
     from launch.runs import find_checkpoint
     from tptrain.config import UserError, load_config, validate
     from tptrain.config.load import settings_of
     from tptrain.models.check import check_model
+    from tptrain.models.sizes import sizes
 
     name = words[0] if words and "=" not in words[0] else None
     rest = words[1:] if name is not None else words
@@ -99,18 +146,33 @@ def _model(verb: str, words: list[str]) -> "tuple[Config, Path | None]":
         config.train = dataclasses.replace(config.train, seq_len=1)  # of training: no length of an answer
     validate(config)
     settle_engine(config)
+    if not in_windows:
+        config.train.seq_len = min(config.train.seq_len, sizes(config.model).max_positions)
     check_model(config, reads_weights=checkpoint is None)
     return config, checkpoint
 
 
-def _elsewhere(config: "Config", checkpoint: "Path | None", verb: str, words: list[str]) -> int | None:
-    """Have other processes be the ranks, where this one is not to be one: the exit code; None where it is."""
+def _elsewhere(
+    config: "Config",
+    checkpoint: "Path | None",
+    verb: str,
+    words: list[str],
+    check: Callable[[], object] = lambda: None,
+) -> int | None:
+    """Have other processes be the ranks, where this one is not to be one: the exit code; None where it is.
+
+    `check`: what is to be found out before a job waits in the queue, or ranks start.
+    """
     from launch import foreground
     from launch.here import ranks_to_start, run_ranks
 
     if config.cluster.kind == "slurm":
         base = Path(config.run.dir) if checkpoint is None else checkpoint.parent.parent
         foreground.prepare(config, base)
+        check()
         foreground.replace_by_srun(config, base, verb, words)
     count = ranks_to_start(config)
-    return run_ranks(["-m", "tptrain", verb, *words], count, verb) if count else None
+    if not count:
+        return None
+    check()
+    return run_ranks(["-m", "tptrain", verb, *words], count, verb)

@@ -1,51 +1,29 @@
 """The words after `generate`: which are its own, and which are overrides for Hydra."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from tptrain.config.errors import UserError
 from tptrain.config.schema import GenerateConfig
-from tptrain.config.validate import check_bounds
+from tptrain.config.words import as_typed, one_more, split
 
-TEXTS = ("prompt", "prompt_file", "stop")  # taken as they are typed
-KEYS = tuple(item.name for item in dataclasses.fields(GenerateConfig))
+TEXTS = {"prompt": as_typed, "prompt_file": as_typed, "stop": one_more}
 
 
 def split_words(words: Sequence[str]) -> tuple[GenerateConfig, list[str]]:
     """The settings of `generate`, and the words that are none of them. Raises UserError."""
-    texts: dict[str, Any] = {"stop": []}
-    values, others = {}, []
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in KEYS:
-            others.append(word)
-        elif key == "stop":
-            texts["stop"].append(value)
-        elif key in TEXTS:
-            texts[key] = value
-        else:
-            values[key] = None if value == "null" else value
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(GenerateConfig), values)
-        settings = dataclasses.replace(cast(GenerateConfig, OmegaConf.to_object(merged)), **texts)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    check_bounds(settings, "")
-    _check(settings, values)
+    settings, given, others = split(words, GenerateConfig, TEXTS)
+    _check(settings, given)
     return settings, others
 
 
-def _check(settings: GenerateConfig, values: dict[str, Any]) -> None:
+def _check(settings: GenerateConfig, given: set[str]) -> None:
     if settings.prompt is not None and settings.prompt_file is not None:
         raise UserError("prompt_file: prompt= is there, too. Give one of them.")
     for key in ("top_k", "top_p", "seed"):
-        if settings.temperature == 0 and key in values:
+        if settings.temperature == 0 and key in given:
             raise UserError(f"{key}: temperature=0 takes the likeliest token whatever it is. Give temperature=1.")
     if "" in settings.stop:
         raise UserError("stop=: empty, and every text has that. Leave it out.")

@@ -239,6 +239,19 @@ class GenerateConfig:
 
 
 @dataclass
+class EvalConfig:
+    """What `eval` does with tasks of lm-evaluation-harness, beside a model's settings: keys without a group."""
+
+    tasks: list[str] = field(default_factory=list)  # by name, or by the path of a task's file
+    task_dir: str | None = None  # a folder of task files, beside the harness's own
+    num_fewshot: int | None = number(None, least=0)  # examples before a question; None: as the task has it
+    limit: int | None = size(None)  # documents of each task
+    batch_size: int = size(8)  # texts that a rank scores, or goes on with, at once
+    max_length: int | None = number(None, least=2)  # tokens; None: the model's positions
+    out: str | None = None  # the file of results; None: below the run, else here, by the time
+
+
+@dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig, metadata=MAY_CHANGE)
     model: ModelConfig = field(default_factory=ModelConfig)

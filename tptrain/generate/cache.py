@@ -97,7 +97,8 @@ class Cached(Context):
         self.masks: dict[tuple[int, int | None], Tensor | None] = {}  # by slots and window
 
     def positions(self, B: int) -> Tensor:
-        return self.places
+        # Columns after the end of a row that is shorter than others may have no position, and nobody reads them.
+        return self.places.clamp(max=self.cache.model.spec.max_positions - 1)
 
     def rotation(self, rotary: RotarySpec, d: int) -> Tensor:
         """(2, N, 1, d/2): see `rotary_table`. Each token has a position of its own."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tptrain.nn.cross_entropy import OutputHead
+from tptrain.nn.cross_entropy import OutputHead, largest
 from tptrain.parallel.collectives import all_gather
 from tptrain.parallel.mesh import Mesh
 
@@ -49,19 +49,7 @@ class Sampler:
             # The largest of logits with Gumbel noise is a draw from their softmax (Gumbel 1954; Maddison et al. 2014,
             # arXiv:1411.0030), and which is largest the ranks find as they do for the logits alone.
             scores = scores + self._noise(keys).to(scores.device)
-        return self._largest(scores)
-
-    def _largest(self, scores: Tensor) -> Tensor:
-        """(B, v) -> the id of each row's largest score over all ranks, the first of equals: (B,)."""
-        if self.columns == 0:
-            value, place = scores.new_full((len(scores),), -torch.inf), scores.new_zeros(len(scores), dtype=torch.int64)
-        else:
-            value, place = scores.max(dim=-1)
-        own = torch.stack([value.double(), (place + self.first).double()]).unsqueeze(0)  # (1, 2, B); ids are exact
-        everyone, gathering = all_gather(own, self.group)  # (tp, 2, B)
-        gathering.wait()
-        values, ids = everyone.unbind(1)  # (tp, B) each
-        return ids.gather(0, values.argmax(dim=0, keepdim=True)).squeeze(0).long()
+        return largest(scores, self.first, self.group)
 
     def _least(self, scores: Tensor) -> Tensor:
         """The smallest score of each row that may be drawn: (B, 1)."""

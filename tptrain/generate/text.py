@@ -17,13 +17,13 @@ class Text:
     def __init__(self, data: DataConfig, folder: Path | None) -> None:
         """`folder`: of the model's other files, where there is one. Raises UserError."""
         self.folder, self.inner = folder, None
-        self._encode, eod, _ = tokenizer(data)
+        self._encode, self.eod, _ = tokenizer(data)
         if data.tokenizer != "bytes":
             from tokenizers import Tokenizer
 
             self.inner = Tokenizer.from_file(data.tokenizer)
         self.bos = data.bos_token
-        self.ends = {eod, *_ends(folder)}  # ids that end an answer
+        self.ends = {self.eod, *_ends(folder)}  # ids that end an answer
 
     def encode(self, text: str) -> list[int]:
         """With what stands before a text, as in training."""
@@ -33,11 +33,11 @@ class Text:
         """Without it: of a text that has all its special tokens."""
         return self.encode(text) if self.inner is None else self.inner.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Special tokens are left out."""
+    def decode(self, ids: list[int], special: bool = False) -> str:
+        """Special tokens are left out, unless `special`."""
         if self.inner is None:
             return bytes(i for i in ids if i < 256).decode(errors="replace")
-        return self.inner.decode(ids, skip_special_tokens=True)
+        return self.inner.decode(ids, skip_special_tokens=not special)
 
     def id_of(self, text: str) -> int | None:
         """The one token that is this text, where there is one."""

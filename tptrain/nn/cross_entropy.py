@@ -16,6 +16,7 @@ from tptrain.nn.linear import add_product
 from tptrain.nn.parameter import Parameter
 from tptrain.ops.table import Operations
 from tptrain.parallel.collectives import NOTHING, all_gather, all_reduce_, all_tokens, reduce_scatter
+from tptrain.parallel.group import Group
 from tptrain.parallel.mesh import Mesh
 
 LOGITS_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}  # of a chunk in float32
@@ -56,14 +57,21 @@ class CrossEntropy:
 
         x (N/tp, D) with sequence parallelism, else (N, D); targets (N,) global ids.
         """
-        x, gathering = all_tokens(x, self.mesh.group("tp"), self.mesh.sequence_parallel)  # (N, D)
-        gathering.wait()
-        rows, losses = self.head.detach()[: self.columns], []  # rows (v, D)
-        for chunk in self._chunks(x):
-            logits = self._logits(x[chunk], rows)
-            lse, at_target = self._statistics(logits, targets[chunk] - self.first)
+        losses = []
+        for logits, local in self._chunks_of_logits(x, targets):
+            lse, at_target = self._statistics(logits, local)
             losses.append(lse - at_target)
         return torch.cat(losses)
+
+    @torch.no_grad()
+    def scores(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`losses`, and whether each target is the likeliest token, the first of equals: (N,) each."""
+        losses, greedy, group = [], [], self.mesh.group("tp")
+        for logits, local in self._chunks_of_logits(x, targets):
+            greedy.append(largest(logits, self.first, group) == local + self.first)
+            lse, at_target = self._statistics(logits, local)
+            losses.append(lse - at_target)
+        return torch.cat(losses), torch.cat(greedy)
 
     @torch.no_grad()
     def backward(self, x: Tensor, targets: Tensor, scale: float, input_gradient: bool = True) -> tuple[Tensor, Tensor]:
@@ -102,6 +110,14 @@ class CrossEntropy:
         summing.wait()
         return loss * scale, grad_x
 
+    def _chunks_of_logits(self, x: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's logits (c, v) of some tokens at a time, and their targets (c,), counted from its first column."""
+        x, gathering = all_tokens(x, self.mesh.group("tp"), self.mesh.sequence_parallel)  # (N, D)
+        gathering.wait()
+        rows = self.head.detach()[: self.columns]  # (v, D)
+        for chunk in self._chunks(x):
+            yield self._logits(x[chunk], rows), targets[chunk] - self.first
+
     def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
         """(c, D), the head's rows (v, D) -> (c, v)."""
         bias = None if self.bias is None else self.bias.detach()[: self.columns]
@@ -127,6 +143,21 @@ class CrossEntropy:
 def capped(z: Tensor, softcap: float | None) -> Tensor:
     """cap * tanh(z / cap), of z's shape; z where there is no cap."""
     return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def largest(scores: Tensor, first: int, group: Group | None) -> Tensor:
+    """The id of each row's largest score over the ranks of a group, the first of equals: (N, v) of a rank whose first
+    column is the id `first` -> (N,), the same on every rank.
+    """
+    if scores.shape[1] == 0:
+        value, place = scores.new_full((len(scores),), -torch.inf), scores.new_zeros(len(scores), dtype=torch.int64)
+    else:
+        value, place = scores.max(dim=-1)
+    own = torch.stack([value.double(), (place + first).double()]).unsqueeze(0)  # (1, 2, N); ids are exact
+    everyone, gathering = all_gather(own, group)  # (ranks, 2, N)
+    gathering.wait()
+    values, ids = everyone.unbind(1)  # (ranks, N) each
+    return ids.gather(0, values.argmax(dim=0, keepdim=True)).squeeze(0).long()
 
 
 def chunk_length(tokens: int, columns: int, device: str) -> int:

@@ -12,6 +12,8 @@ from tptrain.parallel.group import Group
 
 T = TypeVar("T")
 POLL_S = 0.05  # between two looks for rank 0's answer
+LAST_WORDS_S = 5  # for the others to read how rank 0 failed
+MAIN_FAILED = "rank 0 failed: "  # and what then follows: the type of its error and the message
 
 
 class Control:
@@ -50,6 +52,9 @@ class Control:
                 value = work()
             except BaseException as error:
                 store.set("main_first", f"{type(error).__name__}: {error}")
+                deadline = time.monotonic() + LAST_WORDS_S  # the store ends with this process
+                while store.add("main_first/read", 0) < self.group.size - 1 and time.monotonic() < deadline:
+                    time.sleep(POLL_S)
                 raise
             store.set("main_first", "done")
         else:
@@ -57,9 +62,12 @@ class Control:
                 self.group.box.touch()
                 time.sleep(POLL_S)
             if (answer := store.get("main_first").decode()) != "done":
-                raise UserError(f"rank 0 failed: {answer}")
-        value = self.gather(value)[0]
+                store.add("main_first/read", 1)
+                raise UserError(f"{MAIN_FAILED}{answer}")
+        values = [value]
+        with self.group.noted("broadcast_object_list"):  # not a gathering: a large value would come from every rank
+            dist.broadcast_object_list(values, group=self.process_group)
         if self.rank == 0:
             store.delete_key("main_first")
         self.barrier()
-        return cast(T, value)
+        return cast(T, values[0])

@@ -1,4 +1,7 @@
-"""Rows of metrics.jsonl, one for each logged step: reading them, and how a console shows them. Imports no torch."""
+"""Rows of metrics.jsonl, one for each logged step: reading them, and how a console shows them. Imports no torch.
+
+Between them may stand rows of evaluations (records/evaluations.py), each with the step of the checkpoint that it is of.
+"""
 
 import json
 import math
@@ -14,26 +17,32 @@ TAIL_BYTES = 8192  # more than a row without samples takes
 
 
 def parse_row(line: str) -> Row | None:
-    """None for a line that is no row, as the last one where a crash cut it short."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and "step" in row else None
+    """None for a line that is no row of training: an evaluation's, or the last one where a crash cut it short."""
+    row = _parse(line)
+    return None if row is None or is_evaluation(row) else row
+
+
+def is_evaluation(row: Row) -> bool:
+    return "eval" in row
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl up to the first line that is none."""
+    """The rows of training of a metrics.jsonl, up to the first line that is no row."""
+    return [row for row in read_all(path) if not is_evaluation(row)]
+
+
+def read_all(path: Path) -> list[Row]:
+    """`read_rows`, and the rows of evaluations."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        if (row := parse_row(line)) is None:
+        if (row := _parse(line)) is None:
             break
         rows.append(row)
     return rows
 
 
 def last_row(path: Path) -> Row | None:
-    """The newest row of a metrics.jsonl, out of the file's tail; of so much of it as the row takes."""
+    """The newest row of training of a metrics.jsonl, out of the file's tail; of so much of it as the row takes."""
     tail = TAIL_BYTES
     try:
         with path.open("rb") as file:
@@ -53,6 +62,14 @@ def to_line(row: Row) -> str:
     """All in ASCII, so that whatever is in a text, the row is one line for everybody who reads it."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite) + "\n"
+
+
+def _parse(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
 
 
 def short(row: Row) -> str:

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from tptrain.config import Config
 from tptrain.config.load import write_atomically
-from tptrain.records.rows import Row, describe, read_rows, short, to_line
+from tptrain.records.evaluations import take
+from tptrain.records.rows import Row, describe, is_evaluation, read_all, short, to_line
 from tptrain.train.wandb import Wandb
 
 # Dense peaks in TFLOP/s, (bf16, fp32 without TF32), off the vendors' data sheets. The first that is in the name counts.
@@ -49,14 +50,15 @@ class Recorder:
 
     def __init__(self, config: Config, start: int) -> None:
         self.steps = config.train.steps
-        path = Path(config.run.dir) / "metrics.jsonl"
-        kept = [row for row in read_rows(path) if row["step"] <= start]  # a dead attempt's rows past the checkpoint
+        self.run_dir = Path(config.run.dir)
+        path = self.run_dir / "metrics.jsonl"
+        kept = [row for row in read_all(path) if row["step"] <= start]  # a dead attempt's rows past the checkpoint
         write_atomically(path, "".join(map(to_line, kept)))
         self.file = path.open("a", buffering=1)
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=start, unit="step", desc=config.run.name, dynamic_ncols=True)
-        self.wandb = Wandb(config, self.say, kept)
+        self.wandb = Wandb(config, self.say, [row for row in kept if not is_evaluation(row)])
 
     def say(self, text: str) -> None:
         if self.bar is not None:
@@ -77,12 +79,20 @@ class Recorder:
             if "val_loss" in row:
                 self.bar.write(describe(row, self.steps), file=sys.stderr)
         self.wandb.log(row)
+        self._take_evaluations()
+
+    def _take_evaluations(self) -> None:
+        """Rows that `eval` has left meanwhile."""
+        for row in take(self.run_dir):
+            self.file.write(to_line(row))
+            self.wandb.log(row)
 
     def sync(self) -> None:
         """The rows so far are on the disk."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
+        self._take_evaluations()
         self.file.close()
         if self.bar is not None:
             self.bar.close()

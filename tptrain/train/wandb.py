@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from tptrain.config import Config
 from tptrain.config.load import write_atomically
-from tptrain.records.rows import Row
+from tptrain.records.evaluations import flat
+from tptrain.records.rows import Row, is_evaluation
 
 
 class Wandb:
@@ -29,9 +30,9 @@ class Wandb:
         self.rows: queue.Queue[Row | None] = queue.Queue()
         self.handed_over = Path(config.run.dir) / "wandb" / "handed-over"  # the last step that wandb surely has
         text = self.handed_over.read_text(errors="replace") if self.handed_over.exists() else ""
-        last = int(text) if text.isdigit() else 0
+        self.last = int(text) if text.isdigit() else 0
         for row in earlier:
-            if row["step"] > last:
+            if row["step"] > self.last:
                 self.rows.put(row)
         self.thread = threading.Thread(target=self._work, daemon=True)
         if config.wandb.mode != "disabled":
@@ -52,17 +53,23 @@ class Wandb:
     def _work(self) -> None:
         try:
             run = self._start()
-            last = 0
             while (row := self.rows.get()) is not None:
-                run.log(_with_table(row), step=row["step"])
-                last = row["step"]
+                self._hand_over(run, row)
             folder, offline = run.dir, run.offline
             run.finish()
-            write_atomically(self.handed_over, str(last))
+            write_atomically(self.handed_over, str(self.last))
             if offline:
                 self.say(f"wandb: offline; to upload: wandb sync {Path(folder).parent}")
         except Exception as error:  # whatever wandb raises, training goes on
             self.say(f"warning: wandb stopped ({type(error).__name__}: {str(error).splitlines()[0]})")
+
+    def _hand_over(self, run: Any, row: Row) -> None:
+        if is_evaluation(row):  # wandb's own steps only rise: that of the checkpoint is a figure of its own
+            run.define_metric("eval/*", step_metric="eval_step")
+            run.log(flat(row), step=max(run.step, self.last))
+        else:
+            run.log(_with_table(row), step=row["step"])
+            self.last = row["step"]
 
     def _start(self) -> Any:
         # Its error reports go to a server of their own, and waiting for that one holds up the end of the process.
