@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 def evaluate(options: argparse.Namespace) -> int:
     from launch.place import find_place
-    from tptrain.config import check_data
     from tptrain.config.evaluation import split_words
     from tptrain.run.evaluate import run
 
@@ -25,7 +24,6 @@ def evaluate(options: argparse.Namespace) -> int:
         return _by_tasks(settings, words, options.overrides)
     config, checkpoint = _model("eval", words, in_windows=True)
     config.run.dir = str(Path(config.data.cache_dir) / "eval")  # the same on every rank; nothing is written there
-    check_data(config)
     code = _elsewhere(config, checkpoint, "eval", options.overrides)
     if code is not None:
         return code
@@ -122,10 +120,10 @@ def _print(row: dict[str, Any], answer: Any, form: str, shown: bool) -> None:
 def _model(verb: str, words: list[str], in_windows: bool = False) -> "tuple[Config, Path | None]":
     """The config of a run, a checkpoint or a directory that the first word names, and the checkpoint.
 
-    `in_windows`: train.seq_len matters. Raises UserError.
+    `in_windows`: train.seq_len and data matter. Raises UserError.
     """
     from launch.runs import find_checkpoint
-    from tptrain.config import UserError, load_config, validate
+    from tptrain.config import UserError, check_data, load_config, validate
     from tptrain.config.load import settings_of
     from tptrain.models.check import check_model
     from tptrain.models.sizes import sizes
@@ -144,6 +142,8 @@ def _model(verb: str, words: list[str], in_windows: bool = False) -> "tuple[Conf
         raise UserError(f"{verb}: name a run, a checkpoint or a Hugging Face directory.")
     if verb == "generate":
         config.train = dataclasses.replace(config.train, seq_len=1)  # of training: no length of an answer
+    if in_windows:
+        check_data(config)
     validate(config)
     settle_engine(config)
     if not in_windows:
