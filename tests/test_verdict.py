@@ -25,6 +25,7 @@ from tptrain.watch.black_box import SLOTS, BlackBox
 from tptrain.watch.files import nodes, read
 from tptrain.watch.outcome import Outcome
 from tptrain.watch.packed import pack, unpack
+from tptrain.watch.supervisor import Supervisor
 from tptrain.watch.verdict import Absence, Report, Verdict, judge
 
 # The collectives of a step of two layers, by letter: operation, shape, axis and call site.
@@ -606,3 +607,15 @@ def test_nodes_of_an_attempt(tmp_path: Path) -> None:
     lines = [json.dumps(start) for start in starts]
     (tmp_path / "logs" / "attempts.jsonl").write_text("\n".join([*lines, '{"event": "st']))
     assert nodes(tmp_path, "7.0-1") == ["n1"]
+
+
+def test_a_report_that_comes_by_file_is_compared_with_the_whole_of_the_others() -> None:
+    """Rank 1 cannot be reached and has left its file; rank 0 has left out a collective five before its last."""
+    step = "EAFLBBBBBN"
+    reports = {0: report(0, step + "EAFBBBBBN", tp=2, world=2), 1: report(1, step + "EAFLBBBBB", tp=2, world=2)}
+    supervisor = Mock(_read=lambda: reports)
+    Supervisor._judge_packed(supervisor, {0: pack(reports[0])}, {1: Absence.CUT_OFF}, {})
+    (seen, absent, _), _ = supervisor._judge.call_args
+    assert absent == {}
+    assert judge(seen, 2, []).text == judge(reports, 2, []).text
+    assert "collective 14, all_gather of (1, 2, 16) float32" in judge(seen, 2, []).text

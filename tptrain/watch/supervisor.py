@@ -305,10 +305,13 @@ class Supervisor:
         return {rank: report for rank, report in reports.items() if report["node"] != here or report["time"] >= since}
 
     def _judge_packed(self, packed: dict[int, Packed], absent: dict[int, Absence], nodes: dict[int, str]) -> None:
-        """For the collector, which has received these. The file of a rank that it cannot reach may be there."""
-        reports = unpack(packed)
+        """For the collector, which has received these. The file of a rank that it cannot reach may be there.
+
+        They are unpacked together: what is left out of a report is what all members of a group have in common.
+        """
         if absent:
-            reports |= {rank: report for rank, report in self._read().items() if rank in absent}
+            packed = packed | {rank: pack(report) for rank, report in self._read().items() if rank in absent}
+        reports = unpack(packed)
         self._judge(reports, {rank: how for rank, how in absent.items() if rank not in reports}, nodes)
 
     def _judge(self, reports: dict[int, Report], absent: dict[int, Absence], nodes: dict[int, str]) -> None:
