@@ -42,7 +42,7 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, backend
                 continue
             rank, value, failure = results.get()
             assert failure is None, f"rank {rank}:\n{failure}"
-            answers[rank] = value
+            answers[rank] = pickle.loads(value)
     finally:
         for process in processes:
             process.join(5)
@@ -63,7 +63,8 @@ def _rank(rank: int, world: int, port: int, backend: str, results: Any, task: by
         function, arguments = pickle.loads(task)
         store = f"tcp://127.0.0.1:{port}"
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=world)
-        results.put((rank, function(*arguments), None))
+        # By plain pickle: a tensor in a queue is a file that its rank hands over later, and the rank may be gone then.
+        results.put((rank, pickle.dumps(function(*arguments)), None))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
