@@ -33,14 +33,7 @@ def command(config: Config, base: Path, verb: str, words: Sequence[str]) -> list
     cluster = config.cluster
     asked = {
         "job_name": f"tptrain-{verb}",
-        "nodes": cluster.nodes,
-        "ntasks_per_node": cluster.tasks_per_node,
-        "gpus_per_node": cluster.gpus_per_node,
-        "cpus_per_task": cluster.cpus_per_task,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
+        **submit.allocation(cluster),
         "time": cluster.time,
         "mem": cluster.mem,
         "kill_on_bad_exit": 1,  # a rank that fails must not leave the others waiting

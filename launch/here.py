@@ -26,7 +26,7 @@ def ranks_to_start(config: Config) -> int:
     return count if is_alone() and count > 1 else 0
 
 
-def run_ranks(command: Sequence[str], count: int, name: str) -> int:
+def run_ranks(command: Sequence[str], count: int, verb: str) -> int:
     """Run so many processes of a Python command, of which the first has stdin; returns 0, or the exit code of the first
     that failed.
     """
@@ -36,7 +36,7 @@ def run_ranks(command: Sequence[str], count: int, name: str) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
         "TPTRAIN_NODE": os.uname().nodename,
-        "TPTRAIN_ATTEMPT": f"{name}-{os.getpid()}-0",
+        "TPTRAIN_ATTEMPT": f"{verb}-{os.getpid()}-0",
     }
     processes: list[subprocess.Popen[bytes]] = []
     try:

@@ -18,7 +18,7 @@ from launch import container, slurm
 from launch.job import Entry, command_time, run_rank, shell_lines
 from launch.run_dir import record_job
 from tptrain.config import Config, UserError
-from tptrain.config.schema import CPUS_OF_GPU
+from tptrain.config.schema import CPUS_OF_GPU, ClusterConfig
 from tptrain.models.cost import RANK_BYTES, copy_size
 
 
@@ -123,6 +123,20 @@ def _executor(configs: list[Config], base: Path) -> submitit.SlurmExecutor:
     return executor
 
 
+def allocation(cluster: ClusterConfig) -> dict[str, Any]:
+    """What sbatch and srun are asked for under the same names."""
+    return {
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.tasks_per_node,
+        "gpus_per_node": cluster.gpus_per_node,
+        "cpus_per_task": cluster.cpus_per_task,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+    }
+
+
 def _parameters(configs: list[Config], base: Path, run_dir: str) -> dict[str, Any]:
     cluster = configs[0].cluster
     further = slurm.options(cluster.sbatch)
@@ -138,14 +152,7 @@ def _parameters(configs: list[Config], base: Path, run_dir: str) -> dict[str, An
     srun_args += slurm.flags(container.srun_options(configs, base))
     return {
         "job_name": base.name,
-        "nodes": cluster.nodes,
-        "ntasks_per_node": cluster.tasks_per_node,
-        "gpus_per_node": cluster.gpus_per_node,
-        "cpus_per_task": cluster.cpus_per_task,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
+        **allocation(cluster),
         "time": None,  # submitit's default is 5 minutes; ours is the partition's
         "wckey": None,
         # A set-up line that fails ends the job. The trap keeps the script alive through a SIGTERM: srun goes on to its

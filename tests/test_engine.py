@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests import engine, zoo
 from tests.engine import MUTATIONS, Reference, distances
 from tests.test_zoo import STYLES
-from tests.zoo_pool import Pool
+from tests.zoo_pool import Pool, lasting
 from tptrain.config import UserError
 from tptrain.hf import model
 from tptrain.hf.gradients import PARTIAL, gradient_kinds, noted_modules
@@ -44,17 +44,14 @@ BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Pool]:
-    """Two ranks that stay for all tests: they import Transformers once."""
-    pool = Pool(2, tasks=1000)
-    yield pool
-    pool.stop()
+    with lasting(2) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module")
 def four() -> Iterator[Pool]:
-    pool = Pool(4, tasks=1000)
-    yield pool
-    pool.stop()
+    with lasting(4) as pool:
+        yield pool
 
 
 @functools.cache

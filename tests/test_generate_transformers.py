@@ -17,7 +17,7 @@ from transformers.generation import utils
 
 from tests import zoo, zoo_generate
 from tests.zoo_generate import MUTATIONS, NEW, Generated, model_of, prompts
-from tests.zoo_pool import Pool
+from tests.zoo_pool import Pool, lasting
 from tests.zoo_table import PLANLESS
 from tptrain.config import UserError
 from tptrain.config.schema import ModelConfig
@@ -45,10 +45,8 @@ Rows = list[tuple[list[int], str]]  # of each its ids and its end
 
 @pytest.fixture(scope="module")
 def four() -> Iterator[Pool]:
-    """Ranks that stay for all tests: they import Transformers once."""
-    pool = Pool(4, tasks=1000)
-    yield pool
-    pool.stop()
+    with lasting(4) as pool:
+        yield pool
 
 
 @functools.cache

@@ -4,7 +4,8 @@ import os
 import resource
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -91,6 +92,14 @@ class Pool:
         except (EOFError, ConnectionError):
             process.join(1)
             return None, f"{DIED} with exit code {process.exitcode}"
+
+
+@contextmanager
+def lasting(world: int) -> Iterator[Pool]:
+    """Ranks that stay for all tests of a file: they import Transformers once."""
+    pool = Pool(world, tasks=1000)
+    yield pool
+    pool.stop()
 
 
 def _rank(rank: int, world: int, port: int, tasks: Connection) -> None:

@@ -23,7 +23,6 @@ def evaluate(options: argparse.Namespace) -> int:
     if settings.tasks:
         return _by_tasks(settings, words, options.overrides)
     config, checkpoint = _model("eval", words, in_windows=True)
-    config.run.dir = str(Path(config.data.cache_dir) / "eval")  # the same on every rank; nothing is written there
     code = _elsewhere(config, checkpoint, "eval", options.overrides)
     if code is not None:
         return code
@@ -48,7 +47,6 @@ def _by_tasks(settings: "EvalConfig", words: list[str], typed: list[str]) -> int
     if settings.max_length is not None and settings.max_length > positions:
         raise UserError(f"max_length={settings.max_length}: the model has {positions:,} positions. Use no more.")
     target = results.target(config, checkpoint, settings.out, words)
-    config.run.dir = str(Path(config.data.cache_dir) / "eval")  # the same on every rank; nothing is written there
     code = _elsewhere(config, checkpoint, "eval", typed, lambda: load_tasks(settings))
     if code is not None:
         return code
@@ -73,7 +71,6 @@ def generate(options: argparse.Namespace) -> int:
 
     settings, words = split_words(options.overrides)
     config, checkpoint = _model("generate", words)
-    config.run.dir = str(Path(config.data.cache_dir) / "generate")  # the same on every rank; nothing is written there
     code = _elsewhere(config, checkpoint, "generate", options.overrides)
     if code is not None:
         return code
@@ -140,8 +137,6 @@ def _model(verb: str, words: list[str], in_windows: bool = False) -> "tuple[Conf
         config = settings_of(checkpoint, config, rest)
     elif config.model.path is None:
         raise UserError(f"{verb}: name a run, a checkpoint or a Hugging Face directory.")
-    if verb == "generate":
-        config.train = dataclasses.replace(config.train, seq_len=1)  # of training: no length of an answer
     if in_windows:
         check_data(config)
     validate(config)
@@ -149,6 +144,7 @@ def _model(verb: str, words: list[str], in_windows: bool = False) -> "tuple[Conf
     if not in_windows:
         config.train.seq_len = min(config.train.seq_len, sizes(config.model).max_positions)
     check_model(config, reads_weights=checkpoint is None)
+    config.run.dir = str(Path(config.data.cache_dir) / verb)  # the same on every rank; nothing is written there
     return config, checkpoint
 
 

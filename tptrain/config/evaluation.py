@@ -12,9 +12,9 @@ TEXTS = {"tasks": listed, "task_dir": as_typed, "out": as_typed}
 
 def split_words(words: Sequence[str]) -> tuple[EvalConfig, list[str]]:
     """The settings of `eval`, and the words that are none of them. Raises UserError."""
-    settings, given, others = split(words, EvalConfig, TEXTS)
-    if given and not settings.tasks:
-        key = min(given - {"tasks"}, default="tasks")
+    settings, keys, others = split(words, EvalConfig, TEXTS)
+    if keys and not settings.tasks:
+        key = min(keys - {"tasks"}, default="tasks")
         raise UserError(f"{key}: is of tasks of lm-evaluation-harness, and none is named. Add tasks=[NAME,...].")
     if settings.tasks and (
         data := [word for word in others if word.startswith(("data=", "data.source=", "data.files="))]

@@ -14,16 +14,16 @@ TEXTS = {"prompt": as_typed, "prompt_file": as_typed, "stop": one_more}
 
 def split_words(words: Sequence[str]) -> tuple[GenerateConfig, list[str]]:
     """The settings of `generate`, and the words that are none of them. Raises UserError."""
-    settings, given, others = split(words, GenerateConfig, TEXTS)
-    _check(settings, given)
+    settings, keys, others = split(words, GenerateConfig, TEXTS)
+    _check(settings, keys)
     return settings, others
 
 
-def _check(settings: GenerateConfig, given: set[str]) -> None:
+def _check(settings: GenerateConfig, keys: set[str]) -> None:
     if settings.prompt is not None and settings.prompt_file is not None:
         raise UserError("prompt_file: prompt= is there, too. Give one of them.")
     for key in ("top_k", "top_p", "seed"):
-        if settings.temperature == 0 and key in given:
+        if settings.temperature == 0 and key in keys:
             raise UserError(f"{key}: temperature=0 takes the likeliest token whatever it is. Give temperature=1.")
     if "" in settings.stop:
         raise UserError("stop=: empty, and every text has that. Leave it out.")

@@ -1,20 +1,18 @@
 """Answers to prompts: texts in, texts out, in batches over the ranks of the dp axis."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from tptrain.config.generation import check_prompt
 from tptrain.config.schema import GenerateConfig
-from tptrain.generate.decode import Continuation, decode
+from tptrain.generate.decode import Continuation, decode_all
 from tptrain.generate.sample import Sampler, Sampling
 from tptrain.generate.text import Text
-from tptrain.nn.decoder import Decoder
 
-if TYPE_CHECKING:  # Transformers is imported where its models run
-    from tptrain.hf.model import TransformersModel
+if TYPE_CHECKING:
+    from tptrain.generate.decode import Model
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def prompt_ids(rows: list[dict[str, Any]], settings: GenerateConfig, text: Text,
 
 
 def answers(
-    model: "Decoder | TransformersModel",
+    model: "Model",
     text: Text,
     prompts: list[list[int]],
     settings: GenerateConfig,
@@ -89,28 +87,22 @@ def answers(
     Every rank calls it with the same. `show` gets the text of a lone prompt's answer piece by piece; `first`: the
     number of the first prompt; `bar`: whether a terminal shows how many there are.
     """
-    mesh = model.mesh
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.seed)
-    sampler = Sampler(model.output_head, mesh, sampling)
+    sampler = Sampler(model.output_head, model.mesh, sampling)
     ends = text.ends | {i for stop in settings.stop if (i := text.id_of(stop)) is not None}
-    numbers = range(first, first + len(prompts))
-    order = sorted(numbers, key=lambda number: (-len(prompts[number - first]), number))
-    own = order[mesh.index("dp") :: mesh.size("dp")]
-    quiet = not bar or show is not None or len(own) <= settings.batch_size or not mesh.is_main
-    with tqdm(desc="generating", total=len(own), unit=" prompts", disable=True if quiet else None) as progress:
-        for start in range(0, len(own), settings.batch_size):
-            batch = own[start : start + settings.batch_size]
-            writers = {number: Writer(text, settings.stop, show if len(prompts) == 1 else None) for number in batch}
+    writers = defaultdict[int, Writer](lambda: Writer(text, settings.stop, show if len(prompts) == 1 else None))
 
-            def finished(row: Continuation, writers: dict[int, Writer] = writers) -> bool:
-                return row.ids[-1] in ends or writers[row.number].add(row.ids[-1])
+    def finished(row: Continuation) -> bool:
+        return row.ids[-1] in ends or writers[row.number].add(row.ids[-1])
 
-            rows = [(number, prompts[number - first]) for number in batch]
-            for row in decode(model, sampler, rows, settings.max_new_tokens, finished):
-                by_text = row.end == "stop" and row.ids[-1] not in ends
-                answer = writers[row.number].finish(None if by_text else text.decode(_without(row.ids, ends)))
-                yield row.number, Answer(answer, len(row.ids), row.end)
-            progress.update(len(batch))
+    bar = bar and show is None and len(prompts) > settings.batch_size * model.mesh.size("dp")
+    rows = decode_all(
+        model, sampler, list(enumerate(prompts, first)), settings.batch_size, settings.max_new_tokens, finished, bar
+    )
+    for row in rows:
+        by_text = row.end == "stop" and row.ids[-1] not in ends
+        answer = writers[row.number].finish(None if by_text else text.decode(_without(row.ids, ends)))
+        yield row.number, Answer(answer, len(row.ids), row.end)
 
 
 def _without(ids: list[int], ends: set[int]) -> list[int]:

@@ -50,7 +50,8 @@ class Cache:
 
     def __init__(self, model: Decoder, rows: int, columns: int, padding: Tensor | None = None) -> None:
         """`padding`: (B,), the columns in front of each row that are none of it; None where there are none."""
-        self.model, self.capacity, self.padding, self.length = model, columns, padding, 0
+        self.model, self.capacity, self.length = model, columns, 0
+        self._pad(padding)
         attentions = [module for module in model.modules() if isinstance(module, Attention)]
         self.layers = {layer: LayerCache(layer, rows, columns, model.norm.weight) for layer in attentions}
         self.ids = torch.zeros(rows, columns, dtype=torch.int64, device=model.mesh.device)  # (B, C)
@@ -67,7 +68,11 @@ class Cache:
         for layer in self.layers.values():
             layer.k, layer.v = layer.k[rows], layer.v[rows]
         self.ids = self.ids[rows]
-        self.padding = None if self.padding is None else self.padding[rows]
+        self._pad(None if self.padding is None else self.padding[rows])
+
+    def _pad(self, padding: Tensor | None) -> None:
+        self.padding = padding
+        self.common_padding = 0 if padding is None else int(padding.min())  # columns that are padding in every row
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:
@@ -93,7 +98,7 @@ class Cached(Context):
         columns = torch.arange(self.first, self.first + self.T, device=self.device)  # (T,)
         padding = columns.new_zeros(len(tokens)) if cache.padding is None else cache.padding
         self.places = (columns - padding.unsqueeze(1)).clamp(min=0).flatten()  # (N,), positions
-        self.longest = self.first + self.T - int(padding.min())  # tokens
+        self.longest = self.first + self.T - cache.common_padding  # tokens
         self.masks: dict[tuple[int, int | None], Tensor | None] = {}  # by slots and window
 
     def positions(self, B: int) -> Tensor:
@@ -104,7 +109,7 @@ class Cached(Context):
         """(2, N, 1, d/2): see `rotary_table`. Each token has a position of its own."""
         key = rotary, d, self.longest
         if key not in self.tables:
-            self.tables[key] = rotary_table(rotary, d, self.places.cpu(), self.longest).to(self.device)
+            self.tables[key] = rotary_table(rotary, d, self.places, self.longest)
         return self.tables[key]
 
     def attend(self, layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

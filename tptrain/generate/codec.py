@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from tptrain.config import Config, UserError
-from tptrain.generate.text import of_config
+from tptrain.config import Config
+from tptrain.generate.text import of_config, transformers_tokenizer
 
 
 class Codec:
@@ -18,7 +18,7 @@ class Codec:
         self.tokenizer: Any = None
         name = config.data.tokenizer
         if folder is not None and name != "bytes" and _same(folder / "tokenizer.json", Path(name)):
-            self.tokenizer = _transformers_tokenizer(folder)
+            self.tokenizer = transformers_tokenizer(folder, "tasks", "eval")
         eos: int | None = None if self.tokenizer is None else self.tokenizer.eos_token_id
         self.eos = self.text.eod if eos is None else eos
         if self.tokenizer is not None:
@@ -46,18 +46,3 @@ class Codec:
 
 def _same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
-
-
-def _transformers_tokenizer(folder: Path) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            "tasks: Transformers' tokenizer of the model is wanted. Run `pip install 'tptrain[eval]'`."
-        ) from error
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of a tokenizer that is only a tokenizer.json, and whatever else it raises
-        raise UserError(
-            f"tasks: {folder}: Transformers cannot read its tokenizer: {str(error).splitlines()[0]}"
-        ) from error

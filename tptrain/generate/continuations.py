@@ -4,17 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from tptrain.generate.codec import Codec
-from tptrain.generate.decode import Continuation, decode
+from tptrain.generate.decode import Continuation, decode_all
 from tptrain.generate.sample import Sampler, Sampling
-from tptrain.nn.decoder import Decoder
 
-if TYPE_CHECKING:  # Transformers is imported where its models are in use
-    from tptrain.hf.model import TransformersModel
-
-    Model = Decoder | TransformersModel
+if TYPE_CHECKING:
+    from tptrain.generate.decode import Model
 
 
 @dataclass(frozen=True)
@@ -28,16 +23,12 @@ class Continue:
 
 
 def continuations(model: "Model", codec: Codec, task: Continue, batch_size: int) -> Iterator[tuple[int, list[int]]]:
-    """The place of each prompt in the list and its continuation without the id that ends it, those of this dp rank, the
-    longest prompts first. Text beyond the first of `until` may follow it.
+    """The number of each prompt and its continuation without the id that ends it, those of this dp rank, the longest
+    prompts first. Text beyond the first of `until` may follow it.
 
     Every rank calls it with the same.
     """
-    mesh, prompts = model.mesh, task.prompts
-    sampler = Sampler(model.output_head, mesh, task.sampling)
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place][1]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    own = batches[mesh.index("dp") :: mesh.size("dp")]
+    sampler = Sampler(model.output_head, model.mesh, task.sampling)
     # A token has a byte or more: these are enough for each text to be seen as soon as it is whole.
     window = 2 + max((len(text.encode()) for text in task.until), default=0)
 
@@ -51,12 +42,6 @@ def continuations(model: "Model", codec: Codec, task: Continue, batch_size: int)
         # Out of its place a text may be decoded in another way: the whole decides.
         return bool(task.until) and has(row.ids[-window:]) and has(row.ids)
 
-    total = sum(map(len, own))
-    with tqdm(desc="generating", total=total, unit=" prompts", disable=None if mesh.is_main else True) as bar:
-        for batch in own:
-            rows = [prompts[place] for place in batch]
-            # decode keeps the order of its prompts
-            for place, row in zip(batch, decode(model, sampler, rows, task.max_new_tokens, finished), strict=True):
-                ends = row.end == "stop" and row.ids[-1] in codec.ends
-                yield place, row.ids[:-1] if ends else row.ids
-            bar.update(len(batch))
+    for row in decode_all(model, sampler, task.prompts, batch_size, task.max_new_tokens, finished):
+        ends = row.end == "stop" and row.ids[-1] in codec.ends
+        yield row.number, row.ids[:-1] if ends else row.ids

@@ -3,18 +3,21 @@
 Shapes: B rows of a batch, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm import tqdm
 
 from tptrain.generate.cache import Cache
 from tptrain.generate.sample import Sampler
 from tptrain.nn.decoder import Decoder
 
-if TYPE_CHECKING:  # Transformers is imported where its models are trained
+if TYPE_CHECKING:  # Transformers is imported where its models are in use
     from tptrain.hf.model import TransformersModel
+
+    Model = Decoder | TransformersModel
 
 
 @dataclass
@@ -30,9 +33,33 @@ class Continuation:
 Finished = Callable[[Continuation], bool]  # whether the text is to end here; called after each token
 
 
+def decode_all(
+    model: "Model",
+    sampler: Sampler,
+    prompts: Sequence[tuple[int, list[int]]],
+    batch_size: int,
+    max_new_tokens: int,
+    finished: Finished,
+    bar: bool = True,
+) -> Iterator[Continuation]:
+    """The continuations of those prompts that are this dp rank's, a batch at a time, the longest prompts first.
+
+    Every rank calls it with the same. `bar`: whether a terminal shows how many there are.
+    """
+    mesh = model.mesh
+    order = sorted(prompts, key=lambda prompt: (-len(prompt[1]), prompt[0]))
+    own = order[mesh.index("dp") :: mesh.size("dp")]
+    disable = None if bar and mesh.is_main else True
+    with tqdm(desc="generating", total=len(own), unit=" prompts", disable=disable) as progress:
+        for start in range(0, len(own), batch_size):
+            batch = own[start : start + batch_size]
+            yield from decode(model, sampler, batch, max_new_tokens, finished)
+            progress.update(len(batch))
+
+
 @torch.no_grad()
 def decode(
-    model: "Decoder | TransformersModel",
+    model: "Model",
     sampler: Sampler,
     batch: Sequence[tuple[int, list[int]]],
     max_new_tokens: int,

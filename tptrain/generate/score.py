@@ -18,10 +18,8 @@ from tptrain.nn.attention import Attention
 from tptrain.nn.cross_entropy import CrossEntropy
 from tptrain.nn.decoder import Decoder
 
-if TYPE_CHECKING:  # Transformers is imported where its models are in use
-    from tptrain.hf.model import TransformersModel
-
-    Model = Decoder | TransformersModel
+if TYPE_CHECKING:
+    from tptrain.generate.decode import Model
 
 Request = tuple[list[int], list[int]]  # a context and a continuation of it, each of one token or more
 WORTHWHILE = 0.1  # of a batch's tokens, which a cache spares: with less, attention without a mask is faster

@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,19 @@ class Text:
         stream, inner = DecodeStream(skip_special_tokens=True), self.inner
         return lambda i: stream.step(inner, i) or ""
 
-    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The ids of a chat in the model's template, up to where its answer begins. Raises UserError."""
+    @cached_property
+    def _templates(self) -> Any:
+        """Transformers' tokenizer, which fills chat templates. Raises UserError."""
         if self.folder is None:
             raise UserError("chat=true: this model has no chat template. Leave it out.")
+        return transformers_tokenizer(self.folder, "chat=true", "hf")
+
+    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The ids of a chat in the model's template, up to where its answer begins. Raises UserError."""
         try:
-            import transformers
-        except ImportError as error:
-            raise UserError("chat=true: Transformers fills chat templates. Run: pip install 'tptrain[hf]'.") from error
-        try:
-            template = transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-            text: Any = template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text: Any = self._templates.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except UserError:
+            raise
         except Exception as error:  # a template raises what it likes
             raise UserError(f"chat=true: {self.folder}: {str(error).splitlines()[0]}") from error
         return self.plain(text)
@@ -74,6 +77,22 @@ def of_config(config: Config, folder: Path | None) -> Text:
     if config.data.tokenizer == "auto":
         raise UserError("data.tokenizer: not set. Give the path of a tokenizer.json, or insist on bytes.")
     return Text(config.data, folder)
+
+
+def transformers_tokenizer(folder: Path, key: str, extra: str) -> Any:
+    """A model's. `key`: what asks for it; `extra`: of this package, which has Transformers. Raises UserError."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"{key}: Transformers' tokenizer of the model is wanted. Run `pip install 'tptrain[{extra}]'`."
+        ) from error
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of a tokenizer that is only a tokenizer.json, and whatever else it raises
+        raise UserError(
+            f"{key}: {folder}: Transformers cannot read its tokenizer: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _ends(folder: Path | None) -> set[int]:

@@ -180,11 +180,8 @@ class Decoder(nn.Module):
 
         With `recompute=full` a layer is one segment, whose forward pass comes twice.
         """
-        pieces = [
-            Segment(
-                "embedding", list(self.embed_tokens.parameters()), lambda stream, context: self.embed(stream.x, context)
-            )
-        ]
+        table = list(self.embed_tokens.parameters())
+        pieces = [Segment("embedding", table, lambda stream, context: self.embed(stream.x, context))]
         if self.embed_positions is not None:
             pieces[0].parameters.append(self.embed_positions)
         for i, layer in enumerate(cast("list[Layer]", self.layers)):

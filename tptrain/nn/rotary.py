@@ -24,7 +24,7 @@ def rotary_table(rotary: RotarySpec, d: int, positions: Tensor, T: int) -> Tenso
     Hugging Face's layout: dims i and i + d/2 turn together, so its weights are used unpermuted.
     """
     frequencies, magnitude = _frequencies(rotary, d, T)  # (d/2,)
-    angles = torch.outer(positions.float(), frequencies)  # (n, d/2)
+    angles = torch.outer(positions.float(), frequencies.to(positions.device))  # (n, d/2)
     return torch.stack([angles.cos(), angles.sin()]).unsqueeze(2) * magnitude
 
 

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tptrain.checkpoint.load import load_weights
-from tptrain.checkpoint.pretrained import read_weights
 from tptrain.config import Config
 from tptrain.run.rendezvous import connect_ranks, meet
+from tptrain.run.weights import model_with_weights
 from tptrain.train.evaluate import Evaluation, evaluate
-from tptrain.train.trainer import build_model, cross_entropy
+from tptrain.train.trainer import cross_entropy
 from tptrain.watch.black_box import BlackBox
 
 
@@ -21,11 +20,7 @@ def run(config: Config, checkpoint: Path | None) -> tuple[Evaluation, bool]:
     box = BlackBox()
     rendezvous = meet(config, box)
     mesh = connect_ranks(config, box, rendezvous)
-    model, store = build_model(config, mesh, rendezvous.ops)
-    if checkpoint is None:
-        read_weights(config.model, model, store.fill, box.touch)
-    else:
-        load_weights(checkpoint, store)
+    model = model_with_weights(config, checkpoint, mesh, rendezvous.ops)
     result = evaluate(config, model, cross_entropy(model, rendezvous.ops))
     dist.destroy_process_group()
     return result, mesh.is_main

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tptrain.checkpoint.load import load_weights
-from tptrain.checkpoint.pretrained import read_weights
 from tptrain.config import Config
 from tptrain.config.generation import prompts
 from tptrain.config.schema import GenerateConfig
@@ -17,7 +15,7 @@ from tptrain.generate.text import of_config
 from tptrain.models.sizes import sizes
 from tptrain.ops.compiled import eager
 from tptrain.run.rendezvous import connect_ranks, meet
-from tptrain.train.trainer import build_model
+from tptrain.run.weights import model_with_weights
 from tptrain.watch.black_box import BlackBox
 
 BATCHES = 16  # of each dp rank, of prompts of like lengths, before their answers are shown in the prompts' order
@@ -44,12 +42,8 @@ def run(
 
     rendezvous.meeting.on_main("prompts", read)
     mesh = connect_ranks(config, box, rendezvous)
-    everything: list[list[int]] = mesh.control.gather(ids)[0]
-    model, store = build_model(config, mesh, eager(rendezvous.ops))
-    if checkpoint is None:
-        read_weights(config.model, model, store.fill, box.touch)
-    else:
-        load_weights(checkpoint, store)
+    everything = mesh.control.main_first(lambda: ids)
+    model = model_with_weights(config, checkpoint, mesh, eager(rendezvous.ops))
     step = BATCHES * settings.batch_size * mesh.size("dp")
     for start in range(0, len(everything), step):
         part = everything[start : start + step]

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tptrain.checkpoint.load import load_weights
-from tptrain.checkpoint.pretrained import read_weights
 from tptrain.config import Config, UserError
 from tptrain.config.schema import EvalConfig
 from tptrain.generate.codec import Codec
@@ -24,7 +22,8 @@ from tptrain.parallel.mesh import Mesh
 from tptrain.run.preflight import ReportedByRank0
 from tptrain.run.rendezvous import connect_ranks, meet
 from tptrain.run.tasks import load_tasks
-from tptrain.train.trainer import build_model, cross_entropy
+from tptrain.run.weights import model_with_weights
+from tptrain.train.trainer import cross_entropy
 from tptrain.watch.black_box import BlackBox
 
 UNLIMITED = 2**30  # positions, where a model does not say how many it has
@@ -39,11 +38,7 @@ class Ranks:
         self, config: Config, checkpoint: Path | None, codec: Codec, batch_size: int, mesh: Mesh, ops: Operations
     ):
         self.codec, self.batch_size, self.mesh = codec, batch_size, mesh
-        self.model, store = build_model(config, mesh, ops)
-        if checkpoint is None:
-            read_weights(config.model, self.model, store.fill, mesh.box.touch)
-        else:
-            load_weights(checkpoint, store)
+        self.model = model_with_weights(config, checkpoint, mesh, ops)
         self.loss = cross_entropy(self.model, ops)
 
     def score(self, requests: list[Request]) -> list[Score]:

@@ -36,17 +36,17 @@ def target(config: Config, checkpoint: Path | None, out: str | None, words: Sequ
     """
     file = None if out is None else Path(out).absolute()
     if checkpoint is None:
-        found = Target(str(config.model.path), file, None)
+        result = Target(str(config.model.path), file, None)
     else:
         run_dir = checkpoint.parent.parent
         snapshot = run_dir / "config.yaml"
-        found = Target(str(checkpoint), file, _of_run(snapshot, config, words), step_of(checkpoint))
-    place = found.folder if file is None else file.parent
+        result = Target(str(checkpoint), file, _of_run(snapshot, config, words), step_of(checkpoint))
+    place = result.folder if file is None else file.parent
     while not place.exists():
         place = place.parent
     if not os.access(place, os.W_OK):
         raise UserError(f"out: results cannot be written to {place}. Give out=FILE.json.")
-    return found
+    return result
 
 
 def _of_run(snapshot: Path, config: Config, words: Sequence[str]) -> Config | None:
