@@ -2,16 +2,17 @@
 
     python scripts/huggingface_speed.py FOLDER [--ranks 4] [--rounds 5]
 
-Makes a Llama of 3 GB in 8 files below FOLDER, once. Then, in each round and in turn: `dd` reads the files with as many
-processes as there are ranks, to /dev/null and into memory (/dev/shm: there the bytes stay, as an import's do), ranks
-read their slices (the import, without writing), and once more from the page cache, `dd` writes as much as the export,
-and the export writes. Before the other readings the page cache is dropped, for which it must run as root.
+Makes a Llama of 3 GB in 9 files below FOLDER, once. Then, in each round and in turn: `dd` reads the files with as many
+processes as there are ranks, to /dev/null and into memory (/dev/shm: there the bytes stay, as an import's do), and
+copies them; ranks read their slices and write them as a checkpoint (`import`), and read once more from the page cache;
+`dd` copies the files with one process, and `export` writes them. Before each but the cached reading the page cache is
+dropped, for which it must run as root. Then nothing happens for some seconds, for `dd` as for the ranks: a virtual
+machine's host takes memory back that nobody uses, and to get it again costs more than to read.
 """
 
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -23,8 +24,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from tptrain.checkpoint import safetensors
+from tptrain.checkpoint import safetensors, torch_dcp  # noqa: F401  (the second is imported by the first save)
 from tptrain.checkpoint.commit import Commit
 from tptrain.checkpoint.export import export
 from tptrain.checkpoint.huggingface import by_tensor, shapes, their_shape
@@ -41,7 +43,8 @@ from tptrain.parallel.mesh import tp_grid
 from tptrain.records.run_dir import step_folder
 from tptrain.train.trainer import build_model
 
-FILES = 8
+FILES = 8  # of which the embedding and the head, which are larger than a part, make nine
+IDLE_S = 10  # after the page cache was dropped
 SETTINGS = ["model=llama3_1b", "model.tie_word_embeddings=false"]
 
 
@@ -82,13 +85,18 @@ def read_bytes() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
-def rank(folder: Path, save: bool) -> None:
-    """Read this rank's slices, and print what that took; with `save`, write them as a checkpoint afterwards."""
+def rank(folder: Path, cached: bool) -> None:
+    """Read this rank's slices and print what that took; unless `cached`, drop the page cache before it and write a
+    checkpoint after it. Python's imports are over by then.
+    """
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    config = config_of(folder, dist.get_world_size())
-    grid = tp_grid(dist.get_world_size(), dist.get_world_size(), decoder_spec(config.model).kv_heads)
-    mesh = connect(grid, torch.device("cpu"))
+    world, main = dist.get_world_size(), dist.get_rank() == 0
+    config = config_of(folder, world)
+    mesh = connect(tp_grid(world, world, decoder_spec(config.model).kv_heads), torch.device("cpu"))
+    if main and not cached:
+        drop_cache()
+    dist.barrier()
     base, before, peak, done = own_bytes(), read_bytes(), [0], threading.Event()
 
     def watch() -> None:
@@ -102,22 +110,19 @@ def rank(folder: Path, save: bool) -> None:
     model, store = build_model(config, mesh, REFERENCE)
     read_weights(config.model, model, store.fill)
     dist.barrier()
-    seconds = time.perf_counter() - started
+    report = {"read_s": time.perf_counter() - started}
+    read = read_bytes() - before
+    if not cached:
+        commit = Commit(1, 0, world, world, "", 0, {}, optimizer=False)
+        write_checkpoint(folder / "run" / "checkpoints", weights_state(store), commit, config, mesh)
+        report["written_s"] = time.perf_counter() - started
     done.set()
     watcher.join()
     shard = sum(block.weights.nbytes for block in store.blocks)
-    report = {
-        "seconds": seconds,
-        "extra": peak[0] - base - shard,
-        "read": (read_bytes() - before) / shard,
-        "faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
-    }
-    reports: list[dict[str, float]] = [{}] * dist.get_world_size()
+    report |= {"extra": peak[0] - base - shard, "read": read / shard}
+    reports: list[dict[str, float]] = [{}] * world
     dist.all_gather_object(reports, report)
-    if save:
-        commit = Commit(1, 0, dist.get_world_size(), dist.get_world_size(), "", 0, {}, optimizer=False)
-        write_checkpoint(folder / "run" / "checkpoints", weights_state(store), commit, config, mesh)
-    if dist.get_rank() == 0:
+    if main:
         print(json.dumps(reports), flush=True)
     dist.destroy_process_group()
 
@@ -128,6 +133,7 @@ def rank(folder: Path, save: bool) -> None:
 def drop_cache() -> None:
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
+    time.sleep(IDLE_S)
 
 
 def ranks_read(folder: Path, ranks: int, *flags: str) -> list[dict[str, float]]:
@@ -146,18 +152,45 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
 
 
-def dd(pairs: list[tuple[str, str]], ranks: int, *flags: str) -> float:
-    """Seconds of `dd` over pairs of input and output, in so many processes."""
+def dd(files: list[Path], target: Path | None, processes: int, *flags: str) -> float:
+    """Seconds in which `dd` copies files from the disk to a folder, or to nowhere, in so many processes."""
+    drop_cache()
     started = time.perf_counter()
     scripts = [
         " && ".join(
-            f"dd if={source} of={target} bs=4M status=none {' '.join(flags)}" for source, target in pairs[i::ranks]
+            f"dd if={file} of={target / file.name if target else '/dev/null'} bs=4M status=none {' '.join(flags)}"
+            for file in files[i::processes]
         )
-        for i in range(ranks)
+        for i in range(processes)
     ]
     for process in [subprocess.Popen(["sh", "-c", script]) for script in scripts]:
         assert process.wait() == 0
     return time.perf_counter() - started
+
+
+def one_round(folder: Path, ranks: int) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Seconds of each contestant, and the ranks' reports."""
+    files, seconds = sorted((folder / "model").glob("*.safetensors")), {}
+    seconds["dd to /dev/null"] = dd(files, None, ranks)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
+        seconds["dd into memory"] = dd(files, Path(scratch), ranks)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    (folder / "run").mkdir()
+    adopt(config_of(folder, ranks))
+    reports = ranks_read(folder, ranks)
+    seconds["import, read"] = max(report["read_s"] for report in reports)
+    seconds["import, read and written"] = max(report["written_s"] for report in reports)
+    cached = ranks_read(folder, ranks, "--cached")
+    seconds["import, read from the page cache"] = max(report["read_s"] for report in cached)
+    for name, processes in ("dd to the disk", ranks), ("dd to the disk, one process", 1):
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            seconds[name] = dd(files, Path(scratch), processes, "conv=fsync")
+    drop_cache()
+    started = time.perf_counter()
+    export(step_folder(folder / "run" / "checkpoints", 1), folder / "out", verify=False)
+    seconds["export"] = time.perf_counter() - started
+    shutil.rmtree(folder / "out")
+    return seconds, reports
 
 
 def main() -> None:
@@ -166,47 +199,21 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--save", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--cached", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder, ranks = options.folder.absolute(), options.ranks
     if options.rank:
-        rank(folder, options.save)
+        rank(folder, options.cached)
         return
     if not (folder / "model").exists():
         make(folder / "model")
-    if not (folder / "run" / "checkpoints").exists():
-        (folder / "run").mkdir(exist_ok=True)
-        adopt(config_of(folder, ranks))
-        ranks_read(folder, ranks, "--save")
-    files = sorted((folder / "model").glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
-    print(f"{size / 1e9:.2f} GB in {len(files)} files, {ranks} ranks, {options.rounds} rounds")
-    names = "dd reads", "dd reads into memory", "import", "import, cached", "dd writes", "export"
-    speeds: dict[str, list[float]] = {name: [] for name in names}
-    reports: list[dict[str, float]] = []
-    for _ in range(options.rounds):
-        drop_cache()
-        speeds["dd reads"].append(size / 1e9 / dd([(str(file), "/dev/null") for file in files], ranks))
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
-            drop_cache()
-            pairs = [(str(file), f"{scratch}/{file.name}") for file in files]
-            speeds["dd reads into memory"].append(size / 1e9 / dd(pairs, ranks))
-        drop_cache()
-        for name in ("import", "import, cached"):
-            reports = ranks_read(folder, ranks)
-            speeds[name].append(size / 1e9 / max(report["seconds"] for report in reports))
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            drop_cache()
-            pairs = [(str(file), f"{scratch}/{file.name}") for file in files]
-            speeds["dd writes"].append(size / 1e9 / dd(pairs, 1, "conv=fsync"))
-        drop_cache()
-        started = time.perf_counter()
-        export(step_folder(folder / "run" / "checkpoints", 1), folder / "out", verify=False)
-        speeds["export"].append(size / 1e9 / (time.perf_counter() - started))
-        shutil.rmtree(folder / "out")
-    for name, values in speeds.items():
-        spread = f"{min(values):.2f} to {max(values):.2f}"
-        print(f"{name:20} {statistics.median(values):6.2f} GB/s ({spread})")
+    size = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")) / 1e9
+    print(f"{size:.2f} GB, {ranks} ranks, {options.rounds} rounds")
+    rounds = [one_round(folder, ranks) for _ in tqdm(range(options.rounds), unit="round", disable=None)]
+    for name in rounds[0][0]:
+        speeds = [size / seconds[name] for seconds, _ in rounds]
+        print(f"{name:33} {statistics.median(speeds):6.2f} GB/s ({min(speeds):.2f} to {max(speeds):.2f})")
+    reports = [report for _, reports in rounds for report in reports]
     worst = max(report["extra"] for report in reports)
     print(f"a rank's peak above its value after imports and its shard: {worst / 1e6:.0f} MB at most")
     print(f"bytes read a rank, of its shard: {max(report['read'] for report in reports):.3f} at most")

@@ -23,21 +23,30 @@ class Reader:
 
     def __init__(self) -> None:
         self.files: dict[Path, io.FileIO] = {}
+        self.memory = torch.empty(0, dtype=torch.uint8)
 
     def close(self) -> None:
         """Close the files."""
         for file in self.files.values():
             file.close()
 
-    def read(self, entry: Entry, rows: tuple[int, int], columns: tuple[int, int] | None = None) -> Tensor:
-        """Rows (start, stop) of a tensor and, of a matrix, columns: a tensor of its own, in the file's precision.
+    def read(
+        self, entry: Entry, rows: tuple[int, int], columns: tuple[int, int] | None = None, own: bool = False
+    ) -> Tensor:
+        """Rows (start, stop) of a tensor and, of a matrix, columns, in the file's precision.
 
-        No other bytes are read. Raises UserError where the file ends within the tensor.
+        No other bytes are read. What is returned is good until the next read, unless it is to have memory of its `own`:
+        fresh memory costs more than to read into it (a page fault each 4 KiB). Raises UserError where the file ends
+        within the tensor.
         """
         dtype, width = DTYPES[entry.dtype], math.prod(entry.shape[1:])  # width: elements of a row
         first, last = columns or (0, width)
-        part = torch.empty(rows[1] - rows[0], last - first, dtype=dtype)
-        memory = memoryview(part.view(torch.uint8).numpy().data).cast("B")
+        shape = rows[1] - rows[0], last - first
+        size = math.prod(shape) * dtype.itemsize
+        if len(self.memory) < size and not own:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        target = torch.empty(size, dtype=torch.uint8) if own else self.memory[:size]
+        part, memory = target.view(dtype).view(shape), memoryview(target.numpy().data)
         if entry.file not in self.files:
             self.files[entry.file] = io.FileIO(entry.file)
         file, step = self.files[entry.file].fileno(), width * dtype.itemsize

@@ -111,10 +111,10 @@ def _check_table(
 
 
 def read_whole(entry: Entry, reader: safetensors.Reader) -> Tensor:
-    """A tensor of a directory, in its own shape, which may have no dims, and precision."""
+    """A tensor of a directory, in its own shape, which may have no dims, and precision; with memory of its own."""
     if not entry.shape:
-        return reader.read(Entry(entry.file, entry.dtype, (1,), entry.start), (0, 1)).view(())
-    return reader.read(entry, (0, entry.shape[0])).view(entry.shape)
+        return reader.read(Entry(entry.file, entry.dtype, (1,), entry.start), (0, 1), own=True).view(())
+    return reader.read(entry, (0, entry.shape[0]), own=True).view(entry.shape)
 
 
 def _check_shape(entry: Entry, name: str, p: Parameter, model: TransformersModel) -> None:
