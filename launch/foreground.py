@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch import container, slurm, submit
+from launch.here import HAS_SPOKEN
 from launch.job import shell_lines
 from tptrain.config import Config, check_cluster
 
@@ -24,6 +25,7 @@ def replace_by_srun(config: Config, base: Path, verb: str, words: Sequence[str])
     `base`: the run that they read, for a container to show.
     """
     sys.stdout.flush()
+    os.environ[HAS_SPOKEN] = "1"
     line = command(config, base, verb, words)
     os.execvp(line[0], line)
 

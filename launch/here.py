@@ -11,11 +11,18 @@ from launch.place import free_port
 from tptrain.config import Config, UserError
 
 STARTED_BY = ("RANK", "SUBMITIT_LOCAL_NTASKS", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NODELIST")
+HAS_SPOKEN = "TPTRAIN_HAS_SPOKEN"  # set for ranks by the command that starts them
 
 
 def is_alone() -> bool:
     """Whether nobody has started this process as one of several ranks."""
     return not any(name in os.environ for name in STARTED_BY)
+
+
+def speaks() -> bool:
+    """Whether this process says what all ranks know: the command that starts them, else rank 0."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return HAS_SPOKEN not in os.environ and (is_alone() or rank == "0")
 
 
 def ranks_to_start(config: Config) -> int:
@@ -37,6 +44,7 @@ def run_ranks(command: Sequence[str], count: int, verb: str) -> int:
         "MASTER_PORT": free_port(),
         "TPTRAIN_NODE": os.uname().nodename,
         "TPTRAIN_ATTEMPT": f"{verb}-{os.getpid()}-0",
+        HAS_SPOKEN: 1,
     }
     processes: list[subprocess.Popen[bytes]] = []
     try:

@@ -52,6 +52,8 @@ def _generate(*words: str, stdin: str | None = None, **variables: str) -> str:
     own = environment(**variables)
     done = subprocess.run(command, env=own, input=stdin, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stderr
+    from_directory = Path(words[0], "config.json").exists()
+    assert done.stderr.count("model.engine=native") == from_directory  # one process speaks for all ranks
     return done.stdout
 
 

@@ -59,7 +59,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def import_model(options: argparse.Namespace) -> int:
-    from launch.here import ranks_to_start, run_ranks
+    from launch.here import ranks_to_start, run_ranks, speaks
     from launch.place import find_place
     from tptrain.config import UserError, load_config, validate
     from tptrain.models.check import check_tp, checked_spec
@@ -71,7 +71,7 @@ def import_model(options: argparse.Namespace) -> int:
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is written over. Choose another name.")
     validate(config)
-    settle_engine(config)
+    settle_engine(config, say=speaks())
     check_tp(checked_spec(config.model), config.parallel.tp)
     if config.model.engine == "native":
         tensors(config.model)

@@ -119,6 +119,7 @@ def _model(verb: str, words: list[str], in_windows: bool = False) -> "tuple[Conf
 
     `in_windows`: train.seq_len and data matter. Raises UserError.
     """
+    from launch.here import speaks
     from launch.runs import find_checkpoint
     from tptrain.config import UserError, check_data, load_config, validate
     from tptrain.config.load import settings_of
@@ -140,7 +141,7 @@ def _model(verb: str, words: list[str], in_windows: bool = False) -> "tuple[Conf
     if in_windows:
         check_data(config)
     validate(config)
-    settle_engine(config)
+    settle_engine(config, say=speaks())
     if not in_windows:
         config.train.seq_len = min(config.train.seq_len, sizes(config.model).max_positions)
     check_model(config, reads_weights=checkpoint is None)
