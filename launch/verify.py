@@ -18,7 +18,7 @@ from launch.here import run_ranks
 from tptrain.config import Config, UserError, write_config
 from tptrain.models.check import check_tp, checked_spec
 from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut_of
-from tptrain.models.directory import tensors
+from tptrain.models.directory import fetch_weights, tensors
 from tptrain.models.sizes import Facts, ask_for_cut, sizes
 from tptrain.models.spec import DecoderSpec
 from tptrain.records.run_dir import CARD, VERIFICATION
@@ -44,12 +44,12 @@ def prepare(config: Config) -> tuple[Config, Cut, int]:
         ask_for_cut(config)
     smaller = cut_of(config)
     check_tp(smaller.spec, tp)
-    shrunk = options.width is not None or options.vocab is not None
-    if options.weights == "model" and (shrunk or config.model.path is None):
+    if options.weights == "model" and (options.shrinks or config.model.path is None):
         why = "verify.width and verify.vocab shrink it" if config.model.path else "only model=hf has weights"
         raise UserError(f"verify.weights=model: {why}. Use verify.weights=random.")
-    own = config.model.path is not None and not shrunk and options.weights != "random"
+    own = config.model.path is not None and options.reads_weights
     if own and config.model.engine == "native":
+        fetch_weights(config.model)
         tensors(config.model)
     train = replace(
         config.train,

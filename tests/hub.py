@@ -28,7 +28,7 @@ def hub(name: str, folder: Path, revision: str = "main") -> Iterator[str]:
         def _answer(self, with_body: bool) -> None:
             path = self.path.partition("?")[0].strip("/")
             file, everything = folder / path.rsplit("/", 1)[-1], sorted(folder.iterdir())
-            if path == f"api/models/{name}/revision/{revision}":
+            if path in [f"api/models/{name}/revision/{each}" for each in (revision, COMMIT)]:
                 siblings = [{"rfilename": each.name} for each in everything]
                 body = json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode()
             elif path == f"api/models/{name}/tree/{COMMIT}":

@@ -5,11 +5,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from launch.verify import prepare
+from tests import zoo
 from tests.commands import TPTRAIN, losses, run, tptrain
 from tests.corpus import write_corpus
 from tests.directories import save_model, save_tokenizer
@@ -18,6 +21,8 @@ from tests.hub import COMMIT, hub
 from tests.test_slurm import submit, wait_for_end
 from tptrain.__main__ import main
 from tptrain.checkpoint.export import export
+from tptrain.config import load_config
+from tptrain.models.sizes import settle_engine
 
 STEPS, MORE_STEPS = 6, 9
 
@@ -162,13 +167,30 @@ def test_the_exported_model_is_the_trained_one(folder: Path, run_dir: Path) -> N
     assert text.shape[1] == prompt["input_ids"].shape[1] + 5
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_plan_needs_config_json_alone(family: str, tmp_path: Path, capsys: Any) -> None:
+    zoo.config(family).save_pretrained(tmp_path)
+    model = ["model=hf", f"model.path={tmp_path}", f"run.dir={tmp_path}/run"]
+    assert main(["plan", *model, "parallel.tp=2", "train.seq_len=32"]) == 0
+    assert "memory of a rank" in capsys.readouterr().out
+    config = load_config([*model, "parallel.tp=2", "data.tokenizer=bytes", "verify.weights=random"])
+    settle_engine(config, weights=config.verify.reads_weights)
+    assert prepare(config)[2] == 2  # ranks of verify
+
+
 def test_a_name_of_the_hub_is_fetched_once(folder: Path, tmp_path: Path) -> None:
     lines = ["model=hf", "model.path=someone/small", "model.revision=v1", "train.seq_len=32"]
     cache = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     with hub("someone/small", folder / "model", "v1") as address:
+        for line in ("parallel.tp=3", "train.seq_len=100000"):  # a mistake comes before the weights, which are large
+            assert tptrain("config", *lines, line, timeout_s=150, HF_ENDPOINT=address, **cache).returncode == 2
+        planned = tptrain("plan", *lines, timeout_s=150, HF_ENDPOINT=address, **cache)
+        assert planned.returncode == 0, planned.stdout
+        assert not list(tmp_path.rglob("*.safetensors"))
         fetched = tptrain("config", *lines, timeout_s=150, HF_ENDPOINT=address, **cache)
         unknown = tptrain("config", *lines[:1], "model.path=someone/else", timeout_s=150, HF_ENDPOINT=address, **cache)
     assert fetched.returncode == 0, fetched.stdout
+    assert list(tmp_path.rglob("*.safetensors"))
     assert f"snapshots/{COMMIT}" in fetched.stdout
     assert unknown.returncode == 2
     assert "error: model.path=someone/else: " in unknown.stdout

@@ -26,8 +26,8 @@ def show_plan(options: argparse.Namespace) -> int:
     from tptrain.config import load_config
     from tptrain.plan.report import plan
 
-    config = load_config(options.overrides)
-    settle_engine(config)
+    config = load_config([*options.overrides, "data.tokenizer=bytes"])  # no text is read, and no weight
+    settle_engine(config, weights=False)
     print(plan(config))
     return 0
 
@@ -42,7 +42,7 @@ def verify(options: argparse.Namespace) -> int:
     if not overrides or "=" in overrides[0]:
         config = load_config([*overrides, "data.tokenizer=bytes"])  # no text is read
         validate(config)
-        settle_engine(config)
+        settle_engine(config, weights=config.verify.reads_weights)
         return verify(config)
     if len(overrides) > 1:
         raise UserError(f"verify: {overrides[0]} is checked as it is, without {overrides[1]}.")
@@ -63,7 +63,7 @@ def import_model(options: argparse.Namespace) -> int:
     from launch.place import find_place
     from tptrain.config import UserError, load_config, validate
     from tptrain.models.check import check_tp, checked_spec
-    from tptrain.models.directory import tensors
+    from tptrain.models.directory import fetch_weights, tensors
     from tptrain.run.convert import run
 
     out = Path(options.out).absolute()
@@ -74,6 +74,7 @@ def import_model(options: argparse.Namespace) -> int:
     settle_engine(config, say=speaks())
     check_tp(checked_spec(config.model), config.parallel.tp)
     if config.model.engine == "native":
+        fetch_weights(config.model)
         tensors(config.model)
     if count := ranks_to_start(config):
         return run_ranks(["-m", "tptrain", "import", options.model, options.out, *options.overrides], count, "import")

@@ -19,11 +19,14 @@ def settle(config: "Config", say: bool = True) -> None:
     config.checkpoint.every = checkpoint_every(config)
 
 
-def settle_engine(config: "Config", say: bool = True) -> None:
-    """Decide who computes the model, and say so where there was a choice. Raises UserError."""
+def settle_engine(config: "Config", say: bool = True, weights: bool = True) -> None:
+    """Decide who computes the model, and say so where there was a choice. `weights`: the model's will be read.
+
+    Raises UserError.
+    """
     from tptrain.models.sizes import settle_engine
 
-    if (line := settle_engine(config)) and say:
+    if (line := settle_engine(config, weights)) and say:
         print(line, file=sys.stderr)
 
 

@@ -10,11 +10,13 @@ from tptrain.config.errors import UserError
 
 JSON_BYTES = 64 * 2**20  # of a tokenizer.json at most; a config.json has some thousands
 CONFIG_BYTES = 4 * 2**20
-PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]
+DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*"]  # files of a model beside its weights
+WEIGHTS = "*.safetensors"
 
 
-def directory(path: str, revision: str | None) -> Path:
-    """The directory of a model: `path` itself, or where the hub's cache has the model of that name, fetched if need be.
+def directory(path: str, revision: str | None, weights: bool = False) -> Path:
+    """The directory of a model: `path` itself, or where the hub's cache has the model of that name, fetched if need be;
+    its `weights` only on request, for they are large.
 
     Raises UserError where there is neither.
     """
@@ -29,7 +31,8 @@ def directory(path: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=PATTERNS))
+        patterns = [*DESCRIPTION, *([WEIGHTS] if weights else [])]
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"model.path={path}: not in the hub's cache, and the hub does not answer. Fetch it where there is "

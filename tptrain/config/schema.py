@@ -218,6 +218,15 @@ class VerifyConfig:
     vocab: int | None = number(None, least=16)  # entries of the vocabulary
     weights: str = choice("auto", "auto", "model", "random")  # auto: the model's own where it has some
 
+    @property
+    def shrinks(self) -> bool:
+        return self.width is not None or self.vocab is not None
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the weights of a model that has some are read."""
+        return not self.shrinks and self.weights != "random"
+
 
 @dataclass
 class GenerateConfig:

@@ -6,7 +6,7 @@ from tptrain.config import Config, UserError
 from tptrain.config.generation import check_prompt
 from tptrain.config.schema import MODEL_FILES, ModelConfig, RopeScaling, kv_heads
 from tptrain.config.validate import vocabulary
-from tptrain.models.directory import TENSORS, tensors
+from tptrain.models.directory import TENSORS, fetch_weights, tensors
 from tptrain.models.settings import family_of_settings
 from tptrain.models.sizes import Facts, sizes
 from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec
@@ -19,8 +19,6 @@ def check_model(config: Config, reads_weights: bool = True) -> None:
     """
     spec = checked_spec(config.model)
     begun = (Path(config.run.dir) / MODEL_FILES / TENSORS).exists()
-    if reads_weights and config.model.path is not None and config.model.engine != "transformers" and not begun:
-        tensors(config.model)
     if config.checkpoint.export != "none" and config.model.path is None:
         family_of_settings(config.model)
     check_tp(spec, config.parallel.tp)
@@ -30,8 +28,15 @@ def check_model(config: Config, reads_weights: bool = True) -> None:
             f"train.seq_len={seq_len}: longer than model.max_position_embeddings={longest}. "
             "Shorten it or raise the model's limit."
         )
-    if config.data.tokenizer == "auto":  # `check_data` refuses it where data is read
-        return
+    if config.data.tokenizer != "auto":  # `check_data` refuses it where data is read
+        _check_tokenizer(config, spec)
+        _check_samples(config, longest)
+    if reads_weights and config.model.path is not None and config.model.engine != "transformers" and not begun:
+        fetch_weights(config.model)
+        tensors(config.model)
+
+
+def _check_tokenizer(config: Config, spec: DecoderSpec | Facts) -> None:
     tokens, _ = vocabulary(config.data)
     if tokens > spec.vocab_size:
         advice = "Choose" if config.model.path is not None else f"Set model.vocab_size={tokens} or choose"
@@ -39,7 +44,6 @@ def check_model(config: Config, reads_weights: bool = True) -> None:
             f"data.tokenizer={config.data.tokenizer}: has {tokens} tokens, more than model.vocab_size="
             f"{spec.vocab_size}. {advice} the model's own tokenizer."
         )
-    _check_samples(config, longest)
 
 
 def checked_spec(model: ModelConfig) -> DecoderSpec | Facts:

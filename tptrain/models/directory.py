@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tptrain.config import Config, UserError
 from tptrain.config.load import write_atomically
+from tptrain.config.pretrained import directory
 from tptrain.config.schema import MODEL_FILES, TENSORS, ModelConfig
 from tptrain.models.families.keys import Key
 from tptrain.models.safetensors import Entry, TensorFiles
@@ -19,6 +20,14 @@ OWN_FILES = (TENSORS, DIGEST)  # which are not the model's
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 FILE_BYTES = 64 * 2**20  # a larger file is not part of a model's description
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\battn\.(masked_)?bias|\battention\.(masked_)?bias)$")  # not parameters
+
+
+def fetch_weights(model: ModelConfig) -> None:
+    """Have the weights of a model of the hub beside its other files. Raises UserError."""
+    assert model.path is not None
+    assert model.directory is not None
+    if not Path(model.path).is_dir():
+        directory(model.path, Path(model.directory).name, weights=True)  # of the same commit, which names the folder
 
 
 def tensors(model: ModelConfig) -> dict[str, Entry]:

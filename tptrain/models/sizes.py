@@ -11,6 +11,7 @@ from typing import Any
 
 from tptrain.config import Config, UserError
 from tptrain.config.schema import MODEL_FILES, TENSORS, ModelConfig, padded_vocab_size
+from tptrain.models.directory import fetch_weights
 from tptrain.models.settings import decoder_spec
 from tptrain.models.spec import DecoderSpec
 
@@ -63,9 +64,11 @@ def ask_for_cut(config: Config) -> None:
     model.facts["cut"] = _ask(json.dumps(question))
 
 
-def settle_engine(config: Config) -> str:
+def settle_engine(config: Config, weights: bool = True) -> str:
     """Decide on `model.engine`, and ask Transformers about the model where it is to compute it. Returns a line on that,
     empty where there was no choice. Raises UserError for a model that neither can train.
+
+    `weights`: those of the model will be read, unless a run has begun with them: Transformers sees whether they fit.
     """
     model, line = config.model, ""
     if model.path is None:
@@ -87,7 +90,10 @@ def settle_engine(config: Config) -> str:
     _check_engine(config)
     if not model.facts:
         begun = (Path(config.run.dir) / MODEL_FILES / TENSORS).exists()
-        directory = None if begun else model.directory  # a run that has begun does not look at it again
+        directory = None
+        if weights and not begun:  # a run that has begun does not look at them again
+            fetch_weights(model)
+            directory = model.directory
         question = ["model", directory, model.source, model.tp_plan, model.dropout, config.parallel.tp]
         model.facts = _ask(json.dumps(question))
     return line
