@@ -54,6 +54,8 @@ def prepare(configs: list[Config], base: Path) -> None:
 def ask_for_share(config: Config) -> None:
     """Set `cluster.cpus_per_task` and `cluster.mem` of a job with GPUs, where the user has not: the part of a node that
     its GPUs are. Slurm's own default is one core, and some memory that the site chose.
+
+    Raises UserError where a node has too few cores for its ranks.
     """
     cluster = config.cluster
     if not cluster.gpus_per_node or (cluster.cpus_per_task and cluster.mem):
@@ -63,8 +65,13 @@ def ask_for_share(config: Config) -> None:
         cluster.cpus_per_task = cluster.cpus_per_task or CPUS_OF_GPU
         return
     whole = max(cluster.gpus_per_node, node.gpus)
-    share = node.cpus * cluster.gpus_per_node // whole // tasks
-    cluster.cpus_per_task = cluster.cpus_per_task or max(1, min(max(share, CPUS_OF_GPU), node.cpus // tasks))
+    if cluster.cpus_per_task is None:
+        if (most := node.cpus // tasks) < CPUS_OF_GPU:
+            raise UserError(
+                f"cluster.cpus_per_task: not set, and a node has {node.cpus} cores for {tasks} ranks, of which each "
+                f"needs {CPUS_OF_GPU}. Start fewer ranks a node, or insist: cluster.cpus_per_task={max(most, 1)}."
+            )
+        cluster.cpus_per_task = max(node.cpus * cluster.gpus_per_node // whole // tasks, CPUS_OF_GPU)
     cluster.mem = cluster.mem or f"{node.memory_mb * cluster.gpus_per_node // whole}M"
 
 

@@ -3,7 +3,10 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -201,11 +204,13 @@ class Pinned(torch.Tensor):
     """A stand-in for page-locked memory: what is copied into it is there when `arrive` has been called, not before."""
 
     under_way: ClassVar[list[Callable[[], None]]] = []
+    places: ClassVar[set[int]] = set()  # the memory that was copied into
 
     def copy_(self, other: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         assert non_blocking
         assert not self.under_way, "the part before has been waited for"
         memory = self.as_subclass(torch.Tensor)
+        self.places.add(memory.untyped_storage().data_ptr())
         self.under_way.append(lambda: (memory.copy_(other), None)[1])
         return self
 
@@ -227,6 +232,37 @@ def test_a_state_reaches_the_host_through_little_pinned_memory(run: Run) -> None
             assert list(block) == list(now)
             assert all((block[kind] == now[kind]).all() for kind in now)
         assert renewed[0]["model"].data_ptr() == copy.tensors[0]["model"].data_ptr(), "the memory is that of the first"
+    assert Pinned.places == {pinned.untyped_storage().data_ptr()}
+
+
+def test_a_rank_saves_from_its_own_gpu_through_one_small_pinned_buffer(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state lies on the CPU, torch.cuda is a stand-in that notes the calls, and pinned memory is ordinary."""
+    calls: list[tuple[str, object, bool]] = []  # the last: in the thread that saves
+    main, right = threading.current_thread(), torch.empty
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+
+    def note(name: str, value: object) -> None:
+        calls.append((name, value, threading.current_thread() is not main))
+
+    def empty(*size: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            note("pinned", size)
+        return right(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: note("device", device))
+    monkeypatch.setattr(save, "rng_state", lambda mesh: {})
+    gpu = torch.device("cuda", 3)
+    run.saver.mesh = replace(run.mesh, device=gpu)
+    for step in (5, 10):
+        run.save(step)
+    assert calls == [("device", gpu, True), ("pinned", (256 * 2**20,), True), ("device", gpu, True)]
+    assert run.load() == 10
 
 
 def test_a_save_waits_for_the_one_before(run: Run) -> None:

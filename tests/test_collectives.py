@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed import mesh, run_ranks
 from tests.models import training
-from tptrain.config.schema import ModelConfig, OptimConfig
+from tptrain.config.schema import Config, ModelConfig, OptimConfig
 from tptrain.nn.linear import ColumnLinear, Joined
 from tptrain.nn.store import Store
+from tptrain.ops.table import REFERENCE
 from tptrain.optim.adamw import Optimizer
 from tptrain.parallel import shared_memory
 from tptrain.parallel.collectives import all_gather, all_reduce, all_reduce_, buffer, reduce_scatter
@@ -31,7 +32,10 @@ from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import tp_grid
 from tptrain.parallel.process_groups import own_group
 from tptrain.parallel.shared_memory import SharedMemory
+from tptrain.run.preflight import Meeting, Report
+from tptrain.run.rendezvous import Rendezvous, connect_ranks
 from tptrain.train.schedule import overlapped, plain
+from tptrain.watch.black_box import BlackBox
 
 
 def _watched(events: list[str], name: str, right: Any) -> Any:
@@ -322,6 +326,54 @@ def test_groups_are_split_off_where_the_backend_can(monkeypatch: pytest.MonkeyPa
     default.bound_device_id = None
     own_group([[0, 2], [1, 3]], device, timeout)
     assert calls == [([0, 2], {"timeout": timeout}), ([1, 3], {"timeout": timeout})]
+
+
+@pytest.mark.parametrize(
+    ("backend", "tp", "variables", "urgent"),
+    [
+        ("nccl", 2, {}, True),
+        ("nccl", 2, {"TORCH_NCCL_HIGH_PRIORITY": "0"}, False),
+        ("gloo", 2, {}, False),
+        ("nccl", 4, {}, True),  # the default group is the tp group
+        ("nccl", 4, {"TORCH_NCCL_HIGH_PRIORITY": "0"}, False),
+        ("nccl", 1, {}, False),
+    ],
+)
+def test_the_tp_group_goes_first_over_nccl_and_the_default_group_has_device_and_time_out(
+    monkeypatch: pytest.MonkeyPatch, backend: str, tp: int, variables: dict[str, str], urgent: bool
+) -> None:
+    """What is asked for rank 2 of four of torch.distributed and NCCL's options, which are stand-ins."""
+    begun, groups = [], {}
+
+    def begin(backend: str, **options: Any) -> None:
+        begun.append((backend, options))
+
+    def new_group(ranks: list[int], pg_options: Any = None, **options: Any) -> Any:
+        if options.get("backend") is None:
+            groups[tuple(ranks)] = (pg_options, options)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=SimpleNamespace(bound_device_id=None)))
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=SimpleNamespace), raising=False)
+    monkeypatch.setattr(dist, "init_process_group", begin)
+    monkeypatch.setattr(dist, "new_group", new_group)
+    for name, value in {"is_initialized": True, "get_rank": 2, "get_world_size": 4, "get_backend": backend}.items():
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    config, device = Config(), torch.device("cpu")
+    config.parallel.tp, config.watchdog.step_s, config.parallel.backend = tp, 5000, "gloo"
+    meeting = Meeting(None, Report(2, "n", 2, "gpu", "", ""), 4, 1, lambda: None)
+    connect_ranks(config, BlackBox(), Rendezvous(meeting, [], device, backend, REFERENCE))
+    timeout = timedelta(seconds=5060)
+    first = SimpleNamespace(is_high_priority_stream=True, _timeout=timeout)
+    ((kind, options),) = begun
+    assert (kind, options["timeout"]) == (backend, timeout)
+    assert options["device_id"] == (device if backend == "nccl" else None)
+    assert options["pg_options"] == (first if urgent and tp == 4 else None)
+    wanted = {2: {(0, 1): urgent, (2, 3): urgent, (0, 2): False, (1, 3): False}}.get(tp, {})
+    assert groups == {
+        ranks: (first if goes_first else None, {"timeout": timeout}) for ranks, goes_first in wanted.items()
+    }
 
 
 def _timeouts() -> list[timedelta]:

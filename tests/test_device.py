@@ -1,6 +1,8 @@
 """A rank's device: what was asked for, or an error that says why it cannot be had; memory that is too small."""
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from tests.commands import tptrain
 from tests.corpus import overrides, write_corpus
 from tptrain.config import Config, UserError
-from tptrain.run import rank, rendezvous
+from tptrain.run import device, rank, rendezvous
 from tptrain.run.device import check_cores, gpu_request, near_cores, pick_device
 from tptrain.watch.black_box import BlackBox
 
@@ -29,8 +31,13 @@ def _asking(gpus: int | None) -> Config:
     [
         (None, {}, None),
         (2, {}, "cluster.gpus_per_node=2"),
-        (None, {"SLURM_GPUS_ON_NODE": "4"}, "SLURM_GPUS_ON_NODE=4"),
+        *(
+            (None, {name: "4"}, f"{name}=4")
+            for name in ("SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
+        ),
+        (None, {"SLURM_GPUS_PER_SOCKET": "h100:4"}, "SLURM_GPUS_PER_SOCKET=h100:4"),
         (None, {"SLURM_JOB_GPUS": "0,1"}, "SLURM_JOB_GPUS=0,1"),
+        (None, {"SLURM_STEP_GPUS": "3"}, "SLURM_STEP_GPUS=3"),
         (None, {"SLURM_GPUS_ON_NODE": "0"}, None),
     ],
 )
@@ -40,6 +47,9 @@ def test_who_asks_for_gpus(gpus: int | None, environment: dict[str, str], expect
 
 @pytest.mark.usefixtures("no_gpu")
 def test_gpus_that_are_not_there_are_no_reason_to_train_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    with pytest.raises(UserError, match=r"SLURM_GPUS_PER_TASK=1 asks for GPUs, and torch sees none on"):
+        pick_device(_asking(None), 0, 1)
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(UserError, match=r"gpus_per_node=2 asks for GPUs, and torch sees none on .*built without CUDA"):
         pick_device(_asking(2), 0, 1)
@@ -63,7 +73,7 @@ def test_launch_says_so(tmp_path: Path) -> None:
     lines = [*overrides(tmp_path, "cpu"), "parallel.tp=2", "cluster.gpus_per_node=2", "train.steps=1"]
     result = tptrain("launch", *lines)
     assert result.returncode == 0, result.stdout
-    assert "training on the CPU, as train.device=cpu says" in result.stdout
+    assert result.stdout.count("training on the CPU, as train.device=cpu says") == 1
 
 
 def test_a_rank_with_a_gpu_needs_cores() -> None:
@@ -84,6 +94,25 @@ def test_a_rank_keeps_to_cores_near_its_gpu(tmp_path: Path, local: str | None, e
     if local is not None:
         (tmp_path / "0000:1b:00.0" / "local_cpulist").write_text(local)
     assert near_cores("0000:1b:00.0", {2, 3, 4, 8}, tmp_path) == expected
+
+
+def test_a_rank_takes_its_gpu_and_keeps_to_cores_near_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a node with two GPUs; torch.cuda and the machine are stand-ins, as no GPU is here."""
+    taken: list[object] = []
+    cores, near = {0, 1, 2, 3, 8, 9, 10, 11}, {8, 9, 10, 11}
+    gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1B, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {torch.device("cuda", 1): gpu}.__getitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, to: taken.append(to))
+    monkeypatch.setattr(device, "near_cores", lambda address, allowed: {"0000:1b:00.0": allowed & near}[address])
+    assert pick_device(_asking(2), 1, 2) == torch.device("cuda", 1)
+    assert taken == [torch.device("cuda", 1), near]
+    cores -= {0, 1, 2, 3, 11}
+    with pytest.raises(UserError, match=r"may use 3 cores, and needs 4"):
+        pick_device(_asking(2), 1, 2)
 
 
 TEXT = (

@@ -117,6 +117,12 @@ def test_samples_are_what_generate_answers_with_the_run(finished: Path) -> None:
     assert [{key: answer[key] for key in ("prompt", "text")} for answer in answers] == samples[20]
 
 
+def test_compiled_code_is_not_left_with_the_run_and_what_computes_is_said_once(finished: Path) -> None:
+    """The folder of the run and of its data may lie on a network file system."""
+    assert (finished / "output").read_text().count("computing with ") == 1
+    assert list(finished.rglob("*.so")) == []
+
+
 def test_console_tells_progress_and_what_is_next(finished: Path) -> None:
     output = (finished / "output").read_text()
     assert re.search(r"step 20/20  loss \d\.\d{4}  .* tok/s  eta 0:00:00", output)

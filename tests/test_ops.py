@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tptrain.config import UserError
@@ -95,6 +96,7 @@ def test_compiled_code_lies_on_the_node_where_nobody_else_writes(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = node_cache()
     assert folder.parent == tmp_path
+    assert Path(default_cache_dir()).parent == tmp_path, "torch.compile's, which torch chooses"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert node_cache() == folder
     folder.chmod(0o777)

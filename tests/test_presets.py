@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.job import shell_lines
 from tests.commands import tptrain
 from tests.corpus import overrides
 from tests.test_config import MODELS
@@ -216,6 +217,37 @@ def test_a_run_says_which_variables_it_has(tmp_path: Path) -> None:
     assert "\nenvironment: GLIBC_TUNABLES=glibc.malloc.hugetlb=1\n" in default.stdout
 
 
+ON_GPUS = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("lines", "before", "changed"),
+    [
+        ([], {}, {}),
+        ([], {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}),
+        ([], {"PYTORCH_ALLOC_CONF": "x:1"}, {"PYTORCH_ALLOC_CONF": "x:1"}),
+        ([], {"PYTORCH_CUDA_ALLOC_CONF": "x:1"}, {"PYTORCH_ALLOC_CONF": "x:1"}),  # the name that it had before
+        (["CUDA_DEVICE_MAX_CONNECTIONS=8"], {}, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}),
+        (["PYTORCH_ALLOC_CONF=x:1"], {"PYTORCH_ALLOC_CONF": "y:1"}, {"PYTORCH_ALLOC_CONF": "x:1"}),
+    ],
+)
+def test_a_job_on_gpus_has_variables_that_the_shell_and_cluster_env_override(
+    lines: list[str], before: dict[str, str], changed: dict[str, str]
+) -> None:
+    """And no others: caches of torch.compile stay on the node, where torch has them by itself."""
+    config = load_config([*(f"cluster.env.{line}" for line in lines), "run.name=x"])
+    script = "; ".join([*shell_lines(config), "env"])
+    shown = subprocess.run(["bash", "-c", script], env=before, capture_output=True, text=True, check=True).stdout
+    after = dict(line.split("=", 1) for line in shown.splitlines())
+    for name in ("_", "PWD", "SHLVL", "PYTORCH_CUDA_ALLOC_CONF"):
+        after.pop(name, None)
+    assert after == ON_GPUS | changed
+
+
 def test_with_nccl_it_says_streams_and_time_outs_too() -> None:
     """The ranks' meeting is a stand-in: no GPU is here."""
     config = load_config(["parallel.tp=2", "watchdog.step_s=5000", "run.name=x"])
@@ -226,3 +258,9 @@ def test_with_nccl_it_says_streams_and_time_outs_too() -> None:
         "environment: PYTORCH_ALLOC_CONF=x:True CUDA_DEVICE_MAX_CONNECTIONS=8",
         "NCCL: the tp group's stream has high priority; a collective may take 5,060 s in any group",
     ]
+    assert surroundings(config, there, {"TORCH_NCCL_HIGH_PRIORITY": "0"}) == [
+        "environment: TORCH_NCCL_HIGH_PRIORITY=0",
+        "NCCL: a collective may take 5,060 s in any group",
+    ]
+    config.parallel.tp = 1
+    assert surroundings(config, there, {}) == ["NCCL: a collective may take 5,060 s in any group"]

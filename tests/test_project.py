@@ -65,6 +65,13 @@ def test_the_readme_links_to_the_pages_for_contributors() -> None:
     assert {"CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"} <= set(_local_links(ROOT / "README.md"))
 
 
+def test_no_page_and_no_preset_loads_a_cuda_module() -> None:
+    """A CUDA of the system in front of torch's own can shadow its libraries."""
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "conf").rglob("*.yaml")]
+    assert len(files) > 20
+    assert [file.name for file in files if re.search(r"module (load|add)", file.read_text())] == []
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_linked_files_exist(page: str) -> None:
     missing = [target for target in _local_links(ROOT / page) if not (ROOT / target).exists()]

@@ -1,17 +1,19 @@
 """The Slurm client, against commands that are missing, fail, are silent, or print what the real ones print."""
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import psutil
 import pytest
 
-from launch import slurm
+from launch import place, slurm
 from launch.place import interface_towards
 from launch.run_dir import record_job
 from launch.runs import check_not_running
-from launch.submit import ask_for_share, check_memory
+from launch.submit import ask_for_share, check_memory, prepare
 from tptrain.config import UserError, load_config
 from tptrain.records.run_dir import add_event
 
@@ -116,6 +118,7 @@ ROWS"""
         (["cluster.partition=gpu", "cluster.gpus_per_node=8", "cluster.cpus_per_task=6"], 6, "1031000M"),
         (["cluster.partition=gpu", "cluster.gpus_per_node=8", "cluster.mem=900G"], 12, "900G"),
         (["cluster.partition=mixed", "cluster.gpus_per_node=6"], 10, "500000M"),
+        (["cluster.partition=mixed", "cluster.gpus_per_node=1", "cluster.tasks_per_node=4"], 4, "83333M"),  # no fewer
         (["cluster.gpus_per_node=8"], 4, None),  # the default partition tells of no GPU: the site decides on memory
         (["cluster.partition=gpu", "cluster.tasks_per_node=8"], None, None),  # a job without GPUs
     ],
@@ -129,7 +132,20 @@ def test_a_job_with_gpus_asks_for_its_share_of_cores_and_memory(
     assert (config.cluster.cpus_per_task, config.cluster.mem) == (cpus, mem)
 
 
-def test_a_gpu_job_that_asks_for_less_memory_than_its_ranks_and_saves_take_is_refused(tmp_path: Path) -> None:
+def test_a_job_whose_ranks_find_too_few_cores_on_a_node_is_refused(fake: Fake, tmp_path: Path) -> None:
+    fake("sinfo", "echo 'few|24|500000|gpu:8'")
+    lines = ["cluster=slurm", f"run.dir={tmp_path / 'run'}", "cluster.partition=few", "cluster.gpus_per_node=8"]
+    message = r"^cluster\.cpus_per_task: not set, and a node has 24 cores for 8 ranks, of which each needs 4\."
+    with pytest.raises(UserError, match=message):
+        ask_for_share(load_config(lines))
+    config = load_config([*lines, "cluster.cpus_per_task=3"])  # the user's word
+    ask_for_share(config)
+    assert (config.cluster.cpus_per_task, config.cluster.mem) == (3, "500000M")
+
+
+def test_a_gpu_job_that_asks_for_less_memory_than_its_ranks_and_saves_take_is_refused(
+    fake: Fake, tmp_path: Path
+) -> None:
     """A node of a run of one node holds the whole state, 89.7 GiB; and for each of 8 ranks 256 MiB and 2 GiB."""
     lines = [
         "cluster=slurm",
@@ -154,6 +170,10 @@ def test_a_gpu_job_that_asks_for_less_memory_than_its_ranks_and_saves_take_is_re
             check_memory(load_config([*lines, f"cluster.mem={mem}", *changes]))
     with pytest.raises(UserError, match=r"62\.9 GiB of its memory: 46\.9 GiB for"):
         check_memory(load_config([*lines, "cluster.mem=62G", "cluster.nodes=2"]))
+    for command in ("sbatch", "sinfo"):
+        fake(command, ":")
+    with pytest.raises(UserError, match=r"^cluster\.mem=107G: "):  # before anything is submitted
+        prepare([load_config([*lines, "cluster.mem=107G"])], tmp_path)
 
 
 HOSTLISTS = {
@@ -171,6 +191,30 @@ def test_lists_of_nodes(names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert slurm.hostnames(names) == HOSTLISTS[names]
 
 
-def test_the_interface_towards_a_host() -> None:
+def test_the_interface_towards_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    interfaces = dict(sorted(psutil.net_if_addrs().items(), key=lambda each: each[0] == "lo"))
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"ib0": [], **interfaces})  # the loopback comes last
     assert interface_towards("127.0.0.1") == "lo"
     assert interface_towards("no.such.host.invalid") is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "interface"),
+    [
+        ({}, "towards n8"),
+        ({"SLURM_NODEID": "0"}, "towards n9"),  # the first node's own route to itself is the loopback
+        ({"GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
+        ({"SLURM_STEP_NODELIST": "n9"}, None),  # on one node any interface does
+    ],
+)
+def test_gloo_takes_the_interface_of_the_route_to_the_first_node(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], interface: str | None
+) -> None:
+    """Rank 5 of two nodes; the routes are a stand-in."""
+    step = {"SLURM_STEP_NODELIST": "n[8-9]", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+    own = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+    monkeypatch.setattr(os, "environ", {**step, **own, "SLURMD_NODENAME": "n9", **variables})
+    monkeypatch.setattr(place, "interface_towards", lambda host: f"towards {host}")
+    where = place.find_place()
+    assert (where.rank, where.world, where.address) == (5, 8, os.environ["SLURM_STEP_NODELIST"].replace("[8-9]", "8"))
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == interface

@@ -2,12 +2,18 @@
 
 import gc
 import json
+import os
 import shutil
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +28,7 @@ from tptrain.nn.parameter import initial_values, parameter, parameters, sharding
 from tptrain.ops.compiled import compile_table
 from tptrain.ops.table import REFERENCE, Operations
 from tptrain.records.rows import read_rows
+from tptrain.records.run_dir import committed, step_of
 from tptrain.train import loop
 from tptrain.train.loop import train
 from tptrain.train.stop import Stop
@@ -156,12 +163,87 @@ def test_garbage_is_collected_after_the_same_steps_on_all_ranks() -> None:
     assert gc.isenabled()
 
 
-def test_weights_do_not_depend_on_how_many_threads_draw_them() -> None:
+def test_weights_do_not_depend_on_how_many_threads_draw_them(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = mesh(1, 1)
     p = parameter(grid, sharding(grid, (1300, 1100)), std=0.02)
-    drawn = initial_values("w", p, 3)
-    assert torch.equal(initial_values("w", p, 3, threads=4), drawn)
-    assert not torch.equal(drawn[:512, :512], drawn[512:1024, :512]), "each tile has numbers of its own"
+    alone = initial_values("w", p, 3)
+    assert not torch.equal(alone[:512, :512], alone[512:1024, :512]), "each tile has numbers of its own"
+    three, right = threading.Barrier(3), torch.randn
+
+    def together(*arguments: Any, **options: Any) -> torch.Tensor:
+        three.wait(10)  # until as many threads are here; of nine tiles
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(torch, "randn", together)
+    assert torch.equal(initial_values("w", p, 3, threads=3), alone)
+
+
+def _noted(folder: str) -> tuple[list[list[int]], list[bool]]:
+    """Of a run, and of the same one made longer: by how many threads each parameter was drawn, and whether garbage was
+    collected in each step of both.
+    """
+    threads: list[int] = []
+    by_run, collecting = [], []
+    right, step = initial_values, Trainer.step
+
+    def values(name: str, p: Any, seed: int, count: int = 1) -> torch.Tensor:
+        threads.append(count)
+        return right(name, p, seed, count)
+
+    def noted(trainer: Trainer, *arguments: Any) -> Any:
+        collecting.append(gc.isenabled())
+        return step(trainer, *arguments)
+
+    with (
+        patch("tptrain.train.trainer.initial_values", values),
+        patch.object(os, "sched_getaffinity", lambda process: {0, 3, 5}),
+        patch.object(Trainer, "step", noted),
+    ):
+        for steps in (2, 4):
+            run_here([*overrides(Path(folder)), "optim=constant", "checkpoint.every=0", f"train.steps={steps}"], 1)
+            by_run.append(threads[:])
+            threads.clear()
+    return by_run, collecting
+
+
+def test_weights_are_drawn_by_all_cores_but_not_on_resume_and_steps_collect_no_garbage(tmp_path: Path) -> None:
+    ((by_run, collecting),) = run_ranks(1, _noted, str(tmp_path))
+    assert set(by_run[0]) == {3}
+    assert by_run[1] == []
+    assert collecting == [False] * 4
+
+
+def _saved_by_cost(folder: str) -> list[int]:
+    """The steps after which a run of five saves, where a checkpoint of this model is due every two."""
+    lines = [*overrides(Path(folder)), "train.steps=5", "checkpoint.keep=9"]
+    with patch("tptrain.models.cost.OFTEN", 2):
+        run_here(lines, 1)
+    return [step_of(path) for path in committed(Path(folder) / "run" / "checkpoints")]
+
+
+def test_a_run_saves_as_often_as_the_cost_of_its_checkpoints_allows(tmp_path: Path) -> None:
+    assert run_ranks(1, _saved_by_cost, str(tmp_path)) == [[2, 4, 5]]
+
+
+def test_token_batches_go_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for pinning and for the copy: no GPU is here."""
+    calls: list[object] = []
+
+    def pin(ids: torch.Tensor) -> torch.Tensor:
+        calls.append("pinned")
+        return ids
+
+    def to(ids: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        calls.append((device, non_blocking))
+        return ids
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    gpu = torch.device("cuda", 1)
+    rank: Any = SimpleNamespace(mesh=SimpleNamespace(device=gpu))
+    inputs, targets = Trainer.to_device(rank, np.arange(6).reshape(2, 3))
+    assert calls == ["pinned", (gpu, True)]
+    assert (inputs.tolist(), targets.tolist()) == ([[0, 1], [3, 4]], [1, 2, 4, 5])
 
 
 def test_bf16_computes_in_bf16_and_keeps_float32_masters(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ FOR_CUDA = {
 # By the rank's own process: the network of gloo, and where NCCL's flight record goes.
 IN_RANK = ("GLOO_SOCKET_IFNAME",)
 IN_CUDA_RANK = ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_PIPE_FILE")
+# Set by nobody here. 1 (torch's): kernels of every group go before others; 0 (ours): not even those of the tp group.
+STREAM_PRIORITY = "TORCH_NCCL_HIGH_PRIORITY"
 
 
 def exports(config: Config) -> dict[str, str]:
@@ -21,5 +23,5 @@ def exports(config: Config) -> dict[str, str]:
 
 def names(config: Config, device: str) -> list[str]:
     """All variables that have a say on a device of this kind, those of cluster.env last."""
-    on_cuda = (*FOR_CUDA, *IN_CUDA_RANK) if device == "cuda" else ()
+    on_cuda = (*FOR_CUDA, *IN_CUDA_RANK, STREAM_PRIORITY) if device == "cuda" else ()
     return list(dict.fromkeys((*FOR_ALL, *IN_RANK, *on_cuda, *config.cluster.env)))

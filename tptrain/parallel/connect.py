@@ -27,12 +27,13 @@ def connect(
     nodes: Sequence[str] | None = None,
     shared: bool = False,
     sequence_parallel: bool = False,
+    tp_first: bool = False,
     timeout: timedelta | None = None,
 ) -> Mesh:
     """This rank's mesh over the process group that is there (or over none: a single rank).
 
     `shared`: ranks on one node (all of them, where no nodes are given) communicate through its memory where they can;
-    `timeout`: of every group's collectives.
+    `tp_first`: the kernels of the tp group go before others (NCCL only); `timeout`: of every group's collectives.
     """
     box = box or BlackBox()
     if not dist.is_initialized():
@@ -44,7 +45,7 @@ def connect(
 
     def group(axis: str, partition: list[list[int]]) -> Group | None:
         """This rank's group, whose ranks meet in shared memory where they can."""
-        process_group = own_group(partition, device, timeout, urgent=axis == "tp" and dist.get_backend() == "nccl")
+        process_group = own_group(partition, device, timeout, urgent=tp_first and axis == "tp")
         if process_group is None:
             return None
         (ranks,) = (ranks for ranks in partition if rank in ranks)

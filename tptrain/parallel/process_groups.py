@@ -12,20 +12,18 @@ def own_group(
 ) -> dist.ProcessGroup | None:
     """This rank's group out of a partition of all ranks; None where it is alone in it. Every rank calls it.
 
-    `timeout`: `new_group` does not take over the default group's. `urgent`: its kernels go before others (NCCL only).
-    Unless it is urgent, a group of all ranks is the default group. Others are split off the default group's
-    communicator, all in one call, where that can be: see `can_split`.
+    A group of all ranks is the default group, with the options that it was made with. Others are split off the default
+    group's communicator, all in one call, where that can be: see `can_split`. `timeout`: `new_group` does not take over
+    the default group's. `urgent`: its kernels go before others (NCCL only).
     """
     partition = [ranks for ranks in partition if len(ranks) > 1]
-    if partition == [list(range(dist.get_world_size()))] and not urgent:
+    if partition == [list(range(dist.get_world_size()))]:
         return dist.group.WORLD
     if not partition:
         return None
     options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
     if urgent:
-        nccl = dist.ProcessGroupNCCL.Options()  # pyright: ignore[reportPrivateImportUsage]
-        nccl.is_high_priority_stream = True
-        options["pg_options"] = nccl
+        options["pg_options"] = urgent_options(timeout)
     if can_split(device):
         return dist.split_group(split_ranks=partition, **options)
     own = None
@@ -33,6 +31,15 @@ def own_group(
         group = dist.new_group(ranks, **options)
         own = cast(dist.ProcessGroup, group) if dist.get_rank() in ranks else own
     return own
+
+
+def urgent_options(timeout: timedelta | None) -> Any:
+    """NCCL's options for a group whose kernels go before others."""
+    options = dist.ProcessGroupNCCL.Options()  # pyright: ignore[reportPrivateImportUsage]
+    options.is_high_priority_stream = True
+    if timeout is not None:
+        options._timeout = timeout  # torch warns of another one than the group's
+    return options
 
 
 def can_split(device: torch.device) -> bool:

@@ -11,6 +11,10 @@ import torch
 from tptrain.config import Config, UserError
 from tptrain.config.schema import CPUS_OF_GPU
 
+# Slurm's variables that tell of GPUs, the plainest first.
+SLURM_GPUS = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK", "SLURM_GPUS_PER_SOCKET")
+SLURM_GPUS += ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS")
+
 
 def pick_device(config: Config, local_rank: int, local_world: int) -> torch.device:
     """This rank's device, made ready. Raises UserError for a device that cannot be had."""
@@ -55,8 +59,9 @@ def gpu_request(config: Config, environment: Mapping[str, str]) -> str | None:
     """What asks for GPUs, a setting or one of Slurm's variables; None where nothing does."""
     if config.cluster.gpus_per_node:
         return f"cluster.gpus_per_node={config.cluster.gpus_per_node}"
-    names = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK", "SLURM_JOB_GPUS")
-    return next((f"{name}={environment[name]}" for name in names if environment.get(name, "") not in ("", "0")), None)
+    return next(
+        (f"{name}={environment[name]}" for name in SLURM_GPUS if environment.get(name, "") not in ("", "0")), None
+    )
 
 
 def _why_no_gpu() -> str:

@@ -17,6 +17,7 @@ from tptrain.ops.node_cache import node_cache
 from tptrain.ops.table import Operations
 from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import Mesh, tp_grid
+from tptrain.parallel.process_groups import urgent_options
 from tptrain.run import preflight
 from tptrain.run.device import pick_device
 from tptrain.watch.black_box import BlackBox
@@ -63,6 +64,7 @@ def connect_ranks(config: Config, box: BlackBox, rendezvous: Rendezvous) -> Mesh
     """The mesh of ranks that have met. Every rank calls it."""
     meeting, backend = rendezvous.meeting, rendezvous.backend
     timeout = timedelta(seconds=timeout_s(config))
+    tp_first, only_tp = _tp_first(config, backend, os.environ), config.parallel.tp == meeting.world
     dist.init_process_group(
         backend,
         store=meeting.store,
@@ -70,6 +72,7 @@ def connect_ranks(config: Config, box: BlackBox, rendezvous: Rendezvous) -> Mesh
         world_size=meeting.world,
         timeout=timeout,
         device_id=rendezvous.device if backend == "nccl" else None,
+        pg_options=urgent_options(timeout) if tp_first and only_tp else None,  # it is the tp group
     )
     box.touch("build")
     return connect(
@@ -80,8 +83,14 @@ def connect_ranks(config: Config, box: BlackBox, rendezvous: Rendezvous) -> Mesh
         nodes=rendezvous.nodes,
         shared=config.parallel.backend == "auto" and rendezvous.device.type == "cpu",
         sequence_parallel=config.parallel.sequence_parallel,
+        tp_first=tp_first,
         timeout=timeout,
     )
+
+
+def _tp_first(config: Config, backend: str, environment: Mapping[str, str]) -> bool:
+    """Whether the kernels of the tp group's collectives go before others: every layer waits for them."""
+    return backend == "nccl" and config.parallel.tp > 1 and environment.get(variables.STREAM_PRIORITY) != "0"
 
 
 def timeout_s(config: Config) -> float:
@@ -95,7 +104,8 @@ def surroundings(config: Config, rendezvous: Rendezvous, environment: Mapping[st
     values = [f"{name}={shlex.quote(environment[name])}" for name in names]
     lines = [f"environment: {' '.join(values)}"] if values else []
     if rendezvous.backend == "nccl":
-        first = "the tp group's stream has high priority; " if config.parallel.tp > 1 else ""
+        tp_first = _tp_first(config, rendezvous.backend, environment)
+        first = "the tp group's stream has high priority; " if tp_first else ""
         lines.append(f"NCCL: {first}a collective may take {timeout_s(config):,.0f} s in any group")
     return lines
 
