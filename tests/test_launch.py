@@ -39,6 +39,7 @@ from tests.corpus import overrides
 from tests.wandb_files import wandb_rows, wandb_tables
 from tptrain.checkpoint.commit import damage, read_commit
 from tptrain.config import load_config
+from tptrain.ops.choose import COMPILERS
 from tptrain.records.rows import read_rows
 from tptrain.records.run_dir import COMMIT, committed, step_of
 
@@ -175,6 +176,20 @@ def test_again_is_done_already(finished: Path) -> None:
     assert "already finished: step 20" in again.stdout
     new = set((finished / "run").rglob("*")) - set(before)
     assert all(path.parent.name == "logs" for path in new), new
+
+
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS["cpu"])), reason="no C++ compiler here")
+def test_where_one_rank_has_no_compiler_all_compute_with_pytorch(finished: Path, tmp_path: Path) -> None:
+    alone = f"export PATH={tmp_path} TMPDIR={tmp_path}"  # where there is neither a compiler nor what one has compiled
+    script = f'[ "$RANK" = 1 ] && {alone}; exec {sys.executable} -m tptrain train "$@"'
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--no-python"]
+    done = run(*torchrun, "bash", "-c", script, "bash", *launch_lines(finished, "train.steps=2", name="mixed"))
+    assert done.returncode == 0, done.stdout
+    lines = [line for line in done.stdout.splitlines() if "computing with " in line]
+    assert len(lines) == 1
+    if "C kernels" in (finished / "output").read_text():  # with a processor that they are for
+        assert re.search("computing with PyTorch: alone .* would take .*C kernels.*, and .* PyTorch", lines[0]), lines
+    assert losses(finished / "mixed") == pytest.approx(losses(finished / "run")[:2], abs=1e-5)
 
 
 def test_train_under_torchrun(finished: Path) -> None:

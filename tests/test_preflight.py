@@ -59,13 +59,15 @@ def test_each_fault_is_named(tmp_path: Path, fault: str) -> None:
     entries = reports(4)
     spoil, words = FAULTS[fault]
     spoil(entries)
-    assert words in (problem(entries, config(tmp_path)) or "")
+    assert words in (problem(entries, config(tmp_path, "train.compile=elementwise")) or "")
 
 
 def test_what_is_allowed_is_let_through(tmp_path: Path) -> None:
     entries = reports(4)
     entries[3] = replace(entries[3], node="n2", device="GPU-0")
     assert problem(entries, config(tmp_path, "parallel.tp_across_nodes=true")) is None
+    entries[1] = replace(entries[1], operations="PyTorch")
+    assert problem(entries, config(tmp_path, "parallel.tp_across_nodes=true")) is None, "all compute with PyTorch then"
     shared = [replace(report, device="GPU-0") for report in reports(2)]
     assert problem(shared, config(tmp_path, "parallel.backend=gloo")) is None
 

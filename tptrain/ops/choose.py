@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def choose(device: str, compile_setting: str, folder: Path) -> Operations:
     if device == "cpu" and compile_setting != "none" and (library := load(folder)) is not None:
         table = kernel_table(library, table)
     return table
+
+
+def common(own: Operations, nodes: Sequence[tuple[str, str]]) -> Operations:
+    """The table for ranks that compute together, each with the same operations; PyTorch's where theirs differ, as they
+    do where a node has no compiler. `nodes`: of each rank, with the backend of its own table.
+    """
+    by_backend = {backend: node for node, backend in reversed(nodes)}
+    if len(by_backend) == 1:
+        return own
+    (a, on_a), (b, on_b), *_ = reversed(by_backend.items())
+    return replace(REFERENCE, device=own.device, backend=f"PyTorch: alone {on_a} would take {a}, and {on_b} {b}")
 
 
 def planned(config: Config) -> Operations:

@@ -156,12 +156,12 @@ def problem(reports: list[Report], config: Config) -> str | None:
                 f"rank {b.rank} on {b.node}. Start all ranks from one environment on a shared file system."
             )
     different = {report.operations: report for report in reversed(reports)}
-    if len(different) > 1:
+    if len(different) > 1 and config.train.compile == "elementwise":  # under `auto` see `ops.choose.common`
         a, b = sorted(different.values(), key=lambda report: report.rank)[:2]
         return (
             f"train.compile={config.train.compile}: rank {a.rank} on {a.node} would compute with {a.operations}, rank "
             f"{b.rank} on {b.node} with {b.operations}. Give all nodes the same processor and C compiler, or set "
-            "train.compile=none."
+            "train.compile=auto, which then takes neither."
         )
     gpus = Counter((report.node, report.device) for report in reports if report.device != "cpu")
     shared = next((gpu for gpu, ranks in gpus.items() if ranks > 1), None)

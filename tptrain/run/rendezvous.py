@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tptrain.config import Config, UserError, check_topology, variables
 from tptrain.models.sizes import sizes
-from tptrain.ops.choose import choose
+from tptrain.ops.choose import choose, common
 from tptrain.ops.node_cache import node_cache
 from tptrain.ops.table import Operations
 from tptrain.parallel.connect import connect
@@ -57,7 +57,9 @@ def meet(config: Config, box: BlackBox) -> Rendezvous:
     box.touch("rendezvous")  # not before the device has answered: who is to blame where ranks do not meet rests on it
     store = preflight.join(env["MASTER_ADDR"], int(env["MASTER_PORT"]), report, world, hosted, patience, attempt)
     meeting = preflight.Meeting(store, report, world, patience, box.touch)
-    return Rendezvous(meeting, preflight.check_reports(meeting, config), device, backend, ops)
+    reports = preflight.check_reports(meeting, config)
+    ops = common(ops, [(report.node, report.operations) for report in reports])
+    return Rendezvous(meeting, reports, device, backend, ops)
 
 
 def connect_ranks(config: Config, box: BlackBox, rendezvous: Rendezvous) -> Mesh:
