@@ -16,17 +16,9 @@ from tptrain.config.load import write_atomically
 from tptrain.config.schema import MOST_AT_ONCE
 from tptrain.records.run_dir import add_event
 from tptrain.watch.black_box import BlackBox
-from tptrain.watch.outcome import Outcome
+from tptrain.watch.outcome import Outcome, device_fault
 from tptrain.watch.place import Allocation
 
-# What CUDA says only where a device or what drives it has failed. Not: an assert, an illegal address or instruction,
-# which are a kernel's errors as a rule; an unspecified launch failure or an unknown error, which may be either.
-DEVICE_FAULTS = (
-    "uncorrectable ECC error encountered",  # cudaErrorECCUncorrectable
-    "uncorrectable NVLink error",  # cudaErrorNvlinkUncorrectable
-    "GPU is lost",  # NVML, where it has fallen off the bus
-    "system not yet initialized",  # cudaErrorSystemNotReady: the node's fabric manager does not run
-)
 LOCK_S = 60  # for a superseded attempt of the same job to notice and let go
 
 
@@ -118,8 +110,8 @@ def _cause(error: Exception, config: Config, step: int) -> tuple[Outcome, str] |
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return Outcome.USER, out_of_memory(config, text, step)
-    if fault := next((words for words in DEVICE_FAULTS if words in text), None):
-        return Outcome.DEVICE, f"the device failed: {next(line for line in text.splitlines() if fault in line)}"
+    if fault := device_fault(text):
+        return Outcome.DEVICE, fault
     if "unspecified launch failure" in text:
         return Outcome.INFRA, f"the device stopped, or a kernel of ours: {text.splitlines()[0]}"
     if is_lost_rank(error):

@@ -91,8 +91,9 @@ class BlackBox:
         return {name: seconds for name, seconds in parts.items() if name != "launch" or self.state.launched}
 
     def end(self, outcome: Outcome, message: str = "") -> None:
-        """How the trainer ends, and why, for people."""
-        self.state.ending = f"{outcome}\n{message}".encode()[: TEXT_BYTES - 1]
+        """How the trainer ends, and why, for people. Where a device has failed, what comes after follows from it."""
+        if self.ending()[0] != Outcome.DEVICE:
+            self.state.ending = f"{outcome}\n{message}".encode()[: TEXT_BYTES - 1]
 
     def ending(self) -> tuple[Outcome | None, str]:
         """Outcome and message; None and empty where the trainer had no time to say."""
