@@ -120,6 +120,27 @@ def test_out_of_memory_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, capsy
         assert change in message
 
 
+@pytest.mark.parametrize(
+    ("error", "figures"),
+    [
+        (MemoryError("Unable to allocate 8.00 GiB for an array"), "Unable to allocate 8.00 GiB for an array"),
+        (RuntimeError("CUDA error: out of memory\nFor debugging consider passing"), ""),  # of pinned memory
+        (RuntimeError("NCCL error in: a.cpp:1\nLast error:\nCuda failure 2 'out of memory'"), "NCCL error in: a.cpp:1"),
+        (
+            RuntimeError("err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "9 bytes",
+        ),
+    ],
+)
+def test_memory_that_others_than_the_gpus_allocator_lack(
+    error: Exception, figures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, message = ending_of(error, monkeypatch)
+    assert outcome == Outcome.USER
+    assert message.startswith("out of memory after step 0")
+    assert figures in message
+
+
 @pytest.mark.parametrize("fault", DEVICE_FAULTS)
 def test_an_error_that_names_the_device_is_the_devices(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where NCCL passes it on."""
