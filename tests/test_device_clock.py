@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.commands import wait_until
 from tptrain.parallel import connect
 from tptrain.parallel.collectives import Work, all_reduce_
 from tptrain.parallel.communicators import Nobody
@@ -185,14 +186,13 @@ def test_a_poll_returns_while_the_device_hangs_and_the_host_goes_on() -> None:
     try:
         rank.finish(200)
         before = polls[0]
-        while polls[0] < before + 10:  # polls go on, and take nothing away
-            done.wait(0.001)
+        wait_until(lambda: polls[0] > before + 10, "polls go on, and take nothing away", timeout_s=10)
         assert (states(rank.box), len(rank.clock.notes)) == (["enqueued"] * 200, 600)
         rank.device.done = rank.device.recorded
-        while rank.clock.notes:
-            done.wait(0.001)
+        wait_until(lambda: not rank.clock.notes, "all notes applied", timeout_s=10)
     finally:
         done.set()
+        rank.device.done = rank.device.recorded  # or a poll that waits for it would not end
         poller.join()
     assert states(rank.box) == ["left"] * 200
 
