@@ -2,15 +2,19 @@
 
 import asyncio
 import contextlib
+import json
 import os
+import pickle
 import socket
 import stat
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -321,8 +325,11 @@ class Relayed:
 
 
 async def through(relay: Relayed) -> None:
+    """Once unpacked it is JSON, and JSON is all that the other side reads."""
     await relay.near.send({"a": 1})
-    relay.onward.write(await relay.next_message())
+    message = await relay.next_message()
+    assert json.loads(zlib.decompress(message[4 + wire.SIGNATURE_BYTES :])) == {"a": 1}
+    relay.onward.write(message)
     assert await relay.far.receive() == {"a": 1}
 
 
@@ -348,6 +355,14 @@ async def turned_back(relay: Relayed) -> None:
     await relay.near.receive()
 
 
+async def pickled(relay: Relayed) -> None:
+    """By somebody who has the secret."""
+    with patch.object(json, "dumps", lambda message: Mock(encode=lambda: pickle.dumps(message))):
+        await relay.near.send({"a": 1})
+    relay.onward.write(await relay.next_message())
+    await relay.far.receive()
+
+
 async def too_long(relay: Relayed) -> None:
     relay.onward.write((wire.MOST_BYTES + 1).to_bytes(4, "big") + bytes(wire.SIGNATURE_BYTES))
     await relay.far.receive()
@@ -359,11 +374,11 @@ async def too_long_unpacked(relay: Relayed) -> None:
     await relay.far.receive()
 
 
-@pytest.mark.parametrize("harm", [through, repeated, changed, turned_back, too_long, too_long_unpacked])
+@pytest.mark.parametrize("harm", [through, repeated, changed, turned_back, pickled, too_long, too_long_unpacked])
 def test_only_whole_new_signed_messages_are_taken(harm: Callable[[Relayed], Any]) -> None:
     async def one() -> None:
         async with Relayed() as relay:
-            with contextlib.nullcontext() if harm is through else pytest.raises(WireError):
+            with contextlib.nullcontext() if harm is through else pytest.raises((WireError, ValueError)):
                 await harm(relay)
 
     asyncio.run(one())

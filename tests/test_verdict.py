@@ -206,6 +206,7 @@ def meeting(rank: int, kind: str = "infra", **more: Any) -> Report:
 
 NO_DEVICE: dict[str, Any] = {"kind": "hang", "arrived": False, "silent": 306.0}  # hangs in an import or in the driver
 OUTSIDE: dict[str, Any] = {"kind": "infra", "silent": 300.0}  # cannot reach rank 0
+ABORTED: dict[str, Any] = {"kind": "died", "signal": "SIGABRT"}
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,9 @@ OUTSIDE: dict[str, Any] = {"kind": "infra", "silent": 300.0}  # cannot reach ran
         ([meeting(0), meeting(1), meeting(2, **OUTSIDE), meeting(3, **OUTSIDE)], {}, 2, "n1", "hang"),
         ([meeting(0), meeting(1)], {2: Absence.NEVER_CAME, 3: Absence.NEVER_CAME}, 2, "n1", "gone"),
         ([meeting(0, **NO_DEVICE), *(meeting(rank, **OUTSIDE) for rank in (1, 2, 3))], {}, 0, "n0", "hang"),
+        # Before a neighbour's abort:
+        ([meeting(0, **ABORTED), meeting(1)], {2: Absence.NEVER_CAME, 3: Absence.NEVER_CAME}, 2, "n1", "gone"),
+        ([meeting(0, **ABORTED), meeting(1), meeting(2, **OUTSIDE), meeting(3, **OUTSIDE)], {}, 2, "n1", "hang"),
         # No evidence, or equal:
         ([meeting(0), meeting(2)], {1: Absence.NEVER_CAME, 3: Absence.NEVER_CAME}, None, None, "infra"),
         ([meeting(0), meeting(2), meeting(1, **OUTSIDE), meeting(3, **OUTSIDE)], {}, None, None, "infra"),
