@@ -431,6 +431,26 @@ while True:
 """
 
 
+@pytest.mark.usefixtures("hurried")
+def test_the_stand_in_judges_where_the_supervisor_of_rank_0_is_gone(tmp_path: Path) -> None:
+    wire.make_secret(tmp_path)
+    judged: list[Any] = []
+    reporters = [Reporter(place(rank, 3, 1), tmp_path, lambda *seen: judged.append(seen)) for rank in (1, 2)]
+    first = subprocess.Popen([sys.executable, "-c", ALONE, str(tmp_path), "0", "127.0.0.1"])
+    try:
+        for reporter in reporters:  # the stand-in first: the other is to hear of it
+            reporter.start()
+            wait_until(lambda reporter=reporter: reporter.connected, "a connection", timeout_s=60)
+    finally:
+        first.kill()
+        first.wait()
+    for reporter in reporters:
+        reporter.report(pack(report(reporter.place.rank, kind="infra", world=3, tp=1)))
+    wait_until(lambda: all(reporter.released for reporter in reporters), "the verdict", timeout_s=60)
+    ((reports, absent, nodes),) = judged
+    assert (set(reports), absent, nodes[0]) == ({1, 2}, {0: Absence.ENDED}, "n0")
+
+
 OURS = f"198.18.{os.getpid() % 256}.1"
 
 
