@@ -35,7 +35,7 @@ from tptrain.parallel.mesh import Mesh
 from tptrain.run.rank import run
 from tptrain.train.schedule import Action, Reduce, plain
 from tptrain.watch import files, outcome
-from tptrain.watch.black_box import SAME_SIGNAL_S, BlackBox
+from tptrain.watch.black_box import SAME_SIGNAL_S, BlackBox, ranks_of
 from tptrain.watch.place import Place
 from tptrain.watch.reporter import Reporter
 from tptrain.watch.supervisor import Supervisor
@@ -237,7 +237,7 @@ def fail_device_beside_an_abort(folder: Path, grid: Mesh, bad: int) -> None:
 
 def abort_in_collective(box: BlackBox, other: int) -> None:
     """As NCCL's watchdog does."""
-    while (call := box.collectives()[-1])["left"] or other not in call["ranks"]:
+    while (call := box.collectives()[-1])["left"] or other not in ranks_of(call["ranks"]):
         time.sleep(0.01)
     os.abort()
 
