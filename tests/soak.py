@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup all of the run would ignore it
     options.folder.mkdir(parents=True, exist_ok=True)
     tally = soak(options.folder, options.ranks, options.signals, options.steps, options.seed)
     assert tally.rounds == options.signals, f"the run was done after {tally.rounds} signals: give more --steps"
