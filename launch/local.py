@@ -141,18 +141,24 @@ class Follower:
         if orphans and not self.lost_at:
             self.lost_at = time.monotonic()
             self._say(f"{self._lost()}: the ranks stop after this step, with a checkpoint")
+        if not self.lost_at and self._unfinished() and was_killed(int(self.job)):  # before there was a rank
+            self.lost_at = time.monotonic()
         return orphans
 
     def _orphans(self) -> bool:
         """Whether ranks live on. One that is just starting another program shows no command for an instant."""
         deadline = time.monotonic() + 1
-        while any(self._result(rank) is None for rank in range(self.ranks)):
+        while self._unfinished():
             if self._running():
                 return True
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
         return False
+
+    def _unfinished(self) -> bool:
+        """Whether a rank has not ended by itself, or not yet."""
+        return any(self._result(rank) is None for rank in range(self.ranks))
 
     def _lost(self) -> str:
         return f"the process that started the ranks (pid {self.job}) was killed"
@@ -270,6 +276,14 @@ def ask_to_stop(job: str, signalled: set[int]) -> None:
             with contextlib.suppress(psutil.Error):
                 rank.terminate()
             signalled.add(rank.pid)
+
+
+def was_killed(child: int) -> bool:
+    """Whether a signal has ended this child of ours, which stays to be waited for."""
+    with contextlib.suppress(ChildProcessError):  # it has been waited for
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return ended is not None and ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+    return False
 
 
 def defers_sigterm(pid: int) -> bool:

@@ -23,6 +23,8 @@ from tptrain.records.run_dir import add_event, events, newest_checkpoint
 from tptrain.watch import files, verdict
 from tptrain.watch.outcome import Outcome
 
+LATE_S = 60  # until a network file system shows here what another node has written
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -57,19 +59,22 @@ def decide(config: Config, history: list[dict[str, Any]], ended: dict[str, Any],
     return Decision(True, ended["message"], exclude=ended.get("node") if outcome.blames_node else None)
 
 
-def how_it_ended(run_dir: Path, attempt: str, code: int) -> dict[str, Any]:
-    """The end of an attempt, by what its ranks left in the run directory."""
+def how_it_ended(run_dir: Path, attempt: str, code: int, patience_s: float = 0) -> dict[str, Any]:
+    """The end of an attempt, by what its ranks left in the run directory. `patience_s`: for a verdict, where there are
+    reports but not of all ranks.
+    """
     newest = newest_checkpoint(run_dir)
     base = {"event": "end", "attempt": attempt, "time": time.time(), "checkpoint": newest, "node": None}
     last = [event for event in events(run_dir) if (event["event"], event["attempt"]) == ("last", attempt)]
     if code == 0 and last:
         return base | {key: last[-1][key] for key in ("kind", "message", "step")}
-    judged, reports = files.written(files.folder_of(run_dir, attempt)), {}
-    if judged is None:  # who should have judged was killed; the files of other nodes may be seen only later
-        reports = files.read(files.folder_of(run_dir, attempt))
-    if reports:
+    folder, deadline = files.folder_of(run_dir, attempt), time.monotonic() + patience_s
+    while (judged := files.written(folder)) is None and (reports := files.read(folder)):
         world = next(iter(reports.values()))["world"]
-        judged = verdict.judge(reports, world, [])
+        if len(reports) == world or time.monotonic() > deadline:  # who should have judged was killed
+            judged = verdict.judge(reports, world, [])
+            break
+        time.sleep(0.5)
     if judged is None:
         return base | {"kind": Outcome.of_exit_code(code), "message": f"srun ended with {code}", "step": 0}
     end = base | {"kind": judged.kind, "message": judged.text, "step": judged.step, "node": judged.node}
@@ -91,7 +96,9 @@ def main(run_dir: Path, code: int) -> None:
     config = read_config(run_dir / "config.yaml")
     job, name, restart = os.environ["SLURM_JOB_ID"], slurm_name(), os.environ.get("SLURM_RESTART_COUNT", "0")
     attempt = attempt_name(run_dir, job, restart)
-    ended = how_it_ended(run_dir, attempt, code)
+    # A job that Slurm is ending has no time to wait.
+    running = slurm.show_job(name).get("JobState") == "RUNNING"
+    ended = how_it_ended(run_dir, attempt, code, LATE_S if running else 0)
     shown = slurm.show_job(name)
     if ended["kind"] in (Outcome.INFRA, Outcome.STOPPED, Outcome.GONE) and shown.get("Reason") == "TimeLimit":
         ended |= {"kind": Outcome.TIMEOUT, "message": "the time limit"}

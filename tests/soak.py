@@ -4,8 +4,8 @@
 
 Each round launches (or resumes) the run, signals one process (a rank's supervisor or trainer, or the controller that
 started the ranks) at a random moment of its start-up, training, saving or validation, and waits for the launch to end
-by itself. Nothing may hang, no committed step may be lost, no process may stay, and after a SIGKILL the launch must
-name who was killed. At the end the losses must be those of a run that nothing disturbed, bit for bit.
+by itself. Nothing may hang, no committed step may be lost, no process may stay, and the launch must name who was
+killed. At the end the losses must be those of a run that nothing disturbed, bit for bit.
 """
 
 import argparse
@@ -109,7 +109,10 @@ def _signal_one(launch: subprocess.Popen[str], draw: random.Random) -> tuple[str
             process, pattern = draw.choice([supervisors[rank], trainer_of(supervisors[rank])]), rf": rank {rank} "
             who = f"rank {rank} ({'supervisor' if process == supervisors[rank] else 'trainer'})"
         process.send_signal(number)
-        return f"{number.name} to {who}", pattern if number == signal.SIGKILL else ""
+        kills = number == signal.SIGKILL or (
+            rank < 0 and number != signal.SIGTERM
+        )  # which alone the controller handles
+        return f"{number.name} to {who}", pattern if kills else ""
     time.sleep(0.01)
     return None, ""
 
@@ -129,6 +132,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup all of the run would ignore it
     options.folder.mkdir(parents=True, exist_ok=True)
     tally = soak(options.folder, options.ranks, options.signals, options.steps, options.seed)
     assert tally.rounds == options.signals, f"the run was done after {tally.rounds} signals: give more --steps"

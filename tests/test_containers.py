@@ -36,9 +36,8 @@ def without_torch(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def launch(*lines: str, python_path: str) -> subprocess.CompletedProcess[str]:
-    command = [*TPTRAIN, "launch", *lines]
-    variables = environment(PYTHONPATH=python_path)
+def launch(*lines: str, python_path: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command, variables = [*TPTRAIN, "launch", *lines], environment(PYTHONPATH=python_path, **variables)
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -220,25 +219,40 @@ def flagship(tokenizer: Path) -> list[str]:
     return [f"{key}={own.get(key, value)}" for key, value in pairs]
 
 
-@pytest.mark.slurm
-@pytest.mark.usefixtures("slurm")
-def test_the_readmes_command_makes_a_script_that_slurm_takes(tmp_path: Path, without_torch: str) -> None:
+def flagship_script(tmp_path: Path, python_path: str, **variables: str) -> str:
+    """The script that the README's command makes, after it has been read line by line."""
     tokenizer = tmp_path / "tokenizer.json"
     ids = {f"word{n}": n for n in range(128_000)} | {"<|end_of_text|>": 128_001}
     tokenizer.write_text(json.dumps({"model": {"vocab": ids}}))
     run, cache = tmp_path / "runs" / "first", tmp_path / "cache"
     lines = [*flagship(tokenizer), f"run.dir={run}", f"data.cache_dir={cache}", *IMAGE, "cluster.srun.mpi=none"]
     lines += ["cluster.srun.container_readonly=true", "cluster.srun.container-mounts=/scratch:/scratch:ro"]
-    dry = launch(*lines, "cluster.dry_run=true", python_path=without_torch)
+    dry = launch(*lines, "cluster.dry_run=true", python_path=python_path, **variables)
     assert dry.returncode == 0, dry.stderr
     assert dry.stderr == f"added to the container's mounts: {ROOT}, {tokenizer}, {cache}, {run}\n"
     python = shlex.quote(sys.executable)
     assert dry.stdout == SCRIPT.format(run=run, root=ROOT, tokenizer=tokenizer, cache=cache, python=python)
+    assert not run.exists()
+    return dry.stdout
 
-    script = tmp_path / "job.sh"
-    script.write_text(dry.stdout)
-    of_job = re.findall(r"#SBATCH (.*)", dry.stdout)
-    of_ranks = shlex.split(next(line for line in dry.stdout.splitlines() if line.startswith("srun")))[1:]
+
+def test_the_readmes_command_makes_this_script(tmp_path: Path, without_torch: str) -> None:
+    """Where Slurm's commands say of the partition what the sandbox's do; `sbatch` is not called."""
+    shape = "h100|96|2000000|gpu:h100:8"
+    commands = {"sinfo": f'case "$*" in *%R*) echo h100;; *) echo "{shape}";; esac', "srun": "", "sbatch": "exit 1"}
+    for name, line in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    flagship_script(tmp_path, without_torch, PATH=f"{tmp_path}:/usr/bin:/bin")
+
+
+@pytest.mark.slurm
+@pytest.mark.usefixtures("slurm")
+def test_slurm_takes_the_readmes_script(tmp_path: Path, without_torch: str) -> None:
+    text, script = flagship_script(tmp_path, without_torch), tmp_path / "job.sh"
+    script.write_text(text)
+    of_job = re.findall(r"#SBATCH (.*)", text)
+    of_ranks = shlex.split(next(line for line in text.splitlines() if line.startswith("srun")))[1:]
     of_job.remove("--requeue")  # which srun does not have
     for command in (["sbatch", "--test-only", str(script)], ["srun", "--test-only", *of_job, *of_ranks]):
         tested = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

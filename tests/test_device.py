@@ -13,6 +13,7 @@ from tptrain.config import Config, UserError
 from tptrain.run import device, rank, rendezvous
 from tptrain.run.device import check_cores, gpu_request, near_cores, pick_device
 from tptrain.watch.black_box import BlackBox
+from tptrain.watch.outcome import DEVICE_FAULTS, Outcome
 
 
 @pytest.fixture
@@ -121,16 +122,81 @@ TEXT = (
 )
 
 
-def test_out_of_memory_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def ending_of(error: Exception, monkeypatch: pytest.MonkeyPatch) -> tuple[Outcome | None, str]:
+    """What the black box of a rank of two holds that this ended, and the exit code is of."""
+
     def meet(config: Config, box: BlackBox) -> None:
-        raise torch.OutOfMemoryError(TEXT)
+        raise error
 
     monkeypatch.setattr(rendezvous, "meet", meet)
     config, box = Config(), BlackBox()
     config.parallel.tp = 2
-    assert rank.run(config, box, None, "a") == 2
+    code = rank.run(config, box, None, "a")
+    outcome, message = box.ending()
+    assert outcome is not None
+    assert code == outcome.exit_code
+    return outcome, message
+
+
+def test_out_of_memory_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome, _ = ending_of(torch.OutOfMemoryError(TEXT), monkeypatch)
+    assert outcome == Outcome.USER
+    assert outcome.final
     message = capsys.readouterr().err
     assert message.startswith("error: out of memory after step 0: Tried to allocate 2.00 GiB. GPU 0 has a total")
     assert "4711" not in message, "it would never be the same error twice"
     for change in ("train.micro_batch_size=4", "train.recompute=selective", "parallel.sequence_parallel=true"):
         assert change in message
+
+
+@pytest.mark.parametrize(
+    ("error", "figures"),
+    [
+        (MemoryError("Unable to allocate 8.00 GiB for an array"), "Unable to allocate 8.00 GiB for an array"),
+        (RuntimeError("CUDA error: out of memory\nFor debugging consider passing"), ""),  # of pinned memory
+        (RuntimeError("NCCL error in: a.cpp:1\nLast error:\nCuda failure 2 'out of memory'"), "NCCL error in: a.cpp:1"),
+        (
+            RuntimeError("err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "9 bytes",
+        ),
+    ],
+)
+def test_memory_that_others_than_the_gpus_allocator_lack(
+    error: Exception, figures: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, message = ending_of(error, monkeypatch)
+    assert outcome == Outcome.USER
+    assert message.startswith("out of memory after step 0")
+    assert figures in message
+
+
+@pytest.mark.parametrize("fault", DEVICE_FAULTS)
+def test_an_error_that_names_the_device_is_the_devices(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where NCCL passes it on."""
+    for text in (f"CUDA error: {fault}\nCompile with `TORCH_USE_CUDA_DSA`", f"NCCL error\nCUDA error: {fault}"):
+        outcome, message = ending_of(RuntimeError(text), monkeypatch)
+        assert (outcome, message) == (Outcome.DEVICE, f"the device failed: CUDA error: {fault}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CUDA error: an illegal memory access was encountered", Outcome.BUG),
+        ("CUDA error: device-side assert triggered", Outcome.BUG),
+        ("CUDA error: unspecified launch failure", Outcome.INFRA),
+        ("NCCL communicator was aborted on rank 1", Outcome.INFRA),
+    ],
+)
+def test_an_error_that_may_be_a_kernels_or_a_peers_is_not(
+    text: str, expected: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome, _ = ending_of(RuntimeError(text), monkeypatch)
+    assert outcome == expected
+    assert not expected.blames_node
+
+
+def test_what_comes_after_a_failed_device_does_not_hide_it() -> None:
+    box = BlackBox()
+    box.end(Outcome.DEVICE, "the device failed")
+    box.end(Outcome.INFRA, "lost another rank")
+    assert box.ending() == (Outcome.DEVICE, "the device failed")

@@ -6,15 +6,21 @@ collectives of real groups, the black box, the waits and the verdict.
 
 import threading
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests.commands import wait_until
+from tptrain.parallel import connect
 from tptrain.parallel.collectives import Work, all_reduce_
 from tptrain.parallel.communicators import Nobody
-from tptrain.parallel.device_clock import DeviceClock
+from tptrain.parallel.device_clock import DeviceClock, device_clock
 from tptrain.parallel.group import Group
+from tptrain.parallel.mesh import tp_grid
 from tptrain.watch.black_box import SLOTS, BlackBox
+from tptrain.watch.outcome import Outcome
 from tptrain.watch.verdict import Report, Verdict, judge
 
 
@@ -153,11 +159,16 @@ def test_a_device_that_computes_while_a_collective_travels_does_not_wait_for_it(
 
 
 def test_a_late_rank_catches_up() -> None:
-    late = Rank(0)
-    late.finish(3)
+    """It is to blame while its device has yet to come to a collective that the other waits in, and then no more."""
+    ranks = late, other = Rank(0), Rank(1)
+    for rank in ranks:
+        rank.finish(3)
+    other.come_to(8)  # inside the third
     for events in range(10):
         late.come_to(events)
         assert states(late.box).count("left") == events // 3
+        behind = events < 7 and events % 3 != 2  # else it is inside one that both have come to
+        assert judged([*ranks]).node == ("n0" if behind else None)
 
 
 def test_a_poll_returns_while_the_device_hangs_and_the_host_goes_on() -> None:
@@ -175,16 +186,67 @@ def test_a_poll_returns_while_the_device_hangs_and_the_host_goes_on() -> None:
     try:
         rank.finish(200)
         before = polls[0]
-        while polls[0] < before + 10:  # polls go on, and take nothing away
-            done.wait(0.001)
+        wait_until(lambda: polls[0] > before + 10, "polls go on, and take nothing away", timeout_s=10)
         assert (states(rank.box), len(rank.clock.notes)) == (["enqueued"] * 200, 600)
         rank.device.done = rank.device.recorded
-        while rank.clock.notes:
-            done.wait(0.001)
+        wait_until(lambda: not rank.clock.notes, "all notes applied", timeout_s=10)
     finally:
         done.set()
+        rank.device.done = rank.device.recorded  # or a poll that waits for it would not end
         poller.join()
     assert states(rank.box) == ["left"] * 200
+
+
+def test_the_trainer_writes_notes_while_a_query_takes_long() -> None:
+    """Of a driver that is stuck: the polling thread holds nothing that the trainer needs."""
+    rank, entered, let = Rank(0), threading.Event(), threading.Event()
+
+    def query(event: Any) -> bool:
+        entered.set()
+        return not let.wait(60)
+
+    rank.finish()
+    rank.clock.notes[0] = (Mute(query), *rank.clock.notes[0][1:])
+    poller = threading.Thread(target=rank.clock.poll)
+    trainer = threading.Thread(target=rank.finish, args=(5,), daemon=True)
+    poller.start()
+    try:
+        assert entered.wait(60)
+        trainer.start()
+        trainer.join(5)
+        assert not trainer.is_alive(), "the trainer waits for the poll"
+        assert len(rank.clock.notes) == 18
+    finally:
+        let.set()
+        poller.join()
+
+
+def test_a_gpu_s_clock_is_polled_by_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, thread, applied = Device(), [], threading.Event()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    clock = device_clock(torch.device("cuda", 3), BlackBox())
+    assert clock is not None
+    clock.note(lambda number: (thread.append(threading.current_thread().name), applied.set()), 1)  # type: ignore[arg-type]
+    assert not applied.is_set()
+    device.done = 1
+    assert applied.wait(60)
+    assert thread == ["device-clock"]
+    assert device_clock(torch.device("cpu"), BlackBox()) is None
+
+
+def test_every_group_of_a_mesh_has_the_clock_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not those that carry Python objects over gloo: these are done when they return."""
+    clock = DeviceClock(Device().event)
+    monkeypatch.setattr(connect, "device_clock", lambda device, box: clock if device.type == "cuda" else None)
+    monkeypatch.setattr(connect, "own_group", Mock())
+    for name, value in (("is_initialized", True), ("get_rank", 2), ("get_world_size", 4), ("get_backend", "nccl")):
+        monkeypatch.setattr(dist, name, Mock(return_value=value))
+    monkeypatch.setattr(dist, "new_group", Mock())
+    mesh = connect.connect(tp_grid(4, 2, 2), torch.device("cuda", 0))
+    assert mesh.groups.keys() >= {"tp", "dp"}
+    assert {group.clock for group in mesh.groups.values()} == {clock}
+    assert mesh.control.group is not None
+    assert mesh.control.group.clock is None
 
 
 def test_events_are_used_again() -> None:
@@ -213,6 +275,32 @@ def test_a_device_that_fails_ends_the_polling_and_keeps_what_is_known() -> None:
     rank.clock.notes[0] = (Mute(query), *rank.clock.notes[0][1:])
     rank.clock._run()  # returns
     assert states(rank.box) == ["left", "enqueued"]
+
+
+@pytest.mark.parametrize(
+    ("text", "ending"),
+    [
+        (
+            "CUDA error: uncorrectable ECC error encountered\nCompile with",
+            (Outcome.DEVICE, "the device failed: CUDA error: uncorrectable ECC error encountered"),
+        ),
+        ("CUDA error: an illegal memory access was encountered", (None, "")),
+    ],
+)
+def test_that_the_device_fails_is_noted_before_nccl_ends_the_process(
+    text: str, ending: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def query(event: Any) -> bool:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Mute(query))
+    monkeypatch.setattr(DeviceClock, "start", lambda clock: clock)
+    box = BlackBox()
+    clock = device_clock(torch.device("cuda"), box)
+    assert clock is not None
+    clock.note(lambda number: None, 1)
+    clock._run()
+    assert box.ending() == ending
 
 
 class Mute:

@@ -444,6 +444,18 @@ def test_of_ranks_that_were_killed_the_one_that_ended_before_is_named(
     assert "error: rank 1 was killed or crashed" in capfd.readouterr().err
 
 
+def test_a_controller_killed_before_there_is_a_rank_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = load_config([*launch_lines(tmp_path), "cluster.tasks_per_node=2"])
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    record_job(tmp_path / "run", attempt="local.1-0")
+    with subprocess.Popen(["sleep", "60"]) as controller:
+        controller.send_signal(signal.SIGUSR2)
+        assert Follower(config, Mock(job_id=str(controller.pid)), []).follow() == 1
+    error = capfd.readouterr().err
+    assert f"error: the process that started the ranks (pid {controller.pid}) was killed" in error
+    assert "rank 0" not in error
+
+
 def test_damaged_checkpoints_are_named_and_the_one_before_is_used(finished: Path) -> None:
     """The newest has lost its end, the one before has a flipped bit, the one before that has no marker."""
     run_dir = finished / "damaged"

@@ -5,10 +5,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tptrain.config import load_config
+from tptrain.config.schema import ClusterConfig
 
 ROOT = Path(__file__).parent.parent
 APACHE_2_0 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"  # sha256 of the published text
@@ -76,3 +80,26 @@ def test_no_page_and_no_preset_loads_a_cuda_module() -> None:
 def test_linked_files_exist(page: str) -> None:
     missing = [target for target in _local_links(ROOT / page) if not (ROOT / target).exists()]
     assert not missing
+
+
+def _sections(page: str) -> dict[str, str]:
+    """The parts of a page of docs, by heading."""
+    parts = re.split(r"^## (.*)\n", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_the_page_for_a_site_says_what_each_setting_does() -> None:
+    sections = _sections("cluster.md")
+    assert {"What a cluster must have", "Containers", "What has never run"} <= sections.keys()
+    words = re.findall(r"\w+", " ".join(re.findall(r"^\| (`.*?`) \|", sections["What the settings do"], re.MULTILINE)))
+    elsewhere = {"kind", "dry_run"}  # `cluster=slurm`, and the eighth command
+    assert {field.name for field in fields(ClusterConfig)} - elsewhere <= set(words)
+
+
+def test_the_first_day_has_ten_commands_that_load() -> None:
+    text = _sections("cluster.md")["A first day in ten commands"].replace("\\\n", " ")
+    assert re.findall(r"# (\d+)\. ", text) == [str(n) for n in range(1, 11)]
+    launches = re.findall(r"python -m tptrain (?:launch|plan) ((?:[\w.]+=\S+ *)+)", text)
+    assert len(launches) >= 3
+    for words in launches:
+        load_config(words.split())

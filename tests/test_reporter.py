@@ -2,15 +2,19 @@
 
 import asyncio
 import contextlib
+import json
 import os
+import pickle
 import socket
 import stat
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -321,8 +325,11 @@ class Relayed:
 
 
 async def through(relay: Relayed) -> None:
+    """Once unpacked it is JSON, and JSON is all that the other side reads."""
     await relay.near.send({"a": 1})
-    relay.onward.write(await relay.next_message())
+    message = await relay.next_message()
+    assert json.loads(zlib.decompress(message[4 + wire.SIGNATURE_BYTES :])) == {"a": 1}
+    relay.onward.write(message)
     assert await relay.far.receive() == {"a": 1}
 
 
@@ -348,6 +355,14 @@ async def turned_back(relay: Relayed) -> None:
     await relay.near.receive()
 
 
+async def pickled(relay: Relayed) -> None:
+    """By somebody who has the secret."""
+    with patch.object(json, "dumps", lambda message: Mock(encode=lambda: pickle.dumps(message))):
+        await relay.near.send({"a": 1})
+    relay.onward.write(await relay.next_message())
+    await relay.far.receive()
+
+
 async def too_long(relay: Relayed) -> None:
     relay.onward.write((wire.MOST_BYTES + 1).to_bytes(4, "big") + bytes(wire.SIGNATURE_BYTES))
     await relay.far.receive()
@@ -359,11 +374,11 @@ async def too_long_unpacked(relay: Relayed) -> None:
     await relay.far.receive()
 
 
-@pytest.mark.parametrize("harm", [through, repeated, changed, turned_back, too_long, too_long_unpacked])
+@pytest.mark.parametrize("harm", [through, repeated, changed, turned_back, pickled, too_long, too_long_unpacked])
 def test_only_whole_new_signed_messages_are_taken(harm: Callable[[Relayed], Any]) -> None:
     async def one() -> None:
         async with Relayed() as relay:
-            with contextlib.nullcontext() if harm is through else pytest.raises(WireError):
+            with contextlib.nullcontext() if harm is through else pytest.raises((WireError, ValueError)):
                 await harm(relay)
 
     asyncio.run(one())
@@ -414,6 +429,26 @@ reporter.start()
 while True:
     time.sleep(1)
 """
+
+
+@pytest.mark.usefixtures("hurried")
+def test_the_stand_in_judges_where_the_supervisor_of_rank_0_is_gone(tmp_path: Path) -> None:
+    wire.make_secret(tmp_path)
+    judged: list[Any] = []
+    reporters = [Reporter(place(rank, 3, 1), tmp_path, lambda *seen: judged.append(seen)) for rank in (1, 2)]
+    first = subprocess.Popen([sys.executable, "-c", ALONE, str(tmp_path), "0", "127.0.0.1"])
+    try:
+        for reporter in reporters:  # the stand-in first: the other is to hear of it
+            reporter.start()
+            wait_until(lambda reporter=reporter: reporter.connected, "a connection", timeout_s=60)
+    finally:
+        first.kill()
+        first.wait()
+    for reporter in reporters:
+        reporter.report(pack(report(reporter.place.rank, kind="infra", world=3, tp=1)))
+    wait_until(lambda: all(reporter.released for reporter in reporters), "the verdict", timeout_s=60)
+    ((reports, absent, nodes),) = judged
+    assert (set(reports), absent, nodes[0]) == ({1, 2}, {0: Absence.ENDED}, "n0")
 
 
 OURS = f"198.18.{os.getpid() % 256}.1"

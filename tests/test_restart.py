@@ -1,18 +1,21 @@
 """Whether a job goes back into the queue: the decision, and what it reads out of a run directory."""
 
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from launch import restart
 from launch.restart import attempt_name, decide, how_it_ended
 from tests.test_verdict import KILLED, STEP, report
 from tptrain.config import Config
 from tptrain.watch import files
 from tptrain.watch.outcome import Outcome
-from tptrain.watch.verdict import judge
+from tptrain.watch.verdict import Absence, judge
 
 ATTEMPT = "7.0-0"
 FAILURES = ("bug", "device", "died", "gone", "hang", "mismatch", "infra")
@@ -150,6 +153,37 @@ def test_the_supervisors_verdict_counts_whatever_files_are_to_be_seen(tmp_path: 
     got = how_it_ended(tmp_path, ATTEMPT, 1)
     assert (got["kind"], got["node"], got["step"], got["error"]) == ("device", "n1", 1, "made-up device")
     assert decide(config(), [], got, "RUNNING").exclude == "n1"
+
+
+def test_a_verdict_that_another_node_wrote_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the supervisor of rank 0 was killed, and its stand-in judged: here its files are seen 45 s late."""
+    now, reports = [0.0], {rank: report(rank, STEP + "E", "infra") for rank in (1, 2, 3)}
+    write(tmp_path, [reports[1]], {"event": "start", "nodes": ["n0", "n0", "n1", "n1"]})
+    judged = judge(reports, 4, ["n0", "n0", "n1", "n1"], {0: Absence.ENDED})
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] == 45:
+            files.write(files.folder_of(tmp_path, ATTEMPT), judged, 3, stands_in=True)
+
+    monkeypatch.setattr(restart, "time", Mock(monotonic=lambda: now[0], sleep=sleep, time=time.time))
+    got = how_it_ended(tmp_path, ATTEMPT, 1, restart.LATE_S)
+    assert (got["kind"], got["node"], now[0]) == ("gone", "n0", 45)
+    assert decide(config(), [], got, "RUNNING").exclude == "n0"
+
+
+@pytest.mark.parametrize(("state", "patience_s"), [("RUNNING", restart.LATE_S), ("COMPLETING", 0), ("", 0)])
+def test_a_job_that_slurm_ends_waits_for_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, patience_s: float
+) -> None:
+    asked = Mock(return_value=ended("user"))
+    monkeypatch.setattr(restart, "how_it_ended", asked)
+    monkeypatch.setattr(restart, "signal", Mock())
+    monkeypatch.setattr(restart, "read_config", lambda path: config())
+    monkeypatch.setattr(restart.slurm, "show_job", lambda name: {"JobState": state})
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    restart.main(tmp_path, 1)
+    assert asked.call_args.args == (tmp_path, ATTEMPT, 1, patience_s)
 
 
 def test_files_alone_do_not_call_a_rank_gone(tmp_path: Path) -> None:

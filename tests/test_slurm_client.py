@@ -5,12 +5,13 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
 
 from launch import place, slurm
-from launch.place import interface_towards
+from launch.place import find_place, interface_towards
 from launch.run_dir import record_job
 from launch.runs import check_not_running
 from launch.submit import ask_for_share, check_memory, prepare
@@ -189,6 +190,14 @@ HOSTLISTS = {
 def test_lists_of_nodes(names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm.hostnames(names) == HOSTLISTS[names]
+
+
+@pytest.mark.parametrize(("of_node", "stand_in"), [("1", 1), ("2", 2), ("4", 1)])
+def test_reports_go_to_another_node_where_rank_0_s_is_out_of_reach(of_node: str, stand_in: int) -> None:
+    """To its first rank; on one node to rank 1."""
+    place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": of_node, "MASTER_ADDR": "n1", "MASTER_PORT": "7"}
+    with patch.dict(os.environ, place, clear=True):
+        assert (find_place().address, find_place().stand_in) == ("n1", stand_in)
 
 
 def test_the_interface_towards_a_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,8 @@ from tptrain.parallel import collectives
 from tptrain.parallel.mesh import Mesh
 from tptrain.run.rank import run
 from tptrain.train.schedule import Action, Reduce, plain
-from tptrain.watch.black_box import SAME_SIGNAL_S, BlackBox
+from tptrain.watch import files, outcome
+from tptrain.watch.black_box import SAME_SIGNAL_S, BlackBox, ranks_of
 from tptrain.watch.place import Place
 from tptrain.watch.reporter import Reporter
 from tptrain.watch.supervisor import Supervisor
@@ -236,7 +237,7 @@ def fail_device_beside_an_abort(folder: Path, grid: Mesh, bad: int) -> None:
 
 def abort_in_collective(box: BlackBox, other: int) -> None:
     """As NCCL's watchdog does."""
-    while (call := box.collectives()[-1])["left"] or other not in call["ranks"]:
+    while (call := box.collectives()[-1])["left"] or other not in ranks_of(call["ranks"]):
         time.sleep(0.01)
     os.abort()
 
@@ -453,6 +454,19 @@ def test_a_hang_leaves_stacks(case: Case, outcomes: dict[Any, Future[Outcome]]) 
         assert any("collectives.py" in text and "in wait" in text for text in stacks.values()), stacks
     else:
         assert "sleep_forever" in stacks[case.rank]
+
+
+def test_a_failed_device_is_the_cause_of_whatever_ends_the_trainer(tmp_path: Path) -> None:
+    """NCCL's own thread aborts a process whose device has failed; the rank's main thread may not come to say so."""
+    config = Config(model=MODEL)
+    config.run.dir = str(tmp_path)
+    for restart, kind in enumerate(("died", "hang", "waiting")):
+        supervisor = Supervisor(config, Place(0, 1, "node0", "job", restart))
+        supervisor.box.end(outcome.Outcome.DEVICE, "the device failed: made up")
+        supervisor.conclude({"kind": kind, "message": "killed by SIGABRT", "signal": "SIGABRT"})
+        verdict = files.written(supervisor.reports)
+        assert verdict is not None
+        assert (verdict.kind, verdict.node, verdict.error) == ("device", "node0", "the device failed: made up")
 
 
 @pytest.mark.parametrize("world", [2, 4])

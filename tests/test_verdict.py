@@ -6,6 +6,7 @@ The numbers in its sentences count within the group.
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, Mock
@@ -21,7 +22,7 @@ from tptrain.parallel.communicators import Finish, Nobody, Op
 from tptrain.parallel.group import Group
 from tptrain.parallel.mesh import Mesh, tp_grid
 from tptrain.train.trainer import Trainer
-from tptrain.watch.black_box import SLOTS, BlackBox
+from tptrain.watch.black_box import SLOTS, BlackBox, ranks_of, text_of
 from tptrain.watch.files import nodes, read
 from tptrain.watch.outcome import Outcome
 from tptrain.watch.packed import pack, unpack
@@ -60,7 +61,7 @@ def report_of(
     for number, (letter, ranks) in enumerate(calls, 1):
         op, shape, axis, site = CALLS[letter[0]]
         counts[axis, tuple(ranks)] += 1
-        call = {"number": number, "number_in_group": counts[axis, tuple(ranks)], "axis": axis, "ranks": ranks}
+        call = {"number": number, "number_in_group": counts[axis, tuple(ranks)], "axis": axis, "ranks": text_of(ranks)}
         background = letter.endswith("*")
         left = not background and (number < len(calls) or not inside)
         call |= {"op": op, "shape": shape, "dtype": "float32", "site": site}
@@ -80,7 +81,7 @@ def report_of(
         "entered": len(calls),
         "cause": {"kind": kind, "message": f"made-up {kind}"} | more,
         "top": "",
-        "groups": [{"axis": axis, "ranks": list(ranks), "entered": n} for (axis, ranks), n in counts.items()],
+        "groups": [{"axis": axis, "ranks": text_of(ranks), "entered": n} for (axis, ranks), n in counts.items()],
         "collectives": noted,
     }
 
@@ -206,6 +207,7 @@ def meeting(rank: int, kind: str = "infra", **more: Any) -> Report:
 
 NO_DEVICE: dict[str, Any] = {"kind": "hang", "arrived": False, "silent": 306.0}  # hangs in an import or in the driver
 OUTSIDE: dict[str, Any] = {"kind": "infra", "silent": 300.0}  # cannot reach rank 0
+ABORTED: dict[str, Any] = {"kind": "died", "signal": "SIGABRT"}
 
 
 @pytest.mark.parametrize(
@@ -221,6 +223,9 @@ OUTSIDE: dict[str, Any] = {"kind": "infra", "silent": 300.0}  # cannot reach ran
         ([meeting(0), meeting(1), meeting(2, **OUTSIDE), meeting(3, **OUTSIDE)], {}, 2, "n1", "hang"),
         ([meeting(0), meeting(1)], {2: Absence.NEVER_CAME, 3: Absence.NEVER_CAME}, 2, "n1", "gone"),
         ([meeting(0, **NO_DEVICE), *(meeting(rank, **OUTSIDE) for rank in (1, 2, 3))], {}, 0, "n0", "hang"),
+        # Before a neighbour's abort:
+        ([meeting(0, **ABORTED), meeting(1)], {2: Absence.NEVER_CAME, 3: Absence.NEVER_CAME}, 2, "n1", "gone"),
+        ([meeting(0, **ABORTED), meeting(1), meeting(2, **OUTSIDE), meeting(3, **OUTSIDE)], {}, 2, "n1", "hang"),
         # No evidence, or equal:
         ([meeting(0), meeting(2)], {1: Absence.NEVER_CAME, 3: Absence.NEVER_CAME}, None, None, "infra"),
         ([meeting(0), meeting(2), meeting(1, **OUTSIDE), meeting(3, **OUTSIDE)], {}, None, None, "infra"),
@@ -459,7 +464,7 @@ def test_the_ring_keeps_the_last_collectives() -> None:
     kept = filled(5000, inside=True).collectives()
     assert SLOTS - 2 <= len(kept) <= SLOTS
     assert [call["number"] for call in kept] == list(range(5001 - len(kept), 5001))
-    assert all(call["shape"] == f"({call['number'] % 7},)" and call["ranks"] == [1, 3, 5, 7] for call in kept)
+    assert all(call["shape"] == f"({call['number'] % 7},)" and call["ranks"] == "1:8:2" for call in kept)
     assert [call["left"] for call in kept] == [True] * (len(kept) - 1) + [False]
 
 
@@ -481,6 +486,14 @@ def test_a_long_shape_leaves_the_other_entries_whole() -> None:
     assert [call["number"] for call in box.collectives()] == [1, 2, 3, 5]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "text"), [((5,), "5:6:1"), ((1, 9, 17), "1:18:8"), (range(1024), "0:1024:1"), ((0, 1, 4, 5), "0,1,4,5")]
+)
+def test_ranks_at_even_distances_are_written_by_their_ends(ranks: Sequence[int], text: str) -> None:
+    assert text_of(ranks) == text
+    assert ranks_of(text) == tuple(ranks)
+
+
 def test_collectives_are_numbered_within_their_group() -> None:
     box = BlackBox()
     for axis, ranks in [("tp", (0, 1)), ("model", (0, 1, 4, 5)), ("tp", (0, 1)), ("model", (0, 1)), ("tp", (0, 1))]:
@@ -488,11 +501,11 @@ def test_collectives_are_numbered_within_their_group() -> None:
     box.run_on(number)
     noted = [(call["axis"], call["ranks"], call["number_in_group"]) for call in box.collectives()]
     assert noted == [
-        ("tp", [0, 1], 1),
-        ("model", [0, 1, 4, 5], 1),
-        ("tp", [0, 1], 2),
-        ("model", [0, 1], 1),
-        ("tp", [0, 1], 3),
+        ("tp", "0:2:1", 1),
+        ("model", "0,1,4,5", 1),
+        ("tp", "0:2:1", 2),
+        ("model", "0:2:1", 1),
+        ("tp", "0:2:1", 3),
     ]
     assert [count["entered"] for count in box.group_counts()] == [3, 1, 1]
     assert [call["background"] for call in box.collectives()] == [False] * 4 + [True]
@@ -506,8 +519,8 @@ def test_the_count_of_a_group_outlives_its_records() -> None:
         box.leave(box.enter("barrier", (), "object", "tp", range(2)))
     assert {call["axis"] for call in box.collectives()} == {"tp"}
     assert box.group_counts() == [
-        {"axis": "control", "ranks": [0, 1, 2, 3], "entered": 3},
-        {"axis": "tp", "ranks": [0, 1], "entered": SLOTS},
+        {"axis": "control", "ranks": "0:4:1", "entered": 3},
+        {"axis": "tp", "ranks": "0:2:1", "entered": SLOTS},
     ]
 
 

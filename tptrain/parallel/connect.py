@@ -41,7 +41,7 @@ def connect(
         return Mesh(grid, 0, device, control=Control(None, 0), saving=Control(None, 0), box=box)
     rank = dist.get_rank()
     assert grid.world == dist.get_world_size(), grid
-    everyone, clock = list(range(grid.world)), device_clock(device)
+    everyone, clock = list(range(grid.world)), device_clock(device, box)
 
     def group(axis: str, partition: list[list[int]]) -> Group | None:
         """This rank's group, whose ranks meet in shared memory where they can."""

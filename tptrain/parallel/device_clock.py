@@ -12,6 +12,9 @@ from typing import Protocol
 
 import torch
 
+from tptrain.watch.black_box import BlackBox
+from tptrain.watch.outcome import Outcome, device_fault
+
 POLL_S = 0.05
 
 
@@ -33,8 +36,9 @@ class DeviceClock:
     The trainer's threads only append, and the polling thread only takes away: a deque needs no lock for that.
     """
 
-    def __init__(self, new_event: Callable[[], Event]) -> None:
-        self.new_event = new_event
+    def __init__(self, new_event: Callable[[], Event], on_failure: Callable[[str], None] = lambda text: None) -> None:
+        """`on_failure` gets the text of the error with which the device fails."""
+        self.new_event, self.on_failure = new_event, on_failure
         self.notes: deque[tuple[Event, Callable[[int], None], int]] = deque()
         self.free: deque[Event] = deque()  # events to use again: making one takes longer than recording it
 
@@ -55,7 +59,8 @@ class DeviceClock:
         while True:
             try:
                 self.poll()
-            except RuntimeError:  # the device has failed: what it had finished is known
+            except RuntimeError as error:  # the device has failed: what it had finished is known
+                self.on_failure(str(error))
                 return
             time.sleep(POLL_S)
 
@@ -65,6 +70,14 @@ class DeviceClock:
         return self
 
 
-def device_clock(device: torch.device) -> DeviceClock | None:
-    """For ranks on a GPU; None on a CPU, whose collectives are done when they return."""
-    return DeviceClock(torch.cuda.Event).start() if device.type == "cuda" else None
+def device_clock(device: torch.device, box: BlackBox) -> DeviceClock | None:
+    """For ranks on a GPU; None on a CPU, whose collectives are done when they return.
+
+    That the device fails is noted in the box: NCCL's own thread may end the process before another hears of it.
+    """
+
+    def on_failure(text: str) -> None:
+        if fault := device_fault(text):
+            box.end(Outcome.DEVICE, fault)
+
+    return DeviceClock(torch.cuda.Event, on_failure).start() if device.type == "cuda" else None

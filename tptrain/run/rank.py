@@ -16,17 +16,11 @@ from tptrain.config.load import write_atomically
 from tptrain.config.schema import MOST_AT_ONCE
 from tptrain.records.run_dir import add_event
 from tptrain.watch.black_box import BlackBox
-from tptrain.watch.outcome import Outcome
+from tptrain.watch.outcome import Outcome, device_fault
 from tptrain.watch.place import Allocation
 
-# What CUDA says only where a device or what drives it has failed. Not: an assert, an illegal address or instruction,
-# which are a kernel's errors as a rule; an unspecified launch failure or an unknown error, which may be either.
-DEVICE_FAULTS = (
-    "uncorrectable ECC error encountered",  # cudaErrorECCUncorrectable
-    "uncorrectable NVLink error",  # cudaErrorNvlinkUncorrectable
-    "GPU is lost",  # NVML, where it has fallen off the bus
-    "system not yet initialized",  # cudaErrorSystemNotReady: the node's fabric manager does not run
-)
+# CUDA's and NCCL's word, and that of torch's allocator for the CPU, where they do not raise torch.OutOfMemoryError.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 LOCK_S = 60  # for a superseded attempt of the same job to notice and let go
 
 
@@ -116,10 +110,10 @@ def _cause(error: Exception, config: Config, step: int) -> tuple[Outcome, str] |
     import torch
 
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in OUT_OF_MEMORY):
         return Outcome.USER, out_of_memory(config, text, step)
-    if fault := next((words for words in DEVICE_FAULTS if words in text), None):
-        return Outcome.DEVICE, f"the device failed: {next(line for line in text.splitlines() if fault in line)}"
+    if fault := device_fault(text):
+        return Outcome.DEVICE, fault
     if "unspecified launch failure" in text:
         return Outcome.INFRA, f"the device stopped, or a kernel of ours: {text.splitlines()[0]}"
     if is_lost_rank(error):
@@ -137,7 +131,8 @@ def is_lost_rank(error: Exception) -> bool:
 def out_of_memory(config: Config, text: str, step: int) -> str:
     """What a rank's message that memory is short comes to: torch's figures, and what would need less."""
     # "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total capacity of ...", then processes by their ids.
-    figures = [part for part in text.split("\n")[0].split(". ")[1:] if not part.startswith("Process ")][:4]
+    parts = text.split("\n")[0].split(". ")
+    figures = [part for part in parts if not part.startswith("Process ") and "out of memory" not in part][:4]
     train, changes = config.train, []
     if (size := train.micro_batch_size or MOST_AT_ONCE) > 1:
         changes.append(f"train.micro_batch_size={size // 2}")

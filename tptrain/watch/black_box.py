@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
@@ -91,8 +92,9 @@ class BlackBox:
         return {name: seconds for name, seconds in parts.items() if name != "launch" or self.state.launched}
 
     def end(self, outcome: Outcome, message: str = "") -> None:
-        """How the trainer ends, and why, for people."""
-        self.state.ending = f"{outcome}\n{message}".encode()[: TEXT_BYTES - 1]
+        """How the trainer ends, and why, for people. Where a device has failed, what comes after follows from it."""
+        if self.ending()[0] != Outcome.DEVICE:
+            self.state.ending = f"{outcome}\n{message}".encode()[: TEXT_BYTES - 1]
 
     def ending(self) -> tuple[Outcome | None, str]:
         """Outcome and message; None and empty where the trainer had no time to say."""
@@ -217,11 +219,11 @@ class BlackBox:
         return counts
 
     def _group_names(self) -> list[dict[str, Any]]:
-        """Axis and ranks of each group, in the order of the table."""
+        """Axis and ranks (as `text_of` writes them) of each group, in the order of the table."""
         names = []
         for group in self.table[: self.state.groups]:
             axis, _, text = group.name.decode().partition("\t")
-            names.append({"axis": axis, "ranks": ranks_of(text)})
+            names.append({"axis": axis, "ranks": text})
         return names
 
 
@@ -240,10 +242,11 @@ def text_of(ranks: Sequence[int]) -> str:
     return f"{even.start}:{even.stop}:{stride}" if list(even) == list(ranks) else ",".join(map(str, ranks))
 
 
-def ranks_of(text: str) -> list[int]:
+@cache
+def ranks_of(text: str) -> tuple[int, ...]:
     """What `text_of` wrote."""
     numbers = [int(number) for number in text.replace(":", ",").split(",")]
-    return list(range(*numbers)) if ":" in text else numbers
+    return tuple(range(*numbers) if ":" in text else numbers)
 
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep

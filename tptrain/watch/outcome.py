@@ -2,6 +2,15 @@
 
 from enum import StrEnum
 
+# What CUDA says only where a device or what drives it has failed. Not: an assert, an illegal address or instruction,
+# which are a kernel's errors as a rule; an unspecified launch failure or an unknown error, which may be either.
+DEVICE_FAULTS = (
+    "uncorrectable ECC error encountered",  # cudaErrorECCUncorrectable
+    "uncorrectable NVLink error",  # cudaErrorNvlinkUncorrectable
+    "GPU is lost",  # NVML, where it has fallen off the bus
+    "system not yet initialized",  # cudaErrorSystemNotReady: the node's fabric manager does not run
+)
+
 
 class Outcome(StrEnum):
     """The values stand in reports, verdict.json and attempts.jsonl. Where ranks of one attempt have ended in several of
@@ -62,3 +71,9 @@ class Outcome(StrEnum):
     def blames_node(self) -> bool:
         """Whether the node of the rank to blame is kept out of the next attempt."""
         return self in (Outcome.DEVICE, Outcome.DIED, Outcome.GONE, Outcome.HANG, Outcome.MISMATCH)
+
+
+def device_fault(text: str) -> str | None:
+    """What an error's text says of a device that has failed; None where it is of something else."""
+    lines = (line for line in text.splitlines() if any(fault in line for fault in DEVICE_FAULTS))
+    return next((f"the device failed: {line}" for line in lines), None)

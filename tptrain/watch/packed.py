@@ -10,7 +10,6 @@ from itertools import accumulate
 from operator import itemgetter
 from typing import Any
 
-from tptrain.watch.black_box import ranks_of, text_of
 from tptrain.watch.waits import KIND, Call, Report
 
 Packed = dict[str, Any]
@@ -25,15 +24,14 @@ def pack(report: Report) -> Packed:
     """The same report, its collectives as columns of their groups."""
     by_group: dict[tuple[str, str], list[Call]] = {}
     for call in report["collectives"]:
-        by_group.setdefault((call["axis"], text_of(call["ranks"])), []).append(call)
+        by_group.setdefault((call["axis"], call["ranks"]), []).append(call)
     groups = []
     for count in report["groups"]:
-        ranks = text_of(count["ranks"])
-        calls = by_group.get((count["axis"], ranks), [])
+        calls = by_group.get((count["axis"], count["ranks"]), [])
         numbers = [call["number_in_group"] for call in calls] or [1, 0]
         columns = {"kind": _column(map(itemgetter(*KIND), calls)), "state": _column(map(itemgetter(*STATE), calls))}
         columns |= {name: _steps([call[name] for call in calls]) for name in NUMBERS}
-        groups.append(count | columns | {"ranks": ranks, "first": numbers[0], "last": numbers[-1]})
+        groups.append(count | columns | {"first": numbers[0], "last": numbers[-1]})
     return report | {"groups": groups, "collectives": []}
 
 
@@ -47,7 +45,7 @@ def unpack(reports: dict[int, Packed]) -> dict[int, Report]:
             members.setdefault((group["axis"], group["ranks"]), {})[rank] = group
     unpacked = {rank: packed | {"groups": [], "collectives": []} for rank, packed in reports.items()}
     for (axis, ranks), by_rank in members.items():
-        name, needed = {"axis": axis, "ranks": ranks_of(ranks)}, _first_needed(list(by_rank.values()))
+        name, needed = {"axis": axis, "ranks": ranks}, _first_needed(list(by_rank.values()))
         for rank, group in by_rank.items():
             unpacked[rank]["groups"].append(name | {"entered": group["entered"]})
             unpacked[rank]["collectives"] += [name | call for call in _calls(group, needed)]

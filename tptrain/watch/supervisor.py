@@ -92,6 +92,8 @@ class Supervisor:
 
     def conclude(self, cause: dict[str, Any]) -> None:
         """Report how this rank ended, and wait for the verdict."""
+        if cause["kind"] in (Outcome.DIED, Outcome.HANG, Outcome.WAITING) and self.box.ending()[0] == Outcome.DEVICE:
+            cause |= {"kind": Outcome.DEVICE, "message": self.box.ending()[1]}  # NCCL then aborts its own process
         report = self._report_of(cause)
         self.reporter.report(pack(report))  # before the files: they may lie on the disk that is full or gone
         self._write(report, cause.get("stacks", ""))

@@ -191,9 +191,10 @@ def _hang(histories: dict[int, History], blame: Any, step: int) -> Verdict:
 
 def _network_fault(call: Call, histories: dict[int, History]) -> str:
     """Of a collective that all members have entered."""
-    members = "all ranks" if len(call["ranks"]) == len(histories) else _ranks(call["ranks"])
-    inside = [rank for rank in call["ranks"] if not histories[rank].has_left(group_of(call), call["number_in_group"])]
-    if len(inside) == len(call["ranks"]):
+    group, number = group_of(call), call["number_in_group"]
+    members = "all ranks" if len(group[1]) == len(histories) else _ranks(group[1])
+    inside = [rank for rank in group[1] if not histories[rank].has_left(group, number)]
+    if len(inside) == len(group[1]):
         return f"{members} entered {_describe(call)} and none came out: the network between them"
     return f"{members} entered {_describe(call)}, {_ranks(inside)} did not come out: the network or a rank itself"
 
@@ -290,7 +291,7 @@ def _kind(call: Call | None) -> tuple:
 def _describe(call: Call) -> str:
     """The number is the one within the group."""
     shape = f" of {call['shape']} {call['dtype']}" if call["dtype"] != "object" else ""
-    group = f"{call['axis']} [{_few(call['ranks'])}]"
+    group = f"{call['axis']} [{_few(group_of(call)[1])}]"
     return f"collective {call['number_in_group']}, {call['op']}{shape} over {group} ({call['site']})"
 
 

@@ -8,6 +8,8 @@ count as not entered.
 
 from typing import Any
 
+from tptrain.watch.black_box import ranks_of
+
 Report = dict[str, Any]
 Call = dict[str, Any]  # one collective in a report
 Group = tuple[str, tuple[int, ...]]  # axis and ranks
@@ -46,7 +48,7 @@ class History:
 
 
 def group_of(entry: dict[str, Any]) -> Group:
-    return entry["axis"], tuple(entry["ranks"])
+    return entry["axis"], ranks_of(entry["ranks"])
 
 
 def groups_of(histories: dict[int, History]) -> list[Group]:
@@ -97,7 +99,7 @@ def complete_call(own: History, histories: dict[int, History]) -> Call | None:
     if call is None:
         return None
     group, number = group_of(call), call["number_in_group"]
-    complete = all(rank in histories and histories[rank].count(group) >= number for rank in call["ranks"])
+    complete = all(rank in histories and histories[rank].count(group) >= number for rank in group[1])
     return call if complete else None
 
 
