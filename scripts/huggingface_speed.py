@@ -3,11 +3,11 @@
     python scripts/huggingface_speed.py FOLDER [--ranks 4] [--rounds 5]
 
 Makes a Llama of 3 GB in 9 files below FOLDER, once. Then, in each round and in turn: `dd` reads the files with as many
-processes as there are ranks, to /dev/null and into memory (/dev/shm: there the bytes stay, as an import's do), and
-copies them; ranks read their slices and write them as a checkpoint (`import`), and read once more from the page cache;
-`dd` copies the files with one process, and `export` writes them. Before each but the cached reading the page cache is
-dropped, for which it must run as root. Then nothing happens for some seconds, for `dd` as for the ranks: a virtual
-machine's host takes memory back that nobody uses, and to get it again costs more than to read.
+processes as there are ranks, to /dev/null and into memory (/dev/shm: there the bytes stay, as a model's do); ranks read
+their slices into a model (as `launch` does), once more from the page cache, and read and write them (`import`); `dd`
+copies the files with as many processes and with one, and `export` writes them. Before each but the cached reading the
+page cache is dropped, for which it must run as root. Then nothing happens for some seconds, for `dd` as for the ranks:
+a virtual machine's host takes memory back that nobody uses, and to get it again costs more than to read.
 """
 
 import argparse
@@ -27,24 +27,27 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from tptrain.checkpoint import safetensors, torch_dcp  # noqa: F401  (the second is imported by the first save)
-from tptrain.checkpoint.commit import Commit
 from tptrain.checkpoint.export import export
 from tptrain.checkpoint.huggingface import by_tensor, shapes, their_shape
-from tptrain.checkpoint.layout import weights_state
 from tptrain.checkpoint.pretrained import read_weights
-from tptrain.checkpoint.save import write_checkpoint
 from tptrain.config import Config, load_config
-from tptrain.models.directory import adopt
 from tptrain.models.families import llama
 from tptrain.models.settings import decoder_spec
 from tptrain.ops.table import REFERENCE
 from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import tp_grid
 from tptrain.records.run_dir import step_folder
+from tptrain.run.convert import write
+from tptrain.run.device import pick_device
 from tptrain.train.trainer import build_model
 
 FILES = 8  # of which the embedding and the head, which are larger than a part, make nine
 IDLE_S = 10  # after the page cache was dropped
+WORK = {
+    "launch, reading": ["read"],
+    "launch, reading from the page cache": ["read", "--cached"],
+    "import, reading and writing": ["import"],
+}
 SETTINGS = ["model=llama3_1b", "model.tie_word_embeddings=false"]
 
 
@@ -85,15 +88,15 @@ def read_bytes() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
-def rank(folder: Path, cached: bool) -> None:
-    """Read this rank's slices and print what that took; unless `cached`, drop the page cache before it and write a
-    checkpoint after it. Python's imports are over by then.
+def rank(folder: Path, work: str, cached: bool) -> None:
+    """Read this rank's slices into a model, or write them as a checkpoint, and print what that took; the page cache is
+    dropped before, unless `cached`. Python's imports are over by then.
     """
     dist.init_process_group("gloo")
-    torch.set_num_threads(1)
     world, main = dist.get_world_size(), dist.get_rank() == 0
     config = config_of(folder, world)
-    mesh = connect(tp_grid(world, world, decoder_spec(config.model).kv_heads), torch.device("cpu"))
+    device = pick_device(config, dist.get_rank(), world)
+    mesh = connect(tp_grid(world, world, decoder_spec(config.model).kv_heads), device)
     if main and not cached:
         drop_cache()
     dist.barrier()
@@ -106,22 +109,19 @@ def rank(folder: Path, cached: bool) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     dist.barrier()
-    started = time.perf_counter()
-    model, store = build_model(config, mesh, REFERENCE)
-    read_weights(config.model, model, store.fill)
+    started, shard = time.perf_counter(), 0
+    if work == "read":
+        model, store = build_model(config, mesh, REFERENCE)
+        read_weights(config.model, model, store.fill)
+        shard = sum(block.weights.nbytes for block in store.blocks)
+    else:
+        write(config, mesh, REFERENCE)
     dist.barrier()
-    report = {"read_s": time.perf_counter() - started}
-    read = read_bytes() - before
-    if not cached:
-        commit = Commit(1, 0, world, world, "", 0, {}, optimizer=False)
-        write_checkpoint(folder / "run" / "checkpoints", weights_state(store), commit, config, mesh)
-        report["written_s"] = time.perf_counter() - started
+    report = {"seconds": time.perf_counter() - started, "read": read_bytes() - before}
     done.set()
     watcher.join()
-    shard = sum(block.weights.nbytes for block in store.blocks)
-    report |= {"extra": peak[0] - base - shard, "read": read / shard}
     reports: list[dict[str, float]] = [{}] * world
-    dist.all_gather_object(reports, report)
+    dist.all_gather_object(reports, report | {"extra": peak[0] - base - shard})
     if main:
         print(json.dumps(reports), flush=True)
     dist.destroy_process_group()
@@ -136,10 +136,10 @@ def drop_cache() -> None:
     time.sleep(IDLE_S)
 
 
-def ranks_read(folder: Path, ranks: int, *flags: str) -> list[dict[str, float]]:
+def run_ranks(folder: Path, ranks: int, *flags: str) -> list[dict[str, float]]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
     done = subprocess.run(
-        [*command, __file__, str(folder), "--rank", *flags],
+        [*command, __file__, str(folder), "--work", *flags],
         capture_output=True,
         text=True,
         check=True,
@@ -168,26 +168,25 @@ def dd(files: list[Path], target: Path | None, processes: int, *flags: str) -> f
     return time.perf_counter() - started
 
 
-def one_round(folder: Path, ranks: int) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Seconds of each contestant, and the ranks' reports."""
-    files, seconds = sorted((folder / "model").glob("*.safetensors")), {}
+Reports = dict[str, list[dict[str, float]]]
+
+
+def one_round(folder: Path, ranks: int) -> tuple[dict[str, float], Reports]:
+    """Seconds of each contestant, and what the ranks report of their work."""
+    files, seconds, reports = sorted((folder / "model").glob("*.safetensors")), dict[str, float](), Reports()
     seconds["dd to /dev/null"] = dd(files, None, ranks)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
         seconds["dd into memory"] = dd(files, Path(scratch), ranks)
     shutil.rmtree(folder / "run", ignore_errors=True)
-    (folder / "run").mkdir()
-    adopt(config_of(folder, ranks))
-    reports = ranks_read(folder, ranks)
-    seconds["import, read"] = max(report["read_s"] for report in reports)
-    seconds["import, read and written"] = max(report["written_s"] for report in reports)
-    cached = ranks_read(folder, ranks, "--cached")
-    seconds["import, read from the page cache"] = max(report["read_s"] for report in cached)
+    for name, flags in WORK.items():
+        reports[name] = run_ranks(folder, ranks, *flags)
+        seconds[name] = max(report["seconds"] for report in reports[name])
     for name, processes in ("dd to the disk", ranks), ("dd to the disk, one process", 1):
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             seconds[name] = dd(files, Path(scratch), processes, "conv=fsync")
     drop_cache()
     started = time.perf_counter()
-    export(step_folder(folder / "run" / "checkpoints", 1), folder / "out", verify=False)
+    export(step_folder(folder / "run" / "checkpoints", 0), folder / "out", verify=False)
     seconds["export"] = time.perf_counter() - started
     shutil.rmtree(folder / "out")
     return seconds, reports
@@ -198,12 +197,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)  # of a rank, started by this program
     parser.add_argument("--cached", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder, ranks = options.folder.absolute(), options.ranks
-    if options.rank:
-        rank(folder, options.cached)
+    if options.work:
+        rank(folder, options.work, options.cached)
         return
     if not (folder / "model").exists():
         make(folder / "model")
@@ -212,11 +211,12 @@ def main() -> None:
     rounds = [one_round(folder, ranks) for _ in tqdm(range(options.rounds), unit="round", disable=None)]
     for name in rounds[0][0]:
         speeds = [size / seconds[name] for seconds, _ in rounds]
-        print(f"{name:33} {statistics.median(speeds):6.2f} GB/s ({min(speeds):.2f} to {max(speeds):.2f})")
-    reports = [report for _, reports in rounds for report in reports]
-    worst = max(report["extra"] for report in reports)
-    print(f"a rank's peak above its value after imports and its shard: {worst / 1e6:.0f} MB at most")
-    print(f"bytes read a rank, of its shard: {max(report['read'] for report in reports):.3f} at most")
+        print(f"{name:36} {statistics.median(speeds):6.2f} GB/s ({min(speeds):.2f} to {max(speeds):.2f})")
+    for name in WORK:
+        reports = [report for _, work in rounds for report in work[name]]
+        extra, read = (max(report[key] for report in reports) / 1e6 for key in ("extra", "read"))
+        print(f"{name}: a rank's peak above its value after imports and its shard {extra:.0f} MB, {read:.0f} MB read")
+    print(f"a shard: {1e3 * size / ranks:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Hugging Face directories made on the spot, as `save_pretrained` leaves them: random weights, a tokenizer."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,13 @@ import torch
 from tests.corpus import write_corpus
 from tests.families import SMALL
 from tests.reference import Case, hf_model
+from tptrain.checkpoint.commit import Commit
+from tptrain.checkpoint.pretrained import weights_to_write
+from tptrain.checkpoint.save import write_checkpoint
+from tptrain.config import Config
+from tptrain.ops.table import REFERENCE
+from tptrain.parallel.mesh import Mesh
+from tptrain.train.trainer import new_model
 
 SPECIAL = ["<s>", "</s>", "<unk>"]
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -24,6 +33,22 @@ def save_model(case: Case, folder: Path, dtype: torch.dtype = torch.float32, sha
     model = model.to(dtype)
     model.save_pretrained(folder, max_shard_size=shard)  # type: ignore[operator]
     return model
+
+
+def write_imported(config: Config, mesh: Mesh, step: int, dtype: torch.dtype) -> None:
+    """The checkpoint that `import` writes. Every rank calls it; no more than one slice is in memory at a time."""
+    slices = list[torch.Tensor]()
+    with weights_to_write(config.model, new_model(config, mesh, REFERENCE), dtype) as state:
+
+        def counted(read: Any) -> torch.Tensor:
+            slices.append(read())
+            assert all(tensor.untyped_storage().size() == 0 for tensor in slices[:-1])
+            return slices[-1]
+
+        parts = {name: replace(part, read=partial(counted, part.read)) for name, part in state.items()}  # type: ignore[arg-type,union-attr]
+        commit = Commit(step, 0, mesh.world, mesh.size("tp"), "", 0, {}, optimizer=False)
+        write_checkpoint(Path(config.run.dir) / "checkpoints", parts, commit, config, mesh)
+    assert 1 < len(slices) <= len(state)  # what several ranks have alike one of them writes
 
 
 def save_tokenizer(folder: Path, vocabulary: int = SMALL["vocab_size"]) -> None:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.corpus import write_corpus
-from tests.directories import save_model
+from tests.directories import save_model, write_imported
 from tests.distributed import mesh, run_ranks
 from tests.families import FAMILIES
 from tptrain.__main__ import main
@@ -172,7 +172,7 @@ def _on_ranks(configs: dict[str, Config]) -> dict[str, Seen]:
             seen[family].digests[tp] = read_weights(config.model, trainer.model, fill)
             trainer.optimizer.publish()
             if tp == 2:
-                _save(trainer, grid, 0)
+                write_imported(config, grid, 0, torch.float32)
             seen[family].losses[tp] = _losses(trainer, grid, range(1, STEPS + 1))
             if tp == 2:
                 _save(trainer, grid, STEPS)

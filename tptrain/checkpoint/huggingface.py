@@ -72,8 +72,6 @@ def _rows(name: str, ours: Shapes, spec: DecoderSpec) -> int:
 class _Part:
     """A run of rows of a rank's slice, as it lies in a file."""
 
-    name: str
-    p: Parameter
     start: int  # its first element's place in the slice
     entry: Entry
     rows: tuple[int, int]  # of the file's tensor, or its columns where that is transposed
@@ -87,6 +85,42 @@ class _Part:
         return reader.read(self.entry, self.rows, self.columns)
 
 
+class Slices:
+    """This rank's slices of a directory's weights. It reads those and nothing else, some at a time."""
+
+    def __init__(self, config: ModelConfig, model: Decoder, source: Callable[[str], str] = lambda name: name) -> None:
+        """`source`: the directory's name of a parameter, where the model is a part of it with names of its own.
+
+        Raises UserError for a directory that has not what the model needs.
+        """
+        entries, known = tensors(config), keys(config)
+        self.parameters = dict(parameters(model))
+        ours = {name: p.sharding.shape for name, p in self.parameters.items()}
+        self.keys = {name: replace(known[source(name)], ours=name) for name in ours}
+        self.entries = {name: entries[key.theirs] for name, key in self.keys.items()}
+        self.rows = {name: _rows(name, ours, model.spec) for name in ours}  # without padding
+        for theirs, group in by_tensor(self.keys.values()).items():
+            if entries[theirs].shape != (shape := their_shape(group, ours, model.spec)):
+                actual, expected = list(entries[theirs].shape), list(shape)
+                raise problem(entries[theirs].file, f"has {theirs} of {actual}, where config.json asks for {expected}")
+
+    def read(self, name: str, reader: safetensors.Reader) -> Iterator[tuple[str, int, Tensor]]:
+        """A parameter's, without padding, in runs: its name, the run's first element in the slice, values."""
+        for part in self._parts(name):
+            yield name, part.start, part.read(reader)
+
+    def _parts(self, name: str) -> Iterator[_Part]:
+        """Of at most AT_ONCE elements each."""
+        layout, key = self.parameters[name].sharding, self.keys[name]
+        first, inner = layout.offsets[0], math.prod(layout.local_shape[1:])
+        columns = (layout.offsets[1], layout.offsets[1] + layout.local_shape[1]) if len(layout.shape) == 2 else None
+        step = max(1, (TRANSPOSED_AT_ONCE if key.transposed else AT_ONCE) // inner)
+        for start, place, length in key.runs(first, min(first + layout.local_shape[0], self.rows[name])):
+            for done in range(0, length, step):
+                run = place + done, place + min(done + step, length)
+                yield _Part((start + done - first) * inner, self.entries[name], run, columns, key.transposed)
+
+
 def load_pretrained(
     config: ModelConfig,
     model: Decoder,
@@ -96,50 +130,29 @@ def load_pretrained(
 ) -> str:
     """Read this rank's slices of a directory's weights into `fill`, and return a digest of all weights.
 
-    Every rank calls it; it reads its own slices and nothing else, some at a time. The digest does not depend on the
-    topology. `source`: the directory's name of a parameter, where the model is a part of it with names of its own.
-    Raises UserError for a directory that has not what the model needs.
+    Every rank calls it. The digest does not depend on the topology. `source`: see `Slices`. Raises UserError for a
+    directory that has not what the model needs.
     """
-    entries, known, spec, mesh = tensors(config), keys(config), model.spec, model.mesh
-    ours = {name: p.sharding.shape for name, p in parameters(model)}
-    where = {name: replace(known[source(name)], ours=name) for name in ours}
-    for theirs, group in by_tensor(where.values()).items():
-        if entries[theirs].shape != (shape := their_shape(group, ours, spec)):
-            actual, expected = list(entries[theirs].shape), list(shape)
-            raise problem(entries[theirs].file, f"has {theirs} of {actual}, where config.json asks for {expected}")
-    parts = (
-        part
-        for name, p in parameters(model)
-        for part in _parts(name, p, where[name], entries[where[name].theirs], _rows(name, ours, spec))
-    )
-    sums = dict.fromkeys(ours, 0)
-    total = sum(p.sharding.size for _, p in parameters(model))
-    quiet = None if mesh.is_main else True  # rank 0 shows a bar, on a terminal
+    slices = Slices(config, model, source)
+    ours, sums = slices.parameters, dict.fromkeys(slices.parameters, 0)
+    total = sum(p.sharding.size for p in ours.values())
     with (
         closing(safetensors.Reader()) as reader,
-        tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=quiet) as bar,
+        tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=quiet(model.mesh)) as bar,
     ):
-        for part in parts:
-            values = part.read(reader)
-            sums[part.name] += bit_sum(values, part.p)
-            fill(part.name, part.p, part.start, values)
-            bar.update(values.numel())
-            alive()
-    for name, p in parameters(model):
-        fill_padding(name, p, _rows(name, ours, spec), fill)
-    return digest(mesh, dict(parameters(model)), sums, {name: entries[where[name].theirs].dtype for name in ours})
+        for name, p in ours.items():
+            for _, start, values in slices.read(name, reader):
+                sums[name] += bit_sum(values, p)
+                fill(name, p, start, values)
+                bar.update(values.numel())
+                alive()
+            fill_padding(name, p, slices.rows[name], fill)
+    return digest(model.mesh, ours, sums, {name: entry.dtype for name, entry in slices.entries.items()})
 
 
-def _parts(name: str, p: Parameter, key: Key, entry: Entry, rows: int) -> Iterator[_Part]:
-    """This rank's slice, without padding, in parts of at most AT_ONCE elements."""
-    layout = p.sharding
-    first, inner = layout.offsets[0], math.prod(layout.local_shape[1:])
-    columns = (layout.offsets[1], layout.offsets[1] + layout.local_shape[1]) if len(layout.shape) == 2 else None
-    step = max(1, (TRANSPOSED_AT_ONCE if key.transposed else AT_ONCE) // inner)
-    for start, place, length in key.runs(first, min(first + layout.local_shape[0], rows)):
-        for done in range(0, length, step):
-            run = place + done, place + min(done + step, length)
-            yield _Part(name, p, (start + done - first) * inner, entry, run, columns, key.transposed)
+def quiet(mesh: Mesh) -> bool | None:
+    """What a progress bar of this rank's is `disable`d by: rank 0 shows one, on a terminal."""
+    return None if mesh.is_main else True
 
 
 def fill_padding(name: str, p: Parameter, rows: int, fill: Fill) -> None:

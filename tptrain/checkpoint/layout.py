@@ -1,6 +1,7 @@
 """A rank's state as parts of global tensors, so that it can be loaded at any topology."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ class Part:
     shape: tuple[int, ...]  # global
     boxes: list[Box]
     dtype: torch.dtype
+    read: Callable[[], Tensor] | None = None  # the elements of the one box, which is on the meta device until then
 
 
 State = dict[str, Part | Tensor]  # by name; what is a whole tensor is this rank's own

@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from tptrain.parallel.control import Control
 
 def write(folder: Path, state: State, ranks: Control) -> dict[str, list[Any]]:
     """Returns name, size and checksum of the file that this rank wrote. Raises CheckpointError."""
-    writer = _Writer(folder, single_file_per_rank=True, sync_files=True)
+    # No copy ahead: what is written is on the host, and with CUDA torch would wait for the GPU at each large tensor.
+    writer = _Writer(folder, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0)
     writer.fs = files = _Files()
     set_crc32_options(False)  # one checksum is enough
     try:
@@ -84,11 +85,12 @@ class _Part(torch.Tensor):
     """Some boxes of a global tensor, as torch.distributed.checkpoint asks for them (`_Checkpointable`)."""
 
     boxes: list[Box]
+    read: Callable[[], Tensor] | None
 
     @staticmethod
     def __new__(cls, part: Part) -> "_Part":
         wrapper = torch.Tensor._make_wrapper_subclass(cls, part.shape, dtype=part.dtype)  # type: ignore[attr-defined]
-        wrapper.boxes = part.boxes
+        wrapper.boxes, wrapper.read = part.boxes, part.read
         return wrapper
 
     @classmethod
@@ -109,6 +111,9 @@ class _Part(torch.Tensor):
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        """Called when the shard is written, and those before it have been."""
+        if self.read is not None:
+            return self.read()
         box = next(box for offsets, box in self.boxes if tuple(offsets) == tuple(index.offset or ()))
         # With a storage of its own: of a part of a larger one torch writes a copy.
         if box.device.type != "cpu":

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tptrain.checkpoint import safetensors
-from tptrain.checkpoint.huggingface import AT_ONCE, Fill, bit_sum, digest, fill_padding
+from tptrain.checkpoint.huggingface import AT_ONCE, Fill, bit_sum, digest, fill_padding, quiet
 from tptrain.config import UserError
 from tptrain.hf.model import TransformersModel
 from tptrain.hf.weights import Group, revert, sources
@@ -41,11 +41,10 @@ def load_converted(
     """
     ours, whole = dict(parameters(model)), whole or model.whole
     sums, dtypes = dict.fromkeys(ours, 0), {}
-    quiet = None if model.mesh.is_main else True  # rank 0 shows a bar, on a terminal
     total = sum(p.sharding.size for p in ours.values())
     with (
         closing(safetensors.Reader()) as reader,
-        tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=quiet) as bar,
+        tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=quiet(model.mesh)) as bar,
     ):
         for group in sources(whole, entries):
             for name, start, values in _slices(group, entries, ours, model, whole, reader, name_in_part):
@@ -58,6 +57,29 @@ def load_converted(
         if name in model.vocabulary:
             fill_padding(name, p, model.vocab_size, fill)
     return digest(model.mesh, ours, sums, dtypes)
+
+
+class ConvertedSlices:
+    """This rank's slices of a directory's weights, by the parameter."""
+
+    def __init__(self, entries: Mapping[str, Entry], model: TransformersModel) -> None:
+        """Raises UserError for a directory that has not what the model needs."""
+        self.entries, self.model, self.parameters = entries, model, dict(parameters(model))
+        self.groups: dict[str, Group] = {}  # that a parameter comes out of
+        with closing(safetensors.Reader()) as reader:
+            for group in sources(model.whole, entries):
+                if entries[group.tensors[0][0]].dtype in INTEGERS:
+                    _check_table(group, entries, model, reader, group.target)
+                else:
+                    converted = group.convert(model.whole, lambda name: torch.empty(entries[name].shape, device="meta"))
+                    self.groups |= dict.fromkeys(converted, group)
+
+    def read(self, name: str, reader: safetensors.Reader) -> Iterator[tuple[str, int, Tensor]]:
+        """A parameter's, without padding, and those of others that come with it, in runs: name, first element in the
+        slice, values.
+        """
+        model = self.model
+        return _slices(self.groups[name], self.entries, self.parameters, model, model.whole, reader, lambda each: each)
 
 
 def _slices(

@@ -37,19 +37,23 @@ if TYPE_CHECKING:  # Transformers is imported where its models are trained
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def new_model(config: Config, mesh: Mesh, ops: Operations) -> "Model":
+    """Without memory for its weights. Every rank calls it."""
+    if config.model.engine != "transformers":
+        return Decoder(decoder_spec(config.model), mesh, ops)
+    check_installed()
+    from tptrain.hf.model import of_config
+
+    return of_config(config, mesh, ops)
+
+
 def build_model(config: Config, mesh: Mesh, ops: Operations) -> tuple["Model", Store]:
     """The model and the memory of its weights, without values. Every rank calls it."""
-    dtype, dp = DTYPES[config.train.precision], mesh.size("dp")
-    if config.model.engine == "transformers":
-        check_installed()
-        from tptrain.hf.model import of_config
-
-        model = of_config(config, mesh, ops)
-        store = Store(model, dtype, dp)
+    model = new_model(config, mesh, ops)
+    store = Store(model, DTYPES[config.train.precision], mesh.size("dp"))
+    if not isinstance(model, Decoder):
         model.settle()
-        return model, store
-    model = Decoder(decoder_spec(config.model), mesh, ops)
-    return model, Store(model, dtype, dp)
+    return model, store
 
 
 def cross_entropy(model: "Model", ops: Operations, kind: type[CrossEntropy] = CrossEntropy) -> CrossEntropy:
