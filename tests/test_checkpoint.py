@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from torch.distributed.checkpoint import filesystem
 
 from tests.distributed import mesh
 from tests.models import training
@@ -263,6 +264,16 @@ def test_a_rank_saves_from_its_own_gpu_through_one_small_pinned_buffer(
         run.save(step)
     assert calls == [("device", gpu, True), ("pinned", (256 * 2**20,), True), ("device", gpu, True)]
     assert run.load() == 10
+
+
+def test_a_save_waits_for_no_gpu_once_its_state_is_on_the_host(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That CUDA is there is a stand-in: torch would then take a loader that waits for the GPU at each large tensor."""
+    with_cuda = vars(torch) | {"cuda": SimpleNamespace(is_available=lambda: True)}
+    monkeypatch.setattr(filesystem, "torch", SimpleNamespace(**with_cuda))
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", Mock(side_effect=AssertionError("it may wait for a GPU")))
+    run.save(5)
+    monkeypatch.undo()
+    assert run.load() == 5
 
 
 def test_a_save_waits_for_the_one_before(run: Run) -> None:
