@@ -95,8 +95,8 @@ def run(
     mesh, tasks = connect_ranks(config, box, rendezvous), list[Any]()
 
     def prepare() -> None:
+        tasks.extend(load_tasks(settings))  # first: whether the hub is asked is settled before Transformers is imported
         Codec(config, folder)  # so that its mistake is told once
-        tasks.extend(load_tasks(settings))
 
     try:
         mesh.control.main_first(prepare)
@@ -125,6 +125,7 @@ def _evaluate(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalConf
 def _by_harness(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalConfig, name: str) -> Results:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.loggers.evaluation_tracker import GeneralConfigTracker
+    from lm_eval.tasks import TaskManager
 
     from tptrain.generate.harness import Harness
 
@@ -140,6 +141,9 @@ def _by_harness(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalCo
         device=str(mesh.device),
         limit=settings.limit,
         log_samples=False,
+        task_manager=TaskManager(
+            include_defaults=False
+        ),  # the tasks are there; to read the harness's own takes seconds
     )
     arguments = {"pretrained": name, "dtype": config.train.precision, "tp": mesh.size("tp"), "dp": mesh.size("dp")}
     results["config"] |= {"model": "tptrain", "model_args": arguments}
