@@ -4,7 +4,9 @@ import functools
 import json
 import shutil
 import sys
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,22 +18,32 @@ from tests.corpus import overrides
 from tests.directories import save_tokenizer
 from tests.distributed import mesh, run_ranks, spare_garbage_collection
 from tests.families import FAMILIES
-from tests.harness_tasks import NAMES, absent_task, evaluated, transformers_model, write_tasks
+from tests.harness_tasks import (
+    NAMES,
+    absent_task,
+    evaluated,
+    transformers_model,
+    write_tasks,
+    written_by_the_harness,
+)
 from tests.test_generate import hf_model
 from tests.wandb_files import wandb_history
 from tests.zoo_generate import lively
 from tptrain.__main__ import main
 from tptrain.config import Config, UserError, load_config
+from tptrain.config.evaluation import split_words
 from tptrain.config.load import write_config
+from tptrain.config.schema import EvalConfig
 from tptrain.generate.codec import Codec
 from tptrain.models.sizes import settle_engine, sizes
 from tptrain.ops.table import REFERENCE
 from tptrain.parallel.control import MAIN_FAILED
 from tptrain.records.evaluations import take
 from tptrain.records.rows import last_row, read_all, read_rows
-from tptrain.run.harness import Ranks
+from tptrain.run.harness import Ranks, evaluate
 from tptrain.run.rank import run_lock
 from tptrain.run.results import Target, write
+from tptrain.run.tasks import load_tasks
 from tptrain.train.loop import train
 from tptrain.train.metrics import Recorder
 
@@ -41,6 +53,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval", "i
 MODELS = {"bos": "llama", "plain": "gpt2", "experts": "mixtral"}
 SIZES = {"vocab_size": 250, "max_position_embeddings": 64}
 CLOSE = 1e-4  # nats of a log-likelihood
+ASKED: dict[str, tuple[str, list[str]]] = {"samples": ("bos", [])}  # of which model, and how
+TRACKED = ("model_source", "model_name", "model_name_sanitized")
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +79,17 @@ def _config(folder: Path, name: str) -> Config:
 # --------------------------------------------------------------------------------------------------------------- scores
 
 
+def _asked_of(name: str, folder: Path) -> dict[str, EvalConfig]:
+    """Settings of one model."""
+    words = [f"tasks=[{NAMES[0]},{NAMES[2]}]", f"task_dir={folder}/tasks", "log_samples=true"]
+    return {which: split_words([*words, *asked])[0] for which, (model, asked) in ASKED.items() if model == name}
+
+
 def _by_ours(folder: Path, configs: dict[str, Config], tp: int, batch_size: int) -> dict[str, Any]:
-    """What rank 0's harness has seen of each model."""
+    """What rank 0's harness has seen of each model, and "asked": the results of each setting."""
     from tptrain.generate.harness import Harness
 
-    seen = {}
+    seen = dict[str, Any](asked={})
     for name, config in configs.items():
         codec, size = Codec(config, folder / name), sizes(config.model)
         ranks = Ranks(config, None, codec, batch_size, mesh(tp, size.kv_heads, shared=tp > 1), REFERENCE)
@@ -79,12 +99,20 @@ def _by_ours(folder: Path, configs: dict[str, Config], tp: int, batch_size: int)
             ranks.dismiss()
         else:
             ranks.serve()
+        for which, settings in _asked_of(name, folder).items():
+            if ranks.mesh.is_main:
+                seen["asked"][which] = evaluate(ranks, load_tasks(settings), config, settings, name)
+            else:
+                ranks.serve()
     return seen
 
 
 @pytest.fixture(scope="module")
 def seen(folder: Path) -> dict[Any, dict[str, Any]]:
-    """By "Transformers", and by the tp degrees 1 (two dp ranks) and 2, of each model."""
+    """By "Transformers", and by the tp degrees 1 (two dp ranks) and 2, of each model.
+
+    Results and samples of each setting are written to folders by the same names.
+    """
     right, configs = {}, {}
     for name, family in MODELS.items():
         model = hf_model(FAMILIES[family]) if family in FAMILIES else lively(family, **SIZES)
@@ -92,8 +120,13 @@ def seen(folder: Path) -> dict[Any, dict[str, Any]]:
             _end_an_answer(model, folder)
         model.save_pretrained(folder / name)
         right[name], configs[name] = transformers_model(model, folder / name), _config(folder, name)
+        for which, settings in _asked_of(name, folder).items():
+            written_by_the_harness(right[name], settings, folder / "Transformers" / which)
     right = {name: evaluated(model, folder / "tasks") for name, model in right.items()}
     ours = {tp: run_ranks(2, _by_ours, folder, configs, tp, size)[0] for tp, size in ((1, 3), (2, 8))}
+    for tp, by_name in ours.items():
+        for which, results in by_name["asked"].items():
+            write(Target("", folder / str(tp) / which / "results.json", None), results)
     return {"Transformers": right, **ours}
 
 
@@ -151,6 +184,64 @@ def test_the_tokenizer_alone_gives_the_same_ids(name: str, folder: Path, seen: d
         assert ours.decode(ours.encode(text), special=True) == theirs.decode(theirs.encode(text), special=True)
 
 
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Results, and a task's samples."""
+    (file,) = folder.glob("results*.json")
+    lines = {each.name.split("_20")[0]: each.read_text().splitlines() for each in folder.glob("samples_*.jsonl")}
+    return json.loads(file.read_text()), {task: [json.loads(line) for line in lines[task]] for task in sorted(lines)}
+
+
+def _without_numbers(sample: dict[str, Any]) -> tuple[list[str], dict[str, Any], list[float]]:
+    """A sample's keys in their order, what is the same wherever it is computed, and its log-likelihoods."""
+    rest, numbers = sample | {"resps": [], "filtered_resps": []}, list[float]()
+    for key in ("resps", "filtered_resps"):
+        for answer in [each for one in sample[key] for each in (one if key == "resps" else [one])]:
+            rest[key].append(answer[1] if isinstance(answer, list) else answer)  # whether it is the likeliest
+            numbers += [float(answer[0])] if isinstance(answer, list) else []
+    return list(sample), rest, numbers
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("which", ASKED)
+def test_samples_are_those_of_the_harness(which: str, tp: int, folder: Path, seen: object) -> None:
+    (right, right_samples), (ours, samples) = (_read(folder / place / which) for place in ("Transformers", str(tp)))
+    assert list(samples) == list(right_samples) == ["samples_made_choice", "samples_made_generation"]
+    worst = 0.0
+    for task, rows in right_samples.items():
+        for theirs, own in zip(rows, samples[task], strict=True):
+            (keys, rest, numbers), (own_keys, own_rest, own_numbers) = map(_without_numbers, (theirs, own))
+            assert (own_keys, own_rest) == (keys, rest)
+            worst = max([worst, *(abs(a - b) for a, b in zip(numbers, own_numbers, strict=True))])
+    assert worst < CLOSE
+    print(f"{which}, tp={tp}: log-likelihoods within {worst:.1e} nats")
+
+    assert ours.keys() == right.keys()
+    differ = {key for key in right if ours[key] != right[key]}
+    assert differ <= {"config", "date", "tokenizer_pad_token", *TRACKED, *(key for key in right if "time" in key)}
+    assert set(ours["task_hashes"]) == set(NAMES) - {NAMES[1]}
+
+
+def test_samples_are_not_written_over(
+    folder: Path, tmp_path: Path, seen: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, samples = _read(folder / "2" / "samples")
+    samples = {"made_choice": [row | {"arguments": [], "doc": "é"} for row in samples["samples_made_choice"]]}
+    monkeypatch.setattr("tptrain.run.results.datetime", SimpleNamespace(now=lambda: datetime(2020, 1, 1)))
+    target = Target("", out := tmp_path / "scores.json", None)
+    write(target, results | {"samples": samples})
+    file = tmp_path / "samples_made_choice_2020-01-01T00-00-00.jsonl"
+    assert f"samples: {file}" in capsys.readouterr().out
+    before = file.read_text()
+    assert before.count('"doc": "é"') == len(before.splitlines()) == 7
+    assert json.loads(out.read_text()) == results
+    with pytest.raises(FileExistsError):
+        write(target, results | {"samples": samples})
+    assert file.read_text() == before
+
+
 # ------------------------------------------------------------------------------------------------- where they are noted
 
 
@@ -170,7 +261,13 @@ def test_a_run_has_the_scores_in_its_directory(folder: Path, tmp_path: Path) -> 
     before = read_rows(run_dir / "metrics.jsonl")
     checkpoint = run_dir / "checkpoints" / "step-00000002"
     done = tptrain(
-        "eval", str(checkpoint), f"tasks=[{','.join(NAMES)}]", f"task_dir={folder}/tasks", "limit=2", "parallel.tp=2"
+        "eval",
+        str(checkpoint),
+        f"tasks=[{','.join(NAMES)}]",
+        f"task_dir={folder}/tasks",
+        "limit=2",
+        "parallel.tp=2",
+        "log_samples=true",
     )
     assert done.returncode == 0, done.stdout
     assert "|made_choice" in done.stdout
@@ -178,6 +275,9 @@ def test_a_run_has_the_scores_in_its_directory(folder: Path, tmp_path: Path) -> 
     results = json.loads(file.read_text())
     assert results["config"]["model_args"]["tp"] == 2
     assert results["n-samples"]["made_choice"] == {"original": 7, "effective": 2}
+    assert "samples" not in results
+    lines_of = {each.name: len(each.read_text().splitlines()) for each in file.parent.glob("samples_*")}
+    assert lines_of == {file.name.replace("results", f"samples_{task}") + "l": 2 for task in NAMES}
     bits = results["results"]["made_perplexity"]["bits_per_byte,none"]
     assert 0 < bits < 20
 

@@ -249,6 +249,7 @@ class EvalConfig:
     batch_size: int = size(8)  # texts that a rank scores, or goes on with, at once
     max_length: int | None = number(None, least=2)  # tokens; None: the model's positions
     out: str | None = None  # the file of results; None: below the run, else here, by the time
+    log_samples: bool = False  # what was asked and answered goes into files beside it
 
 
 @dataclass

@@ -102,7 +102,7 @@ def run(
         mesh.control.main_first(prepare)
         ops = eager(rendezvous.ops)
         ranks = Ranks(config, checkpoint, Codec(config, folder), settings.batch_size, mesh, ops)
-        results = _evaluate(ranks, tasks, config, settings, name) if mesh.is_main else ranks.serve()
+        results = evaluate(ranks, tasks, config, settings, name) if mesh.is_main else ranks.serve()
     except UserError as error:
         if mesh.is_main or not str(error).startswith(MAIN_FAILED):
             raise
@@ -111,7 +111,7 @@ def run(
     return results
 
 
-def _evaluate(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalConfig, name: str) -> Results:
+def evaluate(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalConfig, name: str) -> Results:
     """Rank 0 only. Its failure ends the other ranks, too."""
     try:
         results = _by_harness(ranks, tasks, config, settings, name)
@@ -140,7 +140,7 @@ def _by_harness(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalCo
         batch_size=settings.batch_size,
         device=str(mesh.device),
         limit=settings.limit,
-        log_samples=False,
+        log_samples=settings.log_samples,
         task_manager=TaskManager(
             include_defaults=False
         ),  # the tasks are there; to read the harness's own takes seconds
@@ -149,7 +149,15 @@ def _by_harness(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalCo
     results["config"] |= {"model": "tptrain", "model_args": arguments}
     tracker.log_experiment_args("tptrain", arguments, None, None, fewshot_as_multiturn=False)
     tracker.log_end_time()
-    return results | {"task_hashes": {}} | asdict(tracker)
+    return results | {"task_hashes": _task_hashes(results.get("samples", {}))} | asdict(tracker)
+
+
+def _task_hashes(samples: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """Of each task's documents, prompts and targets, as the harness has them in its own file."""
+    from lm_eval.utils import hash_string
+
+    parts = ("doc_hash", "prompt_hash", "target_hash")
+    return {task: hash_string("".join(row[part] for row in rows for part in parts)) for task, rows in samples.items()}
 
 
 def _say(text: str) -> None:
