@@ -117,7 +117,9 @@ def written_by_the_harness(model: Any, settings: EvalConfig, folder: Path) -> No
 
     from tptrain.run.tasks import load_tasks
 
-    tracker = EvaluationTracker(str(folder / "results.json"))
+    tracker, chat, multiturn = EvaluationTracker(str(folder / "results.json")), settings.apply_chat_template, True
+    if settings.fewshot_as_multiturn is not None or not chat:
+        multiturn = bool(settings.fewshot_as_multiturn)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results: Any = simple_evaluate(
@@ -126,7 +128,9 @@ def written_by_the_harness(model: Any, settings: EvalConfig, folder: Path) -> No
             num_fewshot=settings.num_fewshot,
             log_samples=True,
             evaluation_tracker=tracker,
-            fewshot_as_multiturn=False,
+            system_instruction=settings.system_instruction,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=multiturn,
             task_manager=TaskManager(include_defaults=False),
         )
         samples = results.pop("samples")

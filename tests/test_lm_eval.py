@@ -2,12 +2,14 @@
 
 import functools
 import json
+import os
 import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -53,7 +55,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval", "i
 MODELS = {"bos": "llama", "plain": "gpt2", "experts": "mixtral"}
 SIZES = {"vocab_size": 250, "max_position_embeddings": 64}
 CLOSE = 1e-4  # nats of a log-likelihood
-ASKED: dict[str, tuple[str, list[str]]] = {"samples": ("bos", [])}  # of which model, and how
+CHAT = """\
+{{ bos_token }}{% for message in messages %}{{ message.role[:2] }} {{ message.content }}{{ eos_token }}\
+{% endfor %}{% if add_generation_prompt %}as {% endif %}"""
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+TEMPLATES = {"bos": CHAT, "plain": NO_SYSTEM + CHAT}
+ASKED = {  # of which model, and how
+    "turns": ("bos", ["apply_chat_template=true", "num_fewshot=1", "system_instruction=sa mi"]),
+    "one turn": ("bos", ["apply_chat_template=true", "num_fewshot=1", "fewshot_as_multiturn=false"]),
+    "no chat": ("bos", ["system_instruction=sa mi"]),
+    "refused": ("plain", ["apply_chat_template=true", "system_instruction=sa mi"]),
+}
 TRACKED = ("model_source", "model_name", "model_name_sanitized")
 
 
@@ -67,6 +79,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer, settings = folder / "plain" / "tokenizer.json", folder / "plain" / "tokenizer_config.json"
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"post_processor": None}))
     settings.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}))
+    for name, template in TEMPLATES.items():
+        (folder / name / "chat_template.jinja").write_text(template)
     return folder
 
 
@@ -184,7 +198,7 @@ def test_the_tokenizer_alone_gives_the_same_ids(name: str, folder: Path, seen: d
         assert ours.decode(ours.encode(text), special=True) == theirs.decode(theirs.encode(text), special=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ samples
+# ----------------------------------------------------------------------------------------------------- chats, samples
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
@@ -206,7 +220,7 @@ def _without_numbers(sample: dict[str, Any]) -> tuple[list[str], dict[str, Any],
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("which", ASKED)
-def test_samples_are_those_of_the_harness(which: str, tp: int, folder: Path, seen: object) -> None:
+def test_chats_and_samples_are_those_of_the_harness(which: str, tp: int, folder: Path, seen: object) -> None:
     (right, right_samples), (ours, samples) = (_read(folder / place / which) for place in ("Transformers", str(tp)))
     assert list(samples) == list(right_samples) == ["samples_made_choice", "samples_made_generation"]
     worst = 0.0
@@ -224,10 +238,22 @@ def test_samples_are_those_of_the_harness(which: str, tp: int, folder: Path, see
     assert set(ours["task_hashes"]) == set(NAMES) - {NAMES[1]}
 
 
+def test_what_is_asked_differs_and_fits(folder: Path, seen: object) -> None:
+    """Else the tests of chats are of nothing: of cut contexts only the end is seen."""
+    codec, firsts = Codec(_config(folder, "bos"), folder / "bos"), set[str]()
+    for which in ASKED:
+        _, samples = _read(folder / "2" / which)
+        for task, rows in samples.items():
+            asked = [row["arguments"]["gen_args_0"]["arg_0"] for row in rows]
+            assert min(len(codec.encode(text)) for text in asked) < 45, (which, task)
+            firsts.add(f"{task}: {asked[0]}")
+    assert len(firsts) == 2 * len(ASKED)
+
+
 def test_samples_are_not_written_over(
     folder: Path, tmp_path: Path, seen: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results, samples = _read(folder / "2" / "samples")
+    results, samples = _read(folder / "2" / "turns")
     samples = {"made_choice": [row | {"arguments": [], "doc": "é"} for row in samples["samples_made_choice"]]}
     monkeypatch.setattr("tptrain.run.results.datetime", SimpleNamespace(now=lambda: datetime(2020, 1, 1)))
     target = Target("", out := tmp_path / "scores.json", None)
@@ -240,6 +266,20 @@ def test_samples_are_not_written_over(
     with pytest.raises(FileExistsError):
         write(target, results | {"samples": samples})
     assert file.read_text() == before
+
+
+def test_a_template_may_refuse_system_messages_but_not_every_chat(folder: Path, seen: object) -> None:
+    from tptrain.generate.harness import Harness
+
+    lines, codec = list[str](), Codec(_config(folder, "plain"), folder / "plain")
+    harness = Harness(codec, 64, lambda _: [], lambda _: [], lines.append)
+    chat = [{"role": "system", "content": "sa"}, {"role": "user", "content": "mi"}]
+    assert [harness.apply_chat_template(chat) for _ in range(2)] == ["us mi</s>as "] * 2
+    assert harness.apply_chat_template([*chat, {"role": "assistant", "content": "ra"}], False) == "us mi</s>as ra"
+    assert lines == ["warning: the chat template refuses system messages, which are left out: no system here"]
+    codec.tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(UserError, match="the template refuses a chat: never"):
+        harness.apply_chat_template(chat)
 
 
 # ------------------------------------------------------------------------------------------------- where they are noted
@@ -336,6 +376,8 @@ def test_every_missing_data_set_is_named_before_ranks_start(
         (["tasks=a", "data=stdlib"], "data=stdlib: tasks have data of their own"),
         (["tasks=a", "task_dir=/nowhere"], "task_dir=/nowhere: no such folder"),
         (["tasks=a", "out=results.txt"], "out=results.txt: results are JSON"),
+        (["apply_chat_template=true"], "apply_chat_template: is of tasks of lm-evaluation-harness"),
+        (["tasks=a", "fewshot_as_multiturn=true"], "fewshot_as_multiturn=true: only a chat has turns. Add apply_chat"),
         (["tasks=[made_choice,pair]", "task_dir=TASKS"], "tasks=pair: made_choice is in made_choice, too. Leave one"),
         (["tasks=beams", "task_dir=TASKS"], "tasks=beams: generation_kwargs.num_beams=4: not known here"),
         (["tasks=made_choice", "task_dir=TASKS", "max_length=65"], "max_length=65: the model has 64 positions"),
@@ -350,6 +392,37 @@ def test_a_mistake_is_one_message(
     words = [word.replace("TASKS", str(folder / "tasks")) for word in words]
     assert main(["eval", str(folder / "bos"), *words, "parallel.tp=2", "train.device=cpu"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["parallel.tp=1"], "FOLDER has no chat template."),
+        (["parallel.tp=2"], "FOLDER has no chat template. Add its chat_template.jinja there, or leave it out."),
+        (
+            ["parallel.tp=2", "data.tokenizer=OTHER"],
+            "this model's tokenizer is not that of a Hugging Face directory, and has no chat",
+        ),
+    ],
+)
+def test_a_model_without_a_template_is_refused_before_ranks_start(
+    words: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    seen: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("launch.here.run_ranks", lambda *_: pytest.fail("ranks have been started"))
+    shutil.copytree(folder / "bos", tmp_path / "bos")
+    (tmp_path / "bos" / "chat_template.jinja").unlink()
+    words = ["tasks=[made_choice]", f"task_dir={folder}/tasks", "apply_chat_template=true", "train.device=cpu", *words]
+    words = [word.replace("OTHER", str(folder / "plain" / "tokenizer.json")) for word in words]
+    with patch.dict(os.environ):  # a lone rank's place is noted there
+        assert main(["eval", str(tmp_path / "bos"), *words]) == 2
+    message = f"error: apply_chat_template=true: {message.replace('FOLDER', str(tmp_path / 'bos'))}"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
 
 
 def test_an_unknown_task_gets_near_names(

@@ -96,7 +96,9 @@ def run(
 
     def prepare() -> None:
         tasks.extend(load_tasks(settings))  # first: whether the hub is asked is settled before Transformers is imported
-        Codec(config, folder)  # so that its mistake is told once
+        codec = Codec(config, folder)  # so that its mistake is told once
+        if settings.apply_chat_template:
+            codec.check_template()
 
     try:
         mesh.control.main_first(prepare)
@@ -129,7 +131,8 @@ def _by_harness(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalCo
 
     from tptrain.generate.harness import Harness
 
-    tracker, mesh = GeneralConfigTracker(), ranks.mesh
+    tracker, mesh, chat = GeneralConfigTracker(), ranks.mesh, settings.apply_chat_template
+    multiturn = chat if settings.fewshot_as_multiturn is None else settings.fewshot_as_multiturn
     positions = sizes(config.model).max_positions
     length = settings.max_length or (positions if positions < UNLIMITED else DEFAULT_LENGTH)
     harness = Harness(ranks.codec, length, ranks.score, ranks.go_on, _say)
@@ -141,13 +144,17 @@ def _by_harness(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalCo
         device=str(mesh.device),
         limit=settings.limit,
         log_samples=settings.log_samples,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=multiturn,
+        system_instruction=settings.system_instruction,
         task_manager=TaskManager(
             include_defaults=False
         ),  # the tasks are there; to read the harness's own takes seconds
     )
     arguments = {"pretrained": name, "dtype": config.train.precision, "tp": mesh.size("tp"), "dp": mesh.size("dp")}
     results["config"] |= {"model": "tptrain", "model_args": arguments}
-    tracker.log_experiment_args("tptrain", arguments, None, None, fewshot_as_multiturn=False)
+    template = harness.chat_template(True) if chat else None
+    tracker.log_experiment_args("tptrain", arguments, settings.system_instruction, template, multiturn)
     tracker.log_end_time()
     return results | {"task_hashes": _task_hashes(results.get("samples", {}))} | asdict(tracker)
 
