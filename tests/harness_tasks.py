@@ -1,5 +1,7 @@
 """Tasks of lm-evaluation-harness made on the spot, and the harness's own model of Transformers to compare with."""
 
+import functools
+import importlib
 import json
 import random
 import sys
@@ -8,6 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from tptrain.config.schema import EvalConfig
 
 NAMES = ["made_choice", "made_perplexity", "made_generation"]
 LONG = 40  # words: more tokens than the small models have positions
@@ -67,27 +71,32 @@ def absent_task(tasks: Path, name: str, source: str, part: str | None = None) ->
     (tasks / f"{name}.yaml").write_text(f"task: {name}\ndataset_path: {source}\n{which}test_split: test\n{PERPLEXITY}")
 
 
-def transformers_model(model: Any, folder: Path, batch_size: int = 1) -> Any:
-    """The harness's own model, around one that is there. It imports accelerate, of which it then uses nothing."""
+@functools.cache
+def _its_kind() -> Any:
+    """The harness's own model. It imports accelerate, of which it then uses nothing."""
+    importlib.import_module("lm_eval.evaluator")  # what is first imported below is forgotten with the stand-in
     stand_in: Any = types.ModuleType("accelerate")
     stand_in.Accelerator = stand_in.InitProcessGroupKwargs = stand_in.find_executable_batch_size = None
     stand_in.get_max_memory = None
+    with patch.dict(sys.modules, {"accelerate": stand_in, "accelerate.utils": stand_in}):
+        from lm_eval.models import huggingface
+    return huggingface.HFLM
+
+
+def transformers_model(model: Any, folder: Path, batch_size: int = 1) -> Any:
+    """The harness's own model, around one that is there."""
     import transformers
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with patch.dict(sys.modules, {"accelerate": stand_in, "accelerate.utils": stand_in}):
-            from lm_eval.models import huggingface
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-        kind: Any = huggingface.HFLM
-        return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        return _its_kind()(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def evaluated(model: Any, tasks: Path) -> dict[str, Any]:
     """Of the three tasks what the harness asks of a model, and its answers, and the scores that come of them."""
     from lm_eval.evaluator import evaluate
 
-    from tptrain.config.schema import EvalConfig
     from tptrain.run.tasks import load_tasks
 
     with warnings.catch_warnings():
@@ -98,3 +107,33 @@ def evaluated(model: Any, tasks: Path) -> dict[str, Any]:
         results: Any = evaluate(model, {"tasks": loaded}, log_samples=True)
     answers = {name: [sample["resps"] for sample in results["samples"][name]] for name in NAMES}
     return {"scores": results["results"], "answers": answers}
+
+
+def written_by_the_harness(model: Any, settings: EvalConfig, folder: Path) -> None:
+    """Its results and samples in an empty folder, by what its own command calls with the same settings."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    from tptrain.run.tasks import load_tasks
+
+    tracker, chat, multiturn = EvaluationTracker(str(folder / "results.json")), settings.apply_chat_template, True
+    if settings.fewshot_as_multiturn is not None or not chat:
+        multiturn = bool(settings.fewshot_as_multiturn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results: Any = simple_evaluate(
+            model,
+            tasks=load_tasks(settings),
+            num_fewshot=settings.num_fewshot,
+            log_samples=True,
+            evaluation_tracker=tracker,
+            system_instruction=settings.system_instruction,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=multiturn,
+            task_manager=TaskManager(include_defaults=False),
+        )
+        samples = results.pop("samples")
+        tracker.save_results_aggregated(results, samples)
+        for task in results["configs"]:
+            tracker.save_results_samples(task, samples[task])

@@ -37,6 +37,7 @@ def _by_tasks(settings: "EvalConfig", words: list[str], typed: list[str]) -> int
     """Scores of the tasks of lm-evaluation-harness. `words`: the overrides among those that were `typed`."""
     from launch.place import find_place
     from tptrain.config import UserError
+    from tptrain.generate.codec import Codec
     from tptrain.models.sizes import sizes
     from tptrain.run import results
     from tptrain.run.preflight import ReportedByRank0
@@ -47,7 +48,13 @@ def _by_tasks(settings: "EvalConfig", words: list[str], typed: list[str]) -> int
     if settings.max_length is not None and settings.max_length > positions:
         raise UserError(f"max_length={settings.max_length}: the model has {positions:,} positions. Use no more.")
     target = results.target(config, checkpoint, settings.out, words)
-    code = _elsewhere(config, checkpoint, "eval", typed, lambda: load_tasks(settings))
+
+    def check() -> None:
+        load_tasks(settings)
+        if settings.apply_chat_template:
+            Codec(config, _folder(config, checkpoint)).check_template()
+
+    code = _elsewhere(config, checkpoint, "eval", typed, check)
     if code is not None:
         return code
     from tptrain.run.harness import run

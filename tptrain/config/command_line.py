@@ -18,7 +18,8 @@ without a job:
   train [key=value ...]         run one rank here, under torchrun, under srun, or alone
   eval RUN|DIR [key=value ...]  perplexity on data=..., of a run, a checkpoint or a Hugging Face directory
   eval RUN|DIR tasks=[NAME,...] [key=value ...]  scores of lm-evaluation-harness; task_dir num_fewshot limit batch_size
-                                max_length out
+                                max_length apply_chat_template fewshot_as_multiturn system_instruction out
+                                log_samples
   generate RUN|DIR prompt=TEXT [key=value ...]  what the model goes on with; prompts also by prompt_file=FILE or stdin;
                                 max_new_tokens temperature top_k top_p seed stop chat batch_size format=json
   verify [key=value ...]        prove that the model trains right here: many ranks against one; exit code 1 where not

@@ -7,7 +7,7 @@ from tptrain.config.errors import UserError
 from tptrain.config.schema import EvalConfig
 from tptrain.config.words import as_typed, listed, split
 
-TEXTS = {"tasks": listed, "task_dir": as_typed, "out": as_typed}
+TEXTS = {"tasks": listed, "task_dir": as_typed, "out": as_typed, "system_instruction": as_typed}
 
 
 def split_words(words: Sequence[str]) -> tuple[EvalConfig, list[str]]:
@@ -22,6 +22,8 @@ def split_words(words: Sequence[str]) -> tuple[EvalConfig, list[str]]:
         raise UserError(f"{data[0]}: tasks have data of their own. Leave it out, or leave out tasks= for perplexity.")
     if settings.task_dir is not None and not Path(settings.task_dir).is_dir():
         raise UserError(f"task_dir={settings.task_dir}: no such folder.")
+    if settings.fewshot_as_multiturn and not settings.apply_chat_template:
+        raise UserError("fewshot_as_multiturn=true: only a chat has turns. Add apply_chat_template=true.")
     if settings.out is not None:
         _check_out(Path(settings.out))
     return settings, others

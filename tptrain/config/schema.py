@@ -257,7 +257,11 @@ class EvalConfig:
     limit: int | None = size(None)  # documents of each task
     batch_size: int = size(8)  # texts that a rank scores, or goes on with, at once
     max_length: int | None = number(None, least=2)  # tokens; None: the model's positions
+    apply_chat_template: bool = False  # what is asked goes through the tokenizer's chat template
+    fewshot_as_multiturn: bool | None = None  # the examples are turns of the chat; None: as apply_chat_template
+    system_instruction: str | None = None  # what stands before a question; with a chat template, its system message
     out: str | None = None  # the file of results; None: below the run, else here, by the time
+    log_samples: bool = False  # what was asked and answered goes into files beside it
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tptrain.config import Config
+from tptrain.config import Config, UserError
 from tptrain.generate.text import of_config, transformers_tokenizer
 
 
@@ -14,7 +14,7 @@ class Codec:
 
     def __init__(self, config: Config, folder: Path | None) -> None:
         """`folder`: of the model's files beside its weights, where there is one. Raises UserError."""
-        self.text = of_config(config, folder)
+        self.folder, self.text = folder, of_config(config, folder)
         self.tokenizer: Any = None
         name = config.data.tokenizer
         if folder is not None and name != "bytes" and _same(folder / "tokenizer.json", Path(name)):
@@ -28,6 +28,20 @@ class Codec:
         self.prefix = self.eos if bos is None else bos  # what stands before a text that has no context
         self.ends = self.text.ends | {self.eos}  # ids that end a text
         self.prefix_text = self.decode([self.prefix], special=True)
+
+    def check_template(self) -> None:
+        """Raises UserError for a model without a chat template."""
+        if self.tokenizer is None:
+            raise UserError(
+                "apply_chat_template=true: this model's tokenizer is not that of a Hugging Face directory, and has no "
+                "chat template. Leave it out."
+            )
+        template: Any = self.tokenizer.chat_template
+        if template is None or (isinstance(template, dict) and "default" not in template):
+            raise UserError(
+                f"apply_chat_template=true: {self.folder} has no chat template. Add its chat_template.jinja there, or "
+                "leave it out."
+            )
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
         """`special`: with what the tokenizer puts before a text; None: unless the text has it already."""

@@ -7,6 +7,7 @@ What is cut off, what stands before a text, and where an answer ends are as in t
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -36,6 +37,7 @@ class Harness(TemplateLM):
         super().__init__()
         self.codec, self.max_length, self.score, self.go_on, self.say = codec, max_length, score, go_on, say
         self.tokenizer = codec.tokenizer
+        self.without_system = False  # whether a chat has gone without its system message
 
     @property
     def eot_token_id(self) -> int:
@@ -47,6 +49,34 @@ class Harness(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         return self.codec.encode(string, add_special_tokens)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat; where the template refuses it, without its system message. Raises UserError."""
+        try:
+            return self._chat(chat_history, add_generation_prompt)
+        except TemplateError as error:
+            reason = error
+        try:
+            text = self._chat([each for each in chat_history if each["role"] != "system"], add_generation_prompt)
+        except TemplateError as error:
+            raise UserError(
+                f"apply_chat_template=true: the template refuses a chat: {error}. Mend the model's "
+                "chat_template.jinja, or leave the key out."
+            ) from error
+        if not self.without_system:
+            self.say(f"warning: the chat template refuses system messages, which are left out: {reason}")
+        self.without_system = True
+        return text
+
+    def _chat(self, messages: list[dict[str, str]], answers: bool) -> str:
+        """`answers`: an answer follows; else the last message goes on."""
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=answers, continue_final_message=not answers
+        )
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm)

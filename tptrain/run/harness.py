@@ -95,14 +95,16 @@ def run(
     mesh, tasks = connect_ranks(config, box, rendezvous), list[Any]()
 
     def prepare() -> None:
-        Codec(config, folder)  # so that its mistake is told once
-        tasks.extend(load_tasks(settings))
+        tasks.extend(load_tasks(settings))  # first: whether the hub is asked is settled before Transformers is imported
+        codec = Codec(config, folder)  # so that its mistake is told once
+        if settings.apply_chat_template:
+            codec.check_template()
 
     try:
         mesh.control.main_first(prepare)
         ops = eager(rendezvous.ops)
         ranks = Ranks(config, checkpoint, Codec(config, folder), settings.batch_size, mesh, ops)
-        results = _evaluate(ranks, tasks, config, settings, name) if mesh.is_main else ranks.serve()
+        results = evaluate(ranks, tasks, config, settings, name) if mesh.is_main else ranks.serve()
     except UserError as error:
         if mesh.is_main or not str(error).startswith(MAIN_FAILED):
             raise
@@ -111,7 +113,7 @@ def run(
     return results
 
 
-def _evaluate(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalConfig, name: str) -> Results:
+def evaluate(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalConfig, name: str) -> Results:
     """Rank 0 only. Its failure ends the other ranks, too."""
     try:
         results = _by_harness(ranks, tasks, config, settings, name)
@@ -125,10 +127,12 @@ def _evaluate(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalConf
 def _by_harness(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalConfig, name: str) -> Results:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.loggers.evaluation_tracker import GeneralConfigTracker
+    from lm_eval.tasks import TaskManager
 
     from tptrain.generate.harness import Harness
 
-    tracker, mesh = GeneralConfigTracker(), ranks.mesh
+    tracker, mesh, chat = GeneralConfigTracker(), ranks.mesh, settings.apply_chat_template
+    multiturn = chat if settings.fewshot_as_multiturn is None else settings.fewshot_as_multiturn
     positions = sizes(config.model).max_positions
     length = settings.max_length or (positions if positions < UNLIMITED else DEFAULT_LENGTH)
     harness = Harness(ranks.codec, length, ranks.score, ranks.go_on, _say)
@@ -139,13 +143,28 @@ def _by_harness(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalCo
         batch_size=settings.batch_size,
         device=str(mesh.device),
         limit=settings.limit,
-        log_samples=False,
+        log_samples=settings.log_samples,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=multiturn,
+        system_instruction=settings.system_instruction,
+        task_manager=TaskManager(
+            include_defaults=False
+        ),  # the tasks are there; to read the harness's own takes seconds
     )
     arguments = {"pretrained": name, "dtype": config.train.precision, "tp": mesh.size("tp"), "dp": mesh.size("dp")}
     results["config"] |= {"model": "tptrain", "model_args": arguments}
-    tracker.log_experiment_args("tptrain", arguments, None, None, fewshot_as_multiturn=False)
+    template = harness.chat_template(True) if chat else None
+    tracker.log_experiment_args("tptrain", arguments, settings.system_instruction, template, multiturn)
     tracker.log_end_time()
-    return results | {"task_hashes": {}} | asdict(tracker)
+    return results | {"task_hashes": _task_hashes(results.get("samples", {}))} | asdict(tracker)
+
+
+def _task_hashes(samples: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """Of each task's documents, prompts and targets, as the harness has them in its own file."""
+    from lm_eval.utils import hash_string
+
+    parts = ("doc_hash", "prompt_hash", "target_hash")
+    return {task: hash_string("".join(row[part] for row in rows for part in parts)) for task, rows in samples.items()}
 
 
 def _say(text: str) -> None:

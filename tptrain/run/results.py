@@ -68,17 +68,40 @@ def show(results: dict[str, Any]) -> None:
 
 
 def write(target: Target, results: dict[str, Any]) -> None:
-    """The file, as the harness writes it, and where there is a run, the row in its metrics.jsonl and wandb."""
+    """The files, as the harness writes them, and where there is a run, the row in its metrics.jsonl and wandb.
+
+    Raises FileExistsError where samples are there already.
+    """
     from lm_eval.utils import handle_non_serializable
 
     date = datetime.now().isoformat().replace(":", "-")  # as the harness names its files
     file = target.file or target.folder / f"results_{date}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
+    samples = results.get("samples", {})
+    results = {key: value for key, value in results.items() if key != "samples"}
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
     write_atomically(file, text)
     print(f"results: {file}", flush=True)
     if target.config is not None:
         _note(target.config, evaluations.row_of(target.step, results, file))
+    for task, rows in samples.items():
+        _write_samples(file.with_name(f"samples_{task.replace('/', '_')}_{date}.jsonl"), rows)
+
+
+def _write_samples(file: Path, rows: list[dict[str, Any]]) -> None:
+    """A line each, in which the harness makes texts of what a reader of data sets needs in one type."""
+    from lm_eval.utils import handle_non_serializable, sanitize_list
+
+    with file.open("x", encoding="utf-8") as lines:
+        for row in rows:
+            arguments = {
+                f"gen_args_{i}": {f"arg_{j}": each for j, each in enumerate(args)}
+                for i, args in enumerate(row["arguments"])
+            }
+            texts = {key: sanitize_list(row[key]) for key in ("resps", "filtered_resps")}
+            line = row | texts | {"arguments": arguments, "target": str(row["target"])}
+            lines.write(json.dumps(line, default=handle_non_serializable, ensure_ascii=False) + "\n")
+    print(f"samples: {file}", flush=True)
 
 
 def _note(config: Config, row: evaluations.Row) -> None:
