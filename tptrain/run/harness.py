@@ -147,9 +147,7 @@ def _by_harness(ranks: Ranks, tasks: list[Any], config: Config, settings: EvalCo
         apply_chat_template=chat,
         fewshot_as_multiturn=multiturn,
         system_instruction=settings.system_instruction,
-        task_manager=TaskManager(
-            include_defaults=False
-        ),  # the tasks are there; to read the harness's own takes seconds
+        task_manager=TaskManager(include_defaults=False),  # to read the harness's own takes seconds
     )
     arguments = {"pretrained": name, "dtype": config.train.precision, "tp": mesh.size("tp"), "dp": mesh.size("dp")}
     results["config"] |= {"model": "tptrain", "model_args": arguments}
