@@ -23,10 +23,17 @@ BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\battn\.(masked_)?bias|\battention\
 
 
 def fetch_weights(model: ModelConfig) -> None:
-    """Have the weights of a model of the hub beside its other files. Raises UserError."""
+    """Have the weights of a model of the hub beside its other files, which is not asked where they are all there.
+
+    Raises UserError.
+    """
     assert model.path is not None
     assert model.directory is not None
-    if not Path(model.path).is_dir():
+    if Path(model.path).is_dir():
+        return
+    try:
+        TensorFiles(Path(model.directory), integers=True)
+    except UserError:
         directory(model.path, Path(model.directory).name, weights=True)  # of the same commit, which names the folder
 
 
