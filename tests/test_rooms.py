@@ -34,6 +34,7 @@ from tptrain.optim.adamw import Optimizer
 from tptrain.parallel.connect import connect
 from tptrain.parallel.mesh import Grid, Mesh
 from tptrain.train.schedule import Action, Backward, Forward, Loss, Reduce, plain
+from tptrain.watch.black_box import text_of
 from tptrain.watch.verdict import judge
 
 MODEL = ModelConfig(vocab_size=250, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -211,11 +212,14 @@ def test_a_verdict_counts_a_toy_axis_by_itself() -> None:
         calls = [("tp", column, n) for n in range(1, tp + 1)] + [("toy", row, n) for n in range(1, toy + 1)]
         entries = [
             {"number": i, "number_in_group": n, "op": "all_reduce", "shape": "(4,)", "dtype": "float32", "axis": axis}
-            | {"ranks": ranks, "site": f"{axis}.py:1 f", "left": rank == 2 or i < len(calls)}
+            | {"ranks": text_of(ranks), "site": f"{axis}.py:1 f", "left": rank == 2 or i < len(calls)}
             | {"background": False, "enqueued": False}
             for i, (axis, ranks, n) in enumerate(calls, 1)
         ]
-        groups = [{"axis": "tp", "ranks": column, "entered": tp}, {"axis": "toy", "ranks": row, "entered": toy}]
+        groups = [
+            {"axis": axis, "ranks": text_of(ranks), "entered": n}
+            for axis, ranks, n in (("tp", column, tp), ("toy", row, toy))
+        ]
         cause = {"kind": "hang" if rank == 2 else "waiting", "message": "silent for 9 s in the phase `step`"}
         place = {"rank": rank, "world": 4, "node": f"n{rank}", "time": 1.0, "phase": "step", "step": 4, "top": ""}
         return place | {"entered": len(calls), "cause": cause, "collectives": entries, "groups": groups}
