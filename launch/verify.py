@@ -18,7 +18,7 @@ from launch.here import run_ranks
 from tptrain.config import Config, UserError, write_config
 from tptrain.models.check import check_tp, checked_spec
 from tptrain.models.cut import BATCHES, SEQUENCES, Cut, cut_of
-from tptrain.models.directory import fetch_weights, tensors
+from tptrain.models.directory import check_weights
 from tptrain.models.sizes import Facts, ask_for_cut, sizes
 from tptrain.models.spec import DecoderSpec
 from tptrain.records.run_dir import CARD, VERIFICATION
@@ -49,8 +49,7 @@ def prepare(config: Config) -> tuple[Config, Cut, int]:
         raise UserError(f"verify.weights=model: {why}. Use verify.weights=random.")
     own = config.model.path is not None and options.reads_weights
     if own and config.model.engine == "native":
-        fetch_weights(config.model)
-        tensors(config.model)
+        check_weights(config.model)
     train = replace(
         config.train,
         seq_len=smaller.length,

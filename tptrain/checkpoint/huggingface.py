@@ -138,7 +138,9 @@ def load_pretrained(
     total = sum(p.sharding.size for p in ours.values())
     with (
         closing(safetensors.Reader()) as reader,
-        tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=quiet(model.mesh)) as bar,
+        tqdm(
+            desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=model.mesh.disable_bar
+        ) as bar,
     ):
         for name, p in ours.items():
             for _, start, values in slices.read(name, reader):
@@ -148,11 +150,6 @@ def load_pretrained(
                 alive()
             fill_padding(name, p, slices.rows[name], fill)
     return digest(model.mesh, ours, sums, {name: entry.dtype for name, entry in slices.entries.items()})
-
-
-def quiet(mesh: Mesh) -> bool | None:
-    """What a progress bar of this rank's is `disable`d by: rank 0 shows one, on a terminal."""
-    return None if mesh.is_main else True
 
 
 def fill_padding(name: str, p: Parameter, rows: int, fill: Fill) -> None:

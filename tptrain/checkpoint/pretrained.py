@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tptrain.checkpoint.huggingface import Fill, Slices, load_pretrained, quiet
+from tptrain.checkpoint.huggingface import Fill, Slices, load_pretrained
 from tptrain.checkpoint.layout import Part, State
 from tptrain.checkpoint.safetensors import Reader
 from tptrain.config.schema import ModelConfig
@@ -57,7 +57,7 @@ def weights_to_write(config: ModelConfig, model: "Decoder | TransformersModel", 
     total = sum(p.sharding.size for p in ours.values())
     with (
         closing(Reader()) as reader,
-        tqdm(desc="importing", total=total, unit=" weights", unit_scale=True, disable=quiet(model.mesh)) as bar,
+        tqdm(desc="importing", total=total, unit=" weights", unit_scale=True, disable=model.mesh.disable_bar) as bar,
     ):
 
         def value(name: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tptrain.checkpoint import safetensors
-from tptrain.checkpoint.huggingface import AT_ONCE, Fill, bit_sum, digest, fill_padding, quiet
+from tptrain.checkpoint.huggingface import AT_ONCE, Fill, bit_sum, digest, fill_padding
 from tptrain.config import UserError
 from tptrain.hf.model import TransformersModel
 from tptrain.hf.weights import Group, revert, sources
@@ -44,7 +44,9 @@ def load_converted(
     total = sum(p.sharding.size for p in ours.values())
     with (
         closing(safetensors.Reader()) as reader,
-        tqdm(desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=quiet(model.mesh)) as bar,
+        tqdm(
+            desc="reading weights", total=total, unit=" weights", unit_scale=True, disable=model.mesh.disable_bar
+        ) as bar,
     ):
         for group in sources(whole, entries):
             for name, start, values in _slices(group, entries, ours, model, whole, reader, name_in_part):

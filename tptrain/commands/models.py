@@ -63,7 +63,7 @@ def import_model(options: argparse.Namespace) -> int:
     from launch.place import find_place
     from tptrain.config import UserError, load_config, validate
     from tptrain.models.check import check_tp, checked_spec
-    from tptrain.models.directory import fetch_weights, tensors
+    from tptrain.models.directory import check_weights
     from tptrain.run.convert import run
 
     out = Path(options.out).absolute()
@@ -74,8 +74,7 @@ def import_model(options: argparse.Namespace) -> int:
     settle_engine(config, say=speaks())
     check_tp(checked_spec(config.model), config.parallel.tp)
     if config.model.engine == "native":
-        fetch_weights(config.model)
-        tensors(config.model)
+        check_weights(config.model)
     if count := ranks_to_start(config):
         return run_ranks(["-m", "tptrain", "import", options.model, options.out, *options.overrides], count, "import")
     find_place()

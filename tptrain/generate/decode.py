@@ -49,7 +49,7 @@ def decode_all(
     mesh = model.mesh
     order = sorted(prompts, key=lambda prompt: (-len(prompt[1]), prompt[0]))
     own = order[mesh.index("dp") :: mesh.size("dp")]
-    disable = None if bar and mesh.is_main else True
+    disable = mesh.disable_bar if bar else True
     with tqdm(desc="generating", total=len(own), unit=" prompts", disable=disable) as progress:
         for start in range(0, len(own), batch_size):
             batch = own[start : start + batch_size]

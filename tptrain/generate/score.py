@@ -52,7 +52,7 @@ def scores(
     mesh = model.mesh
     batches = _batches(requests, batch_size, _unscaled(model))[mesh.index("dp") :: mesh.size("dp")]
     total = sum(len(shared.numbers) for batch in batches for shared in batch)
-    with tqdm(desc="scoring", total=total, unit=" texts", disable=None if mesh.is_main else True) as bar:
+    with tqdm(desc="scoring", total=total, unit=" texts", disable=mesh.disable_bar) as bar:
         for batch in batches:
             numbers = [number for shared in batch for number in shared.numbers]
             continuations = [requests[number][1] for number in numbers]

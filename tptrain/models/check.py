@@ -6,7 +6,7 @@ from tptrain.config import Config, UserError
 from tptrain.config.generation import check_prompt
 from tptrain.config.schema import MODEL_FILES, ModelConfig, RopeScaling, kv_heads
 from tptrain.config.validate import vocabulary
-from tptrain.models.directory import TENSORS, fetch_weights, tensors
+from tptrain.models.directory import TENSORS, check_weights
 from tptrain.models.settings import family_of_settings
 from tptrain.models.sizes import Facts, sizes
 from tptrain.models.spec import AttentionSpec, DecoderSpec, FFNSpec
@@ -32,8 +32,7 @@ def check_model(config: Config, reads_weights: bool = True) -> None:
         _check_tokenizer(config, spec)
         _check_samples(config, longest)
     if reads_weights and config.model.path is not None and config.model.engine != "transformers" and not begun:
-        fetch_weights(config.model)
-        tensors(config.model)
+        check_weights(config.model)
 
 
 def _check_tokenizer(config: Config, spec: DecoderSpec | Facts) -> None:

@@ -23,7 +23,7 @@ BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\battn\.(masked_)?bias|\battention\
 
 
 def fetch_weights(model: ModelConfig) -> None:
-    """Have the weights of a model of the hub beside its other files, which is not asked where they are all there.
+    """Fetch the weights of a model of the hub into the directory of its other files, unless all of them are there.
 
     Raises UserError.
     """
@@ -35,6 +35,12 @@ def fetch_weights(model: ModelConfig) -> None:
         TensorFiles(Path(model.directory), integers=True)
     except UserError:
         directory(model.path, Path(model.directory).name, weights=True)  # of the same commit, which names the folder
+
+
+def check_weights(model: ModelConfig) -> None:
+    """Have the weights of a native model here, and see that they are its tensors. Raises UserError."""
+    fetch_weights(model)
+    tensors(model)
 
 
 def tensors(model: ModelConfig) -> dict[str, Entry]:

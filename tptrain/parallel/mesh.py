@@ -103,3 +103,8 @@ class Mesh:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def disable_bar(self) -> bool | None:
+        """What tqdm takes for `disable`: rank 0 shows a progress bar, on a terminal."""
+        return None if self.is_main else True

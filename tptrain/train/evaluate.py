@@ -42,7 +42,7 @@ def evaluate(config: Config, model: "Model", loss: CrossEntropy) -> Evaluation:
     windows = -(-len(tokens) // length)
     turns = -(-windows // (size * mesh.size("dp")))  # as many on every rank
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)  # nats, tokens
-    with tqdm(desc="evaluating", total=turns, unit=" batches", disable=None if mesh.is_main else True) as bar:
+    with tqdm(desc="evaluating", total=turns, unit=" batches", disable=mesh.disable_bar) as bar:
         for turn in range(turns):
             first = (turn * mesh.size("dp") + mesh.index("dp")) * size
             ids, scored = _windows(tokens, first, size, length)
